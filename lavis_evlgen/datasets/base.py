@@ -1,0 +1,121 @@
+"""The common interface of our caption data sets: rows, references, counted losses, one collater."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from lavis.datasets.datasets.base_dataset import BaseDataset
+from PIL import Image
+
+from lavis_evlgen.datasets.errors import DataError, UnreadableImage
+
+MAX_TRIES = 64  # distinct unreadable images in a row before a training sample is given up
+
+
+class CaptionedImage(NamedTuple):
+    """One image of a data set: what `_load` needs to find it, its id, and its raw captions, best first."""
+
+    image: Any
+    image_id: int | str
+    captions: tuple[str, ...]
+
+
+class CaptionDataset(BaseDataset):
+    """Images with captions. Training rows are (image, caption) pairs, evaluation rows are images.
+
+    Attributes: `name`, `split`, `is_train`, `max_bad_fraction` (share of unreadable samples, 0 to 1, above
+    which a run should stop), `references` {image_id: raw captions of this split}, `num_images`, `fingerprint`
+    (sha256 hex digest of all images, ids and captions), `description` (one short line).
+
+    A sample is a dict with `image` (3, H, W) float, `text_input` str (evaluation: the first caption),
+    `image_id`, `instance_id` str (the row), and `bad`, a list of {"image", "reason"} for what could not be
+    read on the way: training takes the next readable row instead, evaluation gives `image` None, which the
+    collater drops. Subclasses say in `_load(row)` how a picture is had, or raise UnreadableImage.
+    """
+
+    def __init__(self, name: str, split: str, items: Iterable[CaptionedImage], *, vis_processor=None,
+                 text_processor=None, captions_per_image: int | None = None, max_bad_fraction: float = 0.01,
+                 description: str = "", definition: Any = None):
+        """`captions_per_image`: training uses this many captions of each image (None: all of them).
+        `definition`: anything else that decides what a picture shows (JSON-able), for the fingerprint."""
+        super().__init__(vis_processor, text_processor)
+        if not 0 <= max_bad_fraction <= 1:
+            raise DataError(f"{name}: max_bad_fraction={max_bad_fraction} must lie between 0 and 1")
+        self.name, self.split, self.is_train = name, split, split == "train"
+        self.max_bad_fraction = float(max_bad_fraction)
+        self.references: dict[int | str, list[str]] = {}
+        digest = hashlib.sha256(json.dumps([split, captions_per_image, definition]).encode())
+        for item in items:
+            digest.update(json.dumps([item.image, item.image_id, item.captions]).encode())
+            self._add(name, item, captions_per_image if self.is_train else 1)
+        if not self.annotation:
+            raise DataError(f"{name}: the {split} split is empty")
+        self.num_images = len(self.references)
+        self.fingerprint = digest.hexdigest()
+        self.description = description or f"{name} {split}: {self.num_images} images, {len(self)} rows"
+        self._add_instance_ids()
+
+    def _add(self, name: str, item: CaptionedImage, captions: int | None):
+        if item.image_id in self.references:
+            raise DataError(f"{name}: two images of the {self.split} split have the id {item.image_id!r}")
+        self.references[item.image_id] = list(item.captions)
+        for caption in item.captions[:captions]:
+            self.annotation.append({"image": item.image, "image_id": item.image_id, "caption": caption})
+
+    def _load(self, row: dict) -> Image.Image:
+        raise NotImplementedError(f"{type(self).__name__} must say how a row's picture is loaded")
+
+    def pil_image(self, index: int) -> Image.Image:
+        """The unprocessed RGB picture of row `index`. Raises UnreadableImage."""
+        return self._load(self.annotation[index])
+
+    def __getitem__(self, index: int) -> dict:
+        if index < 0:
+            index += len(self)
+        if not self.is_train:
+            return self._eval_sample(self.annotation[index])
+        bad, failed = [], set()
+        for step in range(len(self)):
+            row = self.annotation[(index + step) % len(self)]
+            if row["image_id"] in failed:  # the neighbouring rows are often captions of the same broken image
+                continue
+            try:
+                return self._sample(row, self._load(row), bad)
+            except UnreadableImage as error:
+                failed.add(row["image_id"])
+                bad.append({"image": error.path, "reason": error.reason})
+            if len(failed) == MAX_TRIES:
+                break
+        raise DataError(
+            f"{self.name}: {len(bad)} images in a row cannot be read, from row {index} of the {self.split} split "
+            f"on; the first is {bad[0]['image']} ({bad[0]['reason']}). Check the images folder."
+        )
+
+    def _eval_sample(self, row: dict) -> dict:
+        try:
+            return self._sample(row, self._load(row), [])
+        except UnreadableImage as error:  # another picture would be scored against the wrong references
+            return self._sample(row, None, [{"image": error.path, "reason": error.reason}])
+
+    def _sample(self, row: dict, image: Image.Image | None, bad: list[dict]) -> dict:
+        return {
+            "image": None if image is None else self.vis_processor(image),  # (3, H, W)
+            "text_input": self.text_processor(row["caption"]),
+            "image_id": row["image_id"],
+            "instance_id": row["instance_id"],
+            "bad": bad,
+        }
+
+    def collater(self, samples: list[dict]) -> dict:
+        """Stack samples into a batch: `image` (B, 3, H, W), or None where none could be read; the rest lists
+        of length B, except `bad`, which lists every unreadable image met, those of dropped samples included."""
+        kept = [sample for sample in samples if sample["image"] is not None]
+        return {
+            "image": torch.stack([sample["image"] for sample in kept]) if kept else None,  # (B, 3, H, W)
+            "text_input": [sample["text_input"] for sample in kept],
+            "image_id": [sample["image_id"] for sample in kept],
+            "instance_id": [sample["instance_id"] for sample in kept],
+            "bad": [entry for sample in samples for entry in sample["bad"]],
+        }

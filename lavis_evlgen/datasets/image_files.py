@@ -1,0 +1,61 @@
+"""Open one image file completely, or say in one line why it cannot be opened."""
+
+import os
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from lavis_evlgen.datasets.errors import UnreadableImage
+
+
+def open_image(path) -> Image.Image:
+    """The picture at `path`, fully decoded, as RGB (8 bits). Raises UnreadableImage, whatever is wrong.
+
+    Decoding happens here and not later, so that a truncated file fails where it can still be counted.
+    """
+    _check_file(path)
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return _to_rgb(image)
+    except MemoryError:
+        raise
+    except UnidentifiedImageError:
+        raise UnreadableImage(path, _what_it_looks_like(path)) from None
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(path, f"too many pixels to open safely ({error})") from None
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
+        raise UnreadableImage(path, f"broken or truncated ({type(error).__name__}: {error})") from None
+
+
+def _check_file(path):
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        raise UnreadableImage(path, "no such file") from None
+    except (OSError, ValueError) as error:
+        raise UnreadableImage(path, str(error)) from None
+    if os.path.isdir(path):
+        raise UnreadableImage(path, "a folder, not a file")
+    if size == 0:
+        raise UnreadableImage(path, "the file is empty (0 bytes)")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to white instead of scaling them to 8
+        high_byte = np.asarray(image).astype(np.uint16) >> 8
+        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def _what_it_looks_like(path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(512)
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype", b"<html", b"<head", b"<body")):
+        return "looks like HTML, perhaps an error page saved by a downloader"
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the picture; run `git lfs pull` in that folder"
+    if head and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
+        return "looks like text, not a picture"
+    return "not an image format that Pillow can read"

@@ -1,0 +1,18 @@
+"""Caption and VQA metrics, blind scores and run cards. Knows no model.
+
+`lavis_evlgen.evaluation.plots` is imported by its own name, because it brings matplotlib.
+"""
+
+from lavis_evlgen.evaluation.blind import BlindScores, blind_scores, score_with_blind
+from lavis_evlgen.evaluation.caption_metrics import CaptionScores, score_captions
+from lavis_evlgen.evaluation.run_card import run_card, write_run_card
+
+__all__ = [
+    "BlindScores",
+    "CaptionScores",
+    "blind_scores",
+    "run_card",
+    "score_captions",
+    "score_with_blind",
+    "write_run_card",
+]

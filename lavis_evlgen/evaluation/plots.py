@@ -1,0 +1,184 @@
+"""Two pictures of a run: its curves, and its captions beside the references.
+
+Figures are built with matplotlib's objects on the Agg canvas, so nothing global is touched and no display is
+needed.
+"""
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_DPI = 100
+_BLUE, _ORANGE, _GREY, _INK = "#2563a8", "#d1661b", "#8a8f98", "#1f2328"
+
+# the caption sheet, in inches
+_WIDTH, _MAX_CELL, _GAP = 12.0, 4.0, 0.12
+_FONT = 11
+_LINE = _FONT * 1.36 / 72
+_CHARACTER = _FONT * 0.60 / 72
+_MAX_REFERENCES = 5
+_MAX_HEIGHT = 600.0
+
+
+def loss_plot(path: str | os.PathLike, history: Sequence[Mapping], title: str = "") -> Path:
+    """Draw a run's curves into a PNG, 1200 px wide with scores and 720 without.
+
+    Each row of `history` has `step` and any of `loss`, `val_loss_right`, `val_loss_shuffled` (validation
+    loss on the right and on shuffled pictures), `cider`, `blind_cider` (native scale, 1.0 is 100 in papers).
+    Left: raw and smoothed training loss (its first 50th may leave the top) with the two validation losses;
+    right: CIDEr against blind CIDEr, left out when no row has a score. A step that comes twice (a resumed
+    run) counts once, the later row. Raises `ValueError` when there is nothing finite to draw.
+    """
+    names = ("loss", "val_loss_right", "val_loss_shuffled", "cider", "blind_cider")
+    curves = {name: _series(history, name) for name in names}
+    if not any(len(steps) for steps, _ in curves.values()):
+        raise ValueError(f"the history has no finite {', '.join(names)} to draw")
+    scored = len(curves["cider"][0]) or len(curves["blind_cider"][0])
+    figure = Figure(figsize=(12 if scored else 7.2, 4.6), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
+
+    steps, loss = curves["loss"]
+    if len(steps):
+        panels[0].plot(steps, loss, color=_GREY, alpha=0.35, linewidth=0.8)
+        panels[0].plot(steps, _smooth(loss), color=_INK, linewidth=1.6, label="training")
+        # the first steps of a fresh connector may tower over all the rest
+        validation = (max(curves[name][1], default=0.0) for name in names[1:3])
+        highest = max(loss[len(loss) // 50 :].max(), *validation)
+        panels[0].set_ylim(top=highest * 1.05 if highest > 0 else None)
+    _line(panels[0], curves["val_loss_right"], _BLUE, "validation, right pictures")
+    _line(panels[0], curves["val_loss_shuffled"], _ORANGE, "validation, shuffled pictures")
+    _dress(panels[0], "loss (nats per token)")
+    if scored:
+        _line(panels[1], curves["cider"], _BLUE, "CIDEr")
+        _line(panels[1], curves["blind_cider"], _ORANGE, "blind CIDEr (captions of other pictures)")
+        panels[1].set_ylim(bottom=0)
+        _dress(panels[1], "CIDEr (1.0 = 100 in papers)")
+    if title:
+        figure.suptitle(title, fontsize=12, color=_INK, parse_math=False)
+    return _save(figure, path)
+
+
+def caption_sheet(
+    path: str | os.PathLike,
+    images: "Sequence[Image]",
+    captions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    scores: Sequence[float | None] | None = None,
+    columns: int = 4,
+) -> Path:
+    """Draw N pictures in a PNG grid, each over its predicted caption (dark), score and references (grey).
+
+    `images` are PIL pictures of any size and mode, `scores` are CIDEr per caption. With 3 columns or more the
+    sheet is 1200 px wide. At most 5 references are shown, with a count of the rest. Raises `ValueError` for
+    lists of unequal length, no pictures, or more pictures than one PNG can hold.
+    """
+    n = len(images)
+    scores = [None] * n if scores is None else scores
+    if n == 0 or columns < 1 or not len(captions) == len(references) == len(scores) == n:
+        raise ValueError(
+            "a caption sheet needs as many pictures as captions, references and scores, and at least one: "
+            f"got {n}, {len(captions)}, {len(references)} and {len(scores)} in {columns} columns"
+        )
+    columns = min(columns, n) if n < 3 else columns
+    cell = min(_WIDTH / columns, _MAX_CELL)
+    inner = cell - 2 * _GAP
+    texts = [_cell_text(*item, inner) for item in zip(captions, references, scores, strict=True)]
+    shapes = [min(image.height / image.width, 1.0) * inner for image in images]
+    rows = [range(start, min(start + columns, n)) for start in range(0, n, columns)]
+    pictures = [max(shapes[i] for i in row) for row in rows]
+    heights = [
+        picture + max(len(texts[i]) for i in row) * _LINE + 4 * _GAP
+        for picture, row in zip(pictures, rows, strict=True)
+    ]
+    total = sum(heights)
+    if total > _MAX_HEIGHT:
+        fit = int(n * _MAX_HEIGHT / total)
+        raise ValueError(f"{n} pictures make too tall a sheet; at most about {fit} fit on one")
+
+    figure = Figure(figsize=(cell * columns, total), dpi=_DPI)
+    top = total
+    for row, picture, height in zip(rows, pictures, heights, strict=True):
+        for column, i in enumerate(row):
+            left = column * cell + _GAP
+            _draw_cell(figure, images[i], texts[i], left, top - _GAP, inner, picture)
+        top -= height
+    return _save(figure, path)
+
+
+def _draw_cell(figure, image, text, left: float, top: float, width: float, height: float) -> None:
+    """One picture in a box of `width` by `height` inches, upper left corner at (left, top), and its text."""
+    across, up = figure.get_size_inches()
+    axes = figure.add_axes((left / across, (top - height) / up, width / across, height / up), anchor="SW")
+    small = image.convert("RGB")
+    small.thumbnail((2 * int(width * _DPI), 2 * int(height * _DPI)))
+    axes.imshow(np.asarray(small))
+    axes.set_axis_off()
+    for line, (words, color, weight) in enumerate(text):
+        y = (top - height - _GAP - line * _LINE) / up
+        style = {"fontsize": _FONT, "color": color, "weight": weight, "va": "top", "parse_math": False}
+        figure.text(left / across, y, words, **style)
+
+
+def _cell_text(caption: str, references: Sequence[str], score: float | None, width: float) -> list[tuple]:
+    """The lines under one picture as (text, colour, weight), wrapped to `width` inches."""
+    characters = max(12, int(width / _CHARACTER))
+    predicted = textwrap.wrap(caption, int(characters * 0.9)) or ["(empty caption)"]
+    lines = [(line, _INK, "bold") for line in predicted]
+    if score is not None:
+        lines.append((f"CIDEr {score:.2f}", _BLUE, "normal"))
+    for reference in references[:_MAX_REFERENCES]:
+        wrapped = textwrap.wrap(reference, characters, initial_indent="\u2013 ", subsequent_indent="   ")
+        lines += [(line, "#5c636d", "normal") for line in wrapped]
+    if len(references) > _MAX_REFERENCES:
+        lines.append((f"and {len(references) - _MAX_REFERENCES} more references", _GREY, "normal"))
+    return lines
+
+
+def _series(history: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """(steps, values) of the finite values under `name`, by step, the last row of a step winning."""
+    rows = [row for row in history if row.get(name) is not None and math.isfinite(row[name])]
+    found = {row["step"]: row[name] for row in rows}
+    steps = sorted(found)
+    return np.array(steps, dtype=float), np.array([found[step] for step in steps], dtype=float)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Centred running mean over about a 30th of the run; at the ends the window shrinks."""
+    half = len(values) // 60
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    middle = np.arange(len(values))
+    half = np.minimum(np.minimum(middle, middle[::-1]), half)  # symmetric, so that a slope is not biased
+    return (sums[middle + half + 1] - sums[middle - half]) / (2 * half + 1)
+
+
+def _line(axes, curve: tuple[np.ndarray, np.ndarray], color: str, label: str) -> None:
+    if len(curve[0]):
+        axes.plot(*curve, color=color, linewidth=1.8, marker="o", markersize=4, label=label)
+
+
+def _dress(axes, label: str) -> None:
+    axes.set_xlabel("step")
+    axes.set_ylabel(label)
+    axes.grid(color="#e4e6ea", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=9)
+
+
+def _save(figure: Figure, path: str | os.PathLike) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure)
+    figure.savefig(path, format="png", facecolor="white")
+    return path

@@ -1,0 +1,122 @@
+"""Every bridge over a difference between LAVIS 1.0.2 and what it runs on, each with its reason.
+
+LAVIS 1.0.2 was written for transformers 4.25 and for one cluster. `apply()` makes `import lavis`
+and its models work on transformers 4.49 to 4.57; each bridge looks whether it is needed, does one
+thing, and is recorded in `applied()`. No warning is silenced and no LAVIS file is edited.
+
+Not bridged here: beam search of LAVIS's own BLIP-2 classes, which repeat the visual prompt
+`num_beams` times themselves (`blip2_opt.py`, `blip2_qformer.py`) while transformers >= 4.27 does so
+again. EVLGen generates through Hugging Face's classes and has no such repeat.
+"""
+
+import importlib
+import logging
+import os
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+_applied: list[tuple[str, str]] = []
+_done = False
+
+PRUNING_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
+# the two LAVIS classes that BLIP-2's stages generate with
+GENERATING = (
+    ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
+    ("lavis.models.blip2_models.modeling_opt", "OPTForCausalLM"),
+)
+
+
+def apply() -> None:
+    """Apply the bridges that this environment needs, once; a second call does nothing."""
+    global _done
+    if _done:
+        return
+    reexport_pruning_helpers()  # before the first `import lavis`, which is what it makes possible
+    import lavis  # noqa: F401  registers LAVIS's models, tasks, builders and processors
+
+    restore_generate()
+    register_runners_and_schedulers()
+    set_cache_root()
+    _done = True
+
+
+def applied() -> list[tuple[str, str]]:
+    """(name, reason) of each bridge that `apply()` found necessary, in order."""
+    return list(_applied)
+
+
+def _record(name: str, reason: str) -> None:
+    _applied.append((name, reason))
+    log.debug("LAVIS bridge %s: %s", name, reason)
+
+
+def reexport_pruning_helpers() -> None:
+    """transformers >= 4.56 dropped three re-exports that `lavis/models/med.py:40` imports."""
+    from transformers import modeling_utils, pytorch_utils
+
+    missing = [name for name in PRUNING_HELPERS if not hasattr(modeling_utils, name)]
+    for name in missing:
+        setattr(modeling_utils, name, getattr(pytorch_utils, name))
+    if missing:
+        _record(
+            "reexport_pruning_helpers",
+            f"transformers.modeling_utils no longer re-exports {', '.join(missing)} (>= 4.56), "
+            "which `import lavis` needs",
+        )
+
+
+def restore_generate() -> None:
+    """In transformers >= 4.52 `PreTrainedModel` is no `GenerationMixin`: LAVIS's classes lost `generate`."""
+    from transformers import GenerationMixin
+
+    for module_name, class_name in GENERATING:
+        model_class = getattr(importlib.import_module(module_name), class_name)
+        if issubclass(model_class, GenerationMixin):
+            continue
+        # last in the order, where it also stood while PreTrainedModel inherited from it, so that
+        # LAVIS's own prepare_inputs_for_generation and _reorder_cache keep winning
+        model_class.__bases__ += (GenerationMixin,)
+        _record(
+            f"restore_generate:{class_name}",
+            f"{module_name}.{class_name} has no `generate` because PreTrainedModel is no longer a "
+            "GenerationMixin (>= 4.52)",
+        )
+
+
+def register_runners_and_schedulers() -> None:
+    """`import lavis` registers no runner and no learning-rate schedule; importing them does."""
+    from lavis.common.registry import registry
+
+    for module_name, mapping in (
+        ("lavis.runners", "runner_name_mapping"),
+        ("lavis.common.optims", "lr_scheduler_name_mapping"),
+    ):
+        before = len(registry.mapping[mapping])
+        importlib.import_module(module_name)
+        if len(registry.mapping[mapping]) > before:
+            _record(f"register:{module_name}", f"`import lavis` alone leaves {mapping} empty")
+
+
+def set_cache_root() -> None:
+    """LAVIS's cache folder is a path of its authors' cluster; `register_path` refuses to change it.
+
+    `$LAVIS_CACHE` names another folder than `~/.cache/lavis`. It is made when first written to.
+    """
+    from lavis.common.registry import registry
+
+    cache_root = str(Path(os.environ.get("LAVIS_CACHE") or "~/.cache/lavis").expanduser())
+    fixed = registry.mapping["paths"]["cache_root"]
+    if fixed != cache_root:
+        registry.mapping["paths"]["cache_root"] = cache_root
+        _record("set_cache_root", f"{fixed}, a folder of LAVIS's authors, is {cache_root} now")
+
+
+def refresh_model_zoo() -> None:
+    """List models that registered after LAVIS was imported: `lavis.models.model_zoo` is frozen by then.
+
+    The existing object is updated, because `from lavis.models import model_zoo` hands out that one.
+    """
+    from lavis.models import ModelZoo, model_zoo
+
+    model_zoo.model_zoo = ModelZoo().model_zoo

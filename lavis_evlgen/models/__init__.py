@@ -1,0 +1,1 @@
+"""LAVIS models and their three parts: vision encoder, connector, language model."""

@@ -1,0 +1,274 @@
+"""EVLGen: frozen vision encoder -> connector -> frozen language model, one stage, one loss."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from lavis.common.registry import registry
+from lavis.models.base_model import BaseModel
+from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
+from torch import Tensor, nn
+
+from lavis_evlgen.models.checkpoints import load_checkpoint_file
+from lavis_evlgen.models.connectors import CONNECTORS, VisualPrompt
+from lavis_evlgen.models.freezing import check_precision
+from lavis_evlgen.models.language import LanguageModel, load_language_model
+from lavis_evlgen.models.vision import load_vision_encoder
+from lavis_evlgen.nn import variance_share
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
+
+
+@registry.register_model("evlgen")
+class EVLGen(BaseModel):
+    """EVLGen-Image (EVLGen, section 3.2). Types: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart.
+
+    >>> model, vis, txt = load_model_and_preprocess("evlgen", "quickstart", is_eval=True)
+    >>> model.generate({"image": vis["eval"](pil_image)[None]})
+    """
+
+    PRETRAINED_MODEL_CONFIG_DICT = {
+        name: str(CONFIGS / f"evlgen_{name}.yaml")
+        for name in ("opt2.7b", "opt6.7b", "vicuna7b", "vicuna13b", "quickstart")
+    }
+    PARTS = ("ln_vision", "input_proj", "connector", "llm_proj")
+    CONFIG_KEYS = {
+        "arch": "the model class in LAVIS's registry: evlgen",
+        "model_type": "which default config: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart",
+        "load_pretrained": "LAVIS's switch; true when `pretrained` is to be loaded",
+        "load_finetuned": "LAVIS's switch; load `finetuned` in place of `pretrained`",
+        "pretrained": "checkpoint with the trainable weights to start from; empty: an untrained connector",
+        "finetuned": "checkpoint loaded when load_finetuned is true",
+        "vit_model": "eva_clip_g, clip_L, or a Hugging Face vision model (id, folder, DINOv2 .onnx)",
+        "vit_path": "local weights of eva_clip_g or clip_L; empty: LAVIS's download",
+        "vit_layer": "hidden layer of a Hugging Face ViT to read (0 embeddings, negative from the end)",
+        "vit_precision": "fp32, fp16 or bf16",
+        "freeze_vit": "must be true: the vision encoder stays frozen",
+        "image_size": "side of the input picture in pixels",
+        "drop_path_rate": "accepted from LAVIS configs; a frozen ViT has none, so it must be 0",
+        "use_grad_checkpoint": "accepted from LAVIS configs; a frozen ViT has no gradients, so it must be false",
+        "connector": f"the connector: {', '.join(CONNECTORS)}",
+        "connector_init": "BERT to start from (id or folder), or random",
+        "num_layers": "layers of the TomeFormer",
+        "tome_r": "merges per layer: 19, a list, {r, inflection} or {target}",
+        "merge_mean": "plain (released) or size (weighted by patches)",
+        "partition": "alternate (released) or random",
+        "proportional_attention": "add log(token size) to the attention logits",
+        "dropout": "dropout of the TomeFormer",
+        "llm_model": "any Hugging Face causal language model: id, folder or .gguf file",
+        "opt_model": "the released name of llm_model in OPT configs; give one of the two",
+        "llm_precision": "fp32, fp16 or bf16",
+        "prompt": "text put before every caption",
+        "max_txt_len": "longest text in tokens, BOS and end token counted",
+        "bos": "after (released): BOS between visual prompt and text; before: in front of the visual prompt",
+        "prompt_scale": "released: plain nn.Linear at the LLM; embedding: output starts at the size of the "
+        "LLM's embedding table",
+        "lr_scale": f"learning-rate factor of each part: {', '.join(PARTS)}",
+    }
+
+    def __init__(
+        self,
+        vision: nn.Module,
+        connector: nn.Module,
+        language_model: LanguageModel,
+        prompt: str = "",
+        prompt_scale: str = "released",
+        lr_scale: dict[str, float] | None = None,
+    ):
+        super().__init__()
+        self.visual_encoder, self.connector, self.language_model = vision, connector, language_model
+        self.ln_vision = nn.LayerNorm(vision.width)
+        self.llm_proj = nn.Linear(connector.width, language_model.width)
+        self.prompt = prompt or ""
+        unknown = set(lr_scale or {}) - set(self.PARTS)
+        if unknown:
+            raise ValueError(f"lr_scale: unknown part {sorted(unknown)[0]}; the parts are {', '.join(self.PARTS)}")
+        self.lr_scale = {part: float((lr_scale or {}).get(part, 1.0)) for part in self.PARTS}
+        if prompt_scale not in ("released", "embedding"):
+            raise ValueError(f"prompt_scale: {prompt_scale!r} is not one of released, embedding")
+        if prompt_scale == "embedding":
+            self._scale_prompt_to_embeddings()
+
+    @torch.no_grad()
+    def _scale_prompt_to_embeddings(self):
+        """Start the visual prompt at the standard deviation of the LLM's embedding table, measured on noise."""
+        if self.llm_proj.weight.is_meta:
+            return
+        with torch.random.fork_rng(devices=[]):
+            noise = torch.randn(2, self.visual_encoder.num_tokens, self.visual_encoder.width)
+            rms = self.connector.eval()(noise).tokens.float().pow(2).mean().sqrt()
+        self.connector.train()
+        std = self.language_model.embedding_std() / (rms.item() * self.connector.width**0.5)
+        nn.init.normal_(self.llm_proj.weight, std=std)
+        nn.init.zeros_(self.llm_proj.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return self.llm_proj.weight.device
+
+    def part_of(self, name: str) -> str:
+        """The part (a key of lr_scale) that trainable parameter `name` belongs to."""
+        head, _, rest = name.partition(".")
+        return self.connector.part_of(rest) if head == "connector" else head
+
+    def visual_prompt(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
+        """image (B, 3, H, W) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2."""
+        visual_tokens = self.ln_vision(self.visual_encoder(image))  # (B, L, D_v)
+        prompt = self.connector(visual_tokens, return_source=return_source)  # (B, L', D_c)
+        prompt.tokens = self.llm_proj(prompt.tokens)  # (B, L', D_l)
+        return prompt
+
+    def loss_of(self, prompt: VisualPrompt, samples: dict) -> tuple[Tensor, Tensor]:
+        """(summed cross-entropy in nats, supervised tokens) of samples["text_input"] under these prompts."""
+        texts = samples["text_input"]
+        return self.language_model.loss(prompt.tokens, texts, self._prompts(samples, len(texts)), prompt.mask)
+
+    def forward(self, samples: dict) -> dict[str, Tensor]:
+        """samples: image (B, 3, H, W), text_input list[str]. loss: mean over supervised tokens (EVLGen, eq. 3).
+
+        `loss_tokens` is their number, so that a trainer can weight ranks rightly; `variance_share` is the share
+        of the prompt's variance that is across pictures (0: the connector has collapsed).
+        """
+        prompt = self.visual_prompt(samples["image"])
+        total, tokens = self.loss_of(prompt, samples)
+        share = variance_share(prompt.tokens)
+        return {"loss": total / tokens.clamp_min(1), "loss_tokens": tokens, "variance_share": share}
+
+    def _prompts(self, samples: dict, batch: int) -> list[str]:
+        prompt = samples.get("prompt", self.prompt)
+        prompts = [prompt] * batch if isinstance(prompt, str) else list(prompt)
+        if len(prompts) != batch:
+            raise ValueError(f"{len(prompts)} prompts for {batch} pictures; give one, or one for each")
+        return prompts
+
+    @torch.no_grad()
+    def generate(
+        self,
+        samples: dict,
+        use_nucleus_sampling: bool = False,
+        num_beams: int = 5,
+        max_length: int = 30,
+        min_length: int = 1,
+        top_p: float = 0.9,
+        repetition_penalty: float = 1.0,
+        length_penalty: float = 1.0,
+        num_captions: int = 1,
+        temperature: float = 1.0,
+        use_cache: bool = True,
+        visual_prompt: VisualPrompt | None = None,
+    ) -> list[str]:
+        """Captions of samples["image"] (B, 3, H, W): B x num_captions strings, as LAVIS's Blip2OPT.generate.
+
+        Beam search, or nucleus sampling of num_captions each. Lengths count new tokens. samples["prompt"] (one
+        string or one a picture) replaces the model's prompt. A `visual_prompt` already computed is used as is.
+        """
+        prompt = visual_prompt or self.visual_prompt(samples["image"])
+        decoding = {"max_new_tokens": max_length, "min_new_tokens": min_length, "num_return_sequences": num_captions}
+        if use_nucleus_sampling:
+            decoding |= {"do_sample": True, "top_p": top_p, "temperature": temperature, "top_k": 0, "num_beams": 1}
+        else:
+            if num_captions > num_beams:
+                raise ValueError(f"num_captions={num_captions} needs num_beams >= {num_captions}, got {num_beams}")
+            decoding |= {"do_sample": False, "num_beams": num_beams, "length_penalty": length_penalty}
+        return self.language_model.generate(
+            prompt.tokens,
+            self._prompts(samples, len(prompt.tokens)),
+            prompt.mask,
+            use_cache=use_cache,
+            repetition_penalty=repetition_penalty,
+            **decoding,
+        )
+
+    @torch.no_grad()
+    def predict_answers(
+        self,
+        samples: dict,
+        num_beams: int = 5,
+        inference_method: str = "generate",
+        max_len: int = 10,
+        min_len: int = 1,
+        num_ans_candidates: int = 128,
+        answer_list: list[str] | None = None,
+        prompt: str = "",
+        length_penalty: float = 0.0,
+        **kwargs,
+    ) -> list[str]:
+        """Short answers to samples["text_input"] (B questions), each in `prompt` ("Question: {} Short answer:").
+
+        Questions of different length are left-padded. Only inference_method="generate" is known.
+        """
+        if inference_method != "generate":
+            raise ValueError(f"inference_method: {inference_method!r}; EVLGen answers by 'generate' only")
+        questions = samples["text_input"]
+        questions = [questions] if isinstance(questions, str) else questions
+        template = prompt or "Question: {} Short answer:"
+        asked = {**samples, "prompt": [template.format(question) for question in questions]}
+        return self.generate(
+            asked, num_beams=num_beams, max_length=max_len, min_length=min_len, length_penalty=length_penalty
+        )
+
+    @torch.no_grad()
+    def extract_features(self, samples: dict, mode: str = "image") -> BlipOutputFeatures:
+        """image_embeds (B, L', D_c): the connector's tokens; image_embeds_proj (B, L', D_l): the LLM's prompt."""
+        if mode != "image":
+            raise ValueError(f"mode: {mode!r}; EVLGen has image features only")
+        tokens = self.connector(self.ln_vision(self.visual_encoder(samples["image"]))).tokens
+        return BlipOutputFeatures(image_embeds=tokens, image_embeds_proj=self.llm_proj(tokens))
+
+    def load_checkpoint(self, url_or_filename: str):
+        """Load trainable weights strictly and safely (no pickled code); raises WeightsError."""
+        load_checkpoint_file(self, url_or_filename)
+
+    def load_checkpoint_from_config(self, cfg, **kwargs):
+        path = cfg.get("finetuned") if cfg.get("load_finetuned", False) else cfg.get("pretrained")
+        if path:
+            self.load_checkpoint(path)
+        else:
+            logging.info("no model.pretrained: ln_vision, connector and llm_proj are untrained")
+
+    @classmethod
+    def from_config(cls, cfg) -> EVLGen:
+        """Build from a LAVIS model config (keys: CONFIG_KEYS) and load `pretrained` where given."""
+        model = build_evlgen(cls, cfg)
+        model.load_checkpoint_from_config(cfg)
+        return model
+
+
+def build_evlgen(cls, cfg) -> EVLGen:
+    """Vision encoder, connector and language model of `cfg`, without a checkpoint."""
+    for key, needed in (("freeze_vit", True), ("drop_path_rate", 0), ("use_grad_checkpoint", False)):
+        if cfg.get(key, needed) != needed:
+            raise ValueError(f"{key}: {cfg.get(key)} asked; {cls.CONFIG_KEYS[key]}")
+    if cfg.get("llm_model") and cfg.get("opt_model") and cfg.llm_model != cfg.opt_model:
+        raise ValueError(f"llm_model {cfg.llm_model} and opt_model {cfg.opt_model} differ; give one")
+    connector = cfg.get("connector", "tomeformer")
+    if connector not in CONNECTORS:
+        raise ValueError(f"connector: {connector!r} is not one of {', '.join(CONNECTORS)}")
+    vision = load_vision_encoder(
+        cfg.get("vit_model", "eva_clip_g"),
+        cfg.get("image_size", 224),
+        cfg.get("vit_precision", "fp16"),
+        cfg.get("vit_path"),
+        cfg.get("vit_layer"),
+    )
+    precision = check_precision(cfg.get("llm_precision", "fp16"), "llm_precision")
+    llm, tokenizer = load_language_model(cfg.get("llm_model") or cfg.get("opt_model"), precision)
+    body = {k: cfg[k] for k in ("num_layers", "merge_mean", "partition", "proportional_attention", "dropout") if k in cfg}
+    tome_r = cfg.get("tome_r", 19)
+    return cls(
+        vision,
+        CONNECTORS[connector](vision, cfg.get("connector_init"), tome_r=_plain(tome_r), **body),
+        LanguageModel(llm, tokenizer, cfg.get("bos", "after"), cfg.get("max_txt_len", 32)),
+        cfg.get("prompt", ""),
+        cfg.get("prompt_scale", "released"),
+        _plain(cfg.get("lr_scale")),
+    )
+
+
+def _plain(value):
+    """An OmegaConf node as plain Python."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value

@@ -1,0 +1,181 @@
+"""Frozen vision encoders behind one interface: (B, 3, H, W) -> (B, L, D_v), `.width`, `.num_tokens`, `.protected`.
+
+`vit_model` is LAVIS's `eva_clip_g` or `clip_L`, or any Hugging Face vision model (id, folder, or the .onnx file
+of a DINOv2 as the quickstart uses).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from lavis.common.dist_utils import download_cached_file
+from lavis.models import clip_vit, eva_vit
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, AutoModel
+
+from lavis_evlgen.models.freezing import DTYPES, check_precision, freeze
+from lavis_evlgen.models.onnx_dinov2 import dinov2_from_onnx
+from lavis_evlgen.models.sources import WeightsError, load_from_hub, read_state_dict, resolve
+
+DOWNLOADS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
+
+
+def eva_clip_g(image_size: int) -> nn.Module:
+    """LAVIS's EVA-CLIP-g: width 1408, 39 blocks (the last of its 40 dropped), patch 14."""
+    return eva_vit.VisionTransformer(
+        img_size=image_size, patch_size=14, use_mean_pooling=False, embed_dim=1408, depth=39,
+        num_heads=1408 // 88, mlp_ratio=4.3637, qkv_bias=True, norm_layer=_LayerNorm1e6,
+    )  # fmt: skip
+
+
+def clip_vit_l(image_size: int) -> nn.Module:
+    """LAVIS's CLIP ViT-L/14: width 1024, 21 blocks run (LAVIS builds `layers - 1` of 22)."""
+    return clip_vit.VisionTransformer(
+        input_resolution=image_size, patch_size=14, width=1024, layers=22, heads=16, use_grad_checkpointing=False
+    )
+
+
+class _LayerNorm1e6(nn.LayerNorm):
+    def __init__(self, width: int):
+        super().__init__(width, eps=1e-6)
+
+
+class _LinspaceOnCPU(TorchFunctionMode):
+    """LAVIS reads numbers off a `torch.linspace` while it builds; on the meta device there are none."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        if func is torch.linspace:
+            kwargs["device"] = "cpu"
+        return func(*args, **kwargs)
+
+
+# name: (architecture, file of the download, LAVIS's resizing of its position embeddings)
+LAVIS_VITS = {
+    "eva_clip_g": (eva_clip_g, "eva_vit_g.pth", eva_vit.interpolate_pos_embed),
+    "clip_L": (clip_vit_l, "clip_vit_L.pth", clip_vit.interpolate_pos_embed),
+}
+
+
+class VisionEncoder(nn.Module):
+    """A frozen ViT. `forward(image (B, 3, H, W))` -> (B, L, D_v) float32, without gradient.
+
+    `protected` counts the leading tokens that are not patches ([CLS], registers).
+    """
+
+    def __init__(self, vit: nn.Module, width: int, num_tokens: int, protected: int, precision: str):
+        super().__init__()
+        self.precision = check_precision(precision, "vit_precision")
+        self.vit = freeze(_cast_matrices(vit, DTYPES[precision]))
+        self.width, self.num_tokens, self.protected = width, num_tokens, protected
+
+    def train(self, mode: bool = True):
+        return super().train(False)  # frozen means eval mode, always
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        with torch.autocast(image.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+            return self.vit(image).float()  # (B, L, D_v)
+
+
+class HuggingFaceViT(nn.Module):
+    """Any Hugging Face vision model as (B, 3, H, W) -> (B, L, D_v).
+
+    layer: which hidden state to read, counted as Hugging Face does (0 the embeddings, k after block k, negative
+    from the end); later blocks are removed, so they cost neither memory nor time. None: the model's own
+    last_hidden_state.
+    """
+
+    def __init__(self, model: nn.Module, image_size: int, layer: int | None = None):
+        super().__init__()
+        model = getattr(model, "vision_model", model)  # CLIP, SigLIP: the vision half
+        config = getattr(model.config, "vision_config", model.config)
+        self.layer = layer
+        self.resize = {}
+        if getattr(config, "image_size", image_size) != image_size and config.model_type != "dinov2":
+            self.resize = {"interpolate_pos_encoding": True}
+        if layer is not None:
+            _keep_layers(model, config.num_hidden_layers, layer)
+        self.model, self.width = model, config.hidden_size
+        self.patches = (image_size // config.patch_size) ** 2
+
+    def forward(self, image: Tensor) -> Tensor:
+        if self.layer is None:
+            return self.model(image, **self.resize).last_hidden_state
+        return self.model(image, output_hidden_states=True, **self.resize).hidden_states[-1]
+
+
+def _keep_layers(model: nn.Module, depth: int, layer: int):
+    wanted = layer if layer >= 0 else depth + 1 + layer
+    if not 0 <= wanted <= depth:
+        raise ValueError(f"vit_layer: {layer} is outside 0..{depth} (or -1..{-depth - 1}) of this ViT")
+    stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not stacks:
+        raise ValueError(f"vit_layer: found no stack of {depth} blocks in {type(model).__name__}")
+    del stacks[0][wanted:]
+
+
+def _cast_matrices(vit: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Linear and convolution weights to `dtype`, norms stay float32, as LAVIS and autocast have it."""
+    for module in vit.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(dtype)
+    return vit
+
+
+def load_vision_encoder(
+    vit_model: str,
+    image_size: int = 224,
+    precision: str = "fp16",
+    vit_path: str | None = None,
+    vit_layer: int | None = None,
+) -> VisionEncoder:
+    """Build the encoder and load its weights: from `vit_path`, from the hub, or LAVIS's download."""
+    if vit_model in LAVIS_VITS:
+        if vit_layer is not None:
+            raise ValueError(f"vit_layer: {vit_model} has one output; use a Hugging Face ViT to choose a layer")
+        return _load_lavis_vit(vit_model, image_size, precision, vit_path)
+    if vit_path:
+        raise ValueError(f"vit_path: only for {', '.join(LAVIS_VITS)}; give the folder as vit_model")
+    source = resolve(vit_model, "vit_model")
+    if source.endswith(".onnx"):
+        model = dinov2_from_onnx(source)
+    else:
+        load_from_hub(AutoConfig.from_pretrained, source, "vit_model")
+        model = load_from_hub(AutoModel.from_pretrained, source, "vit_model", torch_dtype=torch.float32)
+    return wrap_hugging_face(model, image_size, precision, vit_layer)
+
+
+def wrap_hugging_face(model: nn.Module, image_size: int, precision: str, layer: int | None) -> VisionEncoder:
+    """A loaded Hugging Face vision model as a VisionEncoder; one dry run counts its tokens."""
+    vit = HuggingFaceViT(model, image_size, layer).eval()
+    device = next(vit.parameters()).device
+    with torch.no_grad():
+        num_tokens = vit(torch.zeros(1, 3, image_size, image_size, device=device)).shape[1]
+    return VisionEncoder(vit, vit.width, num_tokens, max(num_tokens - vit.patches, 0), precision)
+
+
+def _load_lavis_vit(name: str, image_size: int, precision: str, vit_path: str | None) -> VisionEncoder:
+    build, file, resize_positions = LAVIS_VITS[name]
+    if vit_path:
+        path = resolve(vit_path, "vit_path")
+    else:
+        logging.info("vit_model %s: downloading %s (or set model.vit_path to a local copy)", name, file)
+        try:
+            path = download_cached_file(DOWNLOADS + file, check_hash=False, progress=True)
+        except OSError as error:
+            raise WeightsError(
+                f"vit_model {name}: cannot download {DOWNLOADS + file} ({error}); "
+                "fetch it elsewhere and set model.vit_path to the file"
+            ) from error
+    with torch.device("meta"), _LinspaceOnCPU():  # no random numbers for a billion weights that are overwritten
+        vit = build(image_size)
+    state = read_state_dict(path, "vit_path")
+    resize_positions(vit, state)
+    missing = vit.load_state_dict(state, strict=False, assign=True).missing_keys
+    if missing:
+        raise WeightsError(f"vit_path: {path} lacks {len(missing)} weights of {name}, first {missing[0]}")
+    vit.float()
+    return VisionEncoder(vit, vit.num_features, (image_size // 14) ** 2 + 1, 1, precision)

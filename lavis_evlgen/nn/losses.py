@@ -1,0 +1,38 @@
+"""The one loss: next-token cross-entropy of the caption, computed only where there is a label."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE = -100
+
+
+def prefix_lm_loss(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Sum of the cross-entropies (nats, float32 scalar) and the number of supervised tokens (float32 scalar).
+
+    hidden (B, T, D): last hidden states; labels (B, T) long aligned with the *inputs* (position t is the
+    token at t; -100 where unsupervised); head maps (N, D) -> (N, V) logits and runs only on the N supervised
+    positions, so neither the visual prompt nor the padding costs a vocabulary-wide row. EVLGen, eq. 3.
+    """
+    targets = labels[:, 1:]
+    supervised = targets != IGNORE
+    logits = head(hidden[:, :-1][supervised])  # (N, V)
+    loss = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
+    return loss, supervised.sum().float()
+
+
+@torch.no_grad()
+def variance_share(prompt: Tensor) -> Tensor:
+    """Share of the visual prompt's variance that is across pictures, in [0, 1] (scalar); 0 = collapsed.
+
+    prompt (B, P, D). Variance over the batch at each position, against the variance over batch and positions:
+    a connector that answers the same prompt to every picture has 0, whatever its tokens look like.
+    """
+    prompt = prompt.float()
+    across = prompt.var(dim=0, unbiased=False).mean()
+    total = prompt.flatten(0, 1).var(dim=0, unbiased=False).mean()
+    return across / total.clamp_min(torch.finfo(torch.float32).tiny)

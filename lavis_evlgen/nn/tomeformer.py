@@ -1,0 +1,189 @@
+"""TomeFormer: a BERT encoder whose layers merge similar tokens between attention and MLP.
+
+Parameter names are those of Hugging Face's BertModel (without word embeddings and pooler), so
+bert-base-uncased, MiniLM and released connectors load by name. With no merging it equals BertModel fed with
+`inputs_embeds`. EVLGen, section 3.2 and appendix C.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lavis_evlgen.nn.merging import MergeMap, match, merge_schedule, tokens_after
+
+
+@dataclass
+class TomeFormerConfig:
+    """Sizes of the BERT body and how it merges; the defaults are bert-base with the paper's r = 19."""
+
+    hidden_size: int = 768
+    num_layers: int = 12
+    num_heads: int = 12
+    intermediate_size: int = 3072
+    max_positions: int = 512
+    layer_norm_eps: float = 1e-12
+    dropout: float = 0.1
+    tome_r: object = 19  # int | list | {r, inflection} | {target}; see merge_schedule
+    merge_mean: str = "plain"  # plain (released) | size: weight tokens by the patches they stand for
+    partition: str = "alternate"  # alternate (released) | random (the paper's wording)
+    proportional_attention: bool = False  # add log(size) to the attention logits
+    protected: int = 1  # leading tokens that never merge ([CLS])
+    num_tokens: int = 257  # what the schedule is planned for
+    schedule: list[int] = field(init=False)
+
+    def __post_init__(self):
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
+        if self.num_tokens > self.max_positions:
+            raise ValueError(
+                f"{self.num_tokens} visual tokens, but the TomeFormer has {self.max_positions} position "
+                "embeddings; use a smaller image_size or a connector_init with more positions"
+            )
+        for name, value, known in (
+            ("merge_mean", self.merge_mean, ("plain", "size")),
+            ("partition", self.partition, ("alternate", "random")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
+        self.schedule = merge_schedule(self.tome_r, self.num_layers, self.num_tokens, self.protected)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return tokens_after(self.num_tokens, self.schedule, self.protected)
+
+
+class Embeddings(nn.Module):
+    """Adds learned absolute positions and token type 0 to the visual tokens, then LayerNorm and dropout."""
+
+    def __init__(self, cfg: TomeFormerConfig):
+        super().__init__()
+        self.position_embeddings = nn.Embedding(cfg.max_positions, cfg.hidden_size)
+        self.token_type_embeddings = nn.Embedding(2, cfg.hidden_size)
+        self.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = self.position_embeddings.weight[: x.shape[1]]  # (T, D)
+        return self.dropout(self.LayerNorm(x + positions + self.token_type_embeddings.weight[0]))
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention; also returns the keys averaged over heads, the metric that merging compares."""
+
+    def __init__(self, cfg: TomeFormerConfig):
+        super().__init__()
+        self.num_heads, self.dropout = cfg.num_heads, cfg.dropout
+        self.query = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.key = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+        self.value = nn.Linear(cfg.hidden_size, cfg.hidden_size)
+
+    def forward(self, x: Tensor, log_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        batch, tokens, width = x.shape
+
+        def heads(linear):
+            return linear(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)  # (B, H, T, d)
+
+        key = heads(self.key)
+        bias = None if log_sizes is None else log_sizes[:, None, None, :].to(key.dtype)  # (B, 1, 1, T)
+        mixed = F.scaled_dot_product_attention(
+            heads(self.query), key, heads(self.value), bias, self.dropout if self.training else 0.0
+        )
+        return mixed.transpose(1, 2).reshape(batch, tokens, width), key.mean(1)
+
+
+class AddNorm(nn.Module):
+    """BERT's output block: dense, dropout, residual, LayerNorm (post-norm)."""
+
+    def __init__(self, inputs: int, cfg: TomeFormerConfig):
+        super().__init__()
+        self.dense = nn.Linear(inputs, cfg.hidden_size)
+        self.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(self.dropout(self.dense(x)) + residual)
+
+
+class Layer(nn.Module):
+    """Attention, merge, MLP. `ModuleDict`s only spell BERT's parameter names."""
+
+    def __init__(self, cfg: TomeFormerConfig):
+        super().__init__()
+        self.cfg = cfg
+        attention = {"self": SelfAttention(cfg), "output": AddNorm(cfg.hidden_size, cfg)}
+        self.attention = nn.ModuleDict(attention)
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(cfg.hidden_size, cfg.intermediate_size)})
+        self.output = AddNorm(cfg.intermediate_size, cfg)
+
+    def forward(self, x: Tensor, r: int, sizes: Tensor | None, generator) -> tuple[Tensor, MergeMap | None]:
+        log_sizes = sizes.log() if sizes is not None and self.cfg.proportional_attention else None
+        mixed, metric = self.attention["self"](x, log_sizes)
+        x = self.attention["output"](mixed, x)  # (B, T, D)
+        step = None
+        if r > 0:
+            step = match(metric, r, self.cfg.protected, self.cfg.partition, generator)
+            x = step.merge(x, sizes if self.cfg.merge_mean == "size" else None)  # (B, T - r, D)
+        return self.output(F.gelu(self.intermediate["dense"](x)), x), step
+
+
+class TomeFormer(nn.Module):
+    """(B, T, D) visual tokens -> (B, T', D) merged tokens, and the source map when asked."""
+
+    def __init__(self, cfg: TomeFormerConfig):
+        super().__init__()
+        self.cfg = cfg
+        self.embeddings = Embeddings(cfg)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))})
+        self.apply(_init_bert)
+
+    def forward(self, x: Tensor, return_source: bool = False) -> tuple[Tensor, MergeMap | None]:
+        """x (B, T, D) -> tokens (B, T', D), source: MergeMap from the T input tokens | None."""
+        cfg = self.cfg
+        track_sizes = cfg.merge_mean == "size" or cfg.proportional_attention
+        sizes = torch.ones(x.shape[:2], device=x.device) if track_sizes else None  # (B, T) patches per token
+        source = MergeMap.identity(*x.shape[:2], x.device) if return_source else None
+        # evaluation must not depend on what ran before: the random partition is then the same every time
+        generator = None if self.training else torch.Generator().manual_seed(0)
+        x = self.embeddings(x)
+        for layer, r in zip(self.encoder["layer"], cfg.schedule, strict=True):
+            x, step = layer(x, r, sizes, generator)
+            if step is not None:
+                sizes = None if sizes is None else step.sizes(sizes)
+                source = None if source is None else source.then(step)
+        return x, source
+
+    @torch.no_grad()
+    def load_bert(self, state: dict[str, Tensor]) -> list[str]:
+        """Load a BertModel state dict by name (a `bert.` prefix is dropped); returns the keys left unused.
+
+        Fewer layers than the BERT are taken from its bottom; a missing or misshapen tensor is an error.
+        """
+        state = {k.removeprefix("bert."): v for k, v in state.items()}
+        state = {k.replace("LayerNorm.gamma", "LayerNorm.weight"): v for k, v in state.items()}
+        state = {k.replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in state.items()}
+        own = self.state_dict()
+        missing = [k for k in own if k not in state]
+        if missing:
+            raise ValueError(
+                f"the BERT weights lack {len(missing)} of the TomeFormer's {len(own)} tensors, "
+                f"first {missing[0]}: fewer layers than num_layers={self.cfg.num_layers}, or not a BERT"
+            )
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"BERT weight {name} is {tuple(state[name].shape)}, the TomeFormer needs "
+                    f"{tuple(tensor.shape)}: connector_init and the connector's sizes differ"
+                )
+            tensor.copy_(state[name])
+        return sorted(set(state) - set(own))
+
+
+def _init_bert(module: nn.Module):
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

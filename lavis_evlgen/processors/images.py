@@ -1,0 +1,95 @@
+"""Image processors: a PIL picture in, a normalised (3, H, W) float tensor out."""
+
+from lavis.common.registry import registry
+from lavis.processors.base_processor import BaseProcessor
+from torchvision import transforms
+from torchvision.transforms.functional import InterpolationMode
+
+from lavis_evlgen.processors.config import read_config
+
+# Per-channel (mean, std) of pixels in 0..1, by the name of the training that used them.
+STATISTICS = {
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+_SIZE_KEYS = {
+    "image_size": "side of the square tensor in pixels",
+    "mean": "clip, imagenet, half, or three numbers (pixels in 0..1)",
+    "std": "as mean; left away, it follows the name given as mean",
+}
+
+
+def _statistic(processor: str, key: str, value) -> list[float]:
+    if isinstance(value, str):
+        if value not in STATISTICS:
+            known = ", ".join(STATISTICS)
+            raise ValueError(f"{processor}: {key}={value} is not known; give {known} or three numbers")
+        return list(STATISTICS[value][key == "std"])
+    numbers = [float(number) for number in value]
+    if len(numbers) != 3 or (key == "std" and min(numbers) <= 0):
+        raise ValueError(f"{processor}: {key}={numbers} must be three numbers{' above 0' * (key == 'std')}")
+    return numbers
+
+
+class _ImageProcessor(BaseProcessor):
+    NAME = ""
+    CONFIG_KEYS: dict[str, str] = _SIZE_KEYS
+
+    def _build(self, image_size: int, mean, std, steps: list):
+        if image_size < 1:
+            raise ValueError(f"{self.NAME}: image_size={image_size} must be at least 1")
+        if std is None:
+            if not isinstance(mean, str):
+                raise ValueError(f"{self.NAME}: mean is given in numbers, so std must be too")
+            std = mean
+        mean, std = _statistic(self.NAME, "mean", mean), _statistic(self.NAME, "std", std)
+        normalize = transforms.Normalize(mean, std)
+        self.transform = transforms.Compose([*steps, transforms.ToTensor(), normalize])
+
+    @classmethod
+    def from_config(cls, cfg=None):
+        return cls(**read_config(cls, cfg))
+
+
+def _resize(image_size: int):
+    return transforms.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
+
+
+@registry.register_processor("evlgen_image_train")
+class EvlgenImageTrainProcessor(_ImageProcessor):
+    """Random crop, resized bicubically to a square, and mirrored at random. Randomness is torch's global one.
+
+    min_scale=1 keeps the whole picture (a plain resize) rather than cropping it to a random aspect ratio.
+    """
+
+    NAME = "evlgen_image_train"
+    CONFIG_KEYS = {
+        **_SIZE_KEYS,
+        "min_scale": "smallest share of the picture's area that a crop keeps, above 0 up to 1 (1: no crop)",
+        "flip": "mirror half of the pictures left to right (not where captions say left or right)",
+    }
+
+    def __init__(self, image_size: int = 224, mean="imagenet", std=None, min_scale: float = 0.5,
+                 flip: bool = True):
+        if not 0 < min_scale <= 1:
+            raise ValueError(f"{self.NAME}: min_scale={min_scale} must be above 0 and at most 1")
+        steps = [_resize(image_size)]
+        if min_scale < 1:
+            crop = transforms.RandomResizedCrop(
+                image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC
+            )
+            steps = [crop]
+        if flip:
+            steps.append(transforms.RandomHorizontalFlip())
+        self._build(image_size, mean, std, steps)
+
+
+@registry.register_processor("evlgen_image_eval")
+class EvlgenImageEvalProcessor(_ImageProcessor):
+    """The whole picture, resized bicubically to a square."""
+
+    NAME = "evlgen_image_eval"
+
+    def __init__(self, image_size: int = 224, mean="imagenet", std=None):
+        self._build(image_size, mean, std, [_resize(image_size)])
