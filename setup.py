@@ -9,7 +9,7 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-HERE = Path(__file__).parent
+README = Path(__file__).parent / "README.md"
 
 INSTALL = [
     "salesforce-lavis==1.0.2",
@@ -45,7 +45,7 @@ setup(
     name="lavis-evlgen",
     version="0.1.0",
     description="EVLGen for Salesforce LAVIS: train a vision-language model in one stage, with one loss.",
-    long_description=(HERE / "README.md").read_text(encoding="utf-8") if (HERE / "README.md").exists() else "",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",
     python_requires=">=3.10,<3.13",

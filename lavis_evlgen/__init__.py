@@ -14,6 +14,6 @@ from lavis_evlgen import lavis_bridge  # noqa: E402
 
 lavis_bridge.apply()
 
-# `from lavis_evlgen import plugin` goes here: it registers models, tasks, builders, processors, the runner
+from lavis_evlgen import plugin  # noqa: E402
 
-__all__ = ["__version__", "environment", "lavis_bridge"]
+__all__ = ["__version__", "environment", "lavis_bridge", "plugin"]

@@ -91,24 +91,25 @@ def installed_versions(names: list[str]) -> dict[str, str]:
     return versions
 
 
-def torch_wanted_by_torchvision() -> str | None:
-    """The exact torch version that the installed torchvision was built for, if its metadata says so."""
+def torch_wanted_by_torchvision() -> Need | None:
+    """The torch that the installed torchvision says it fits: one release, or in some builds a least one."""
     for line in metadata.requires("torchvision") or ():
-        found = re.match(r"torch\s*\(?==\s*([\w.]+)", line)
+        found = re.match(r"torch\s*\(?(==|>=)\s*([\w.]+)", line)
         if found:
-            return found.group(1)
+            sign, version = found.groups()
+            return Need("torch", exactly=version) if sign == "==" else Need("torch", least=version)
     return None
 
 
 def check(
     installed: Mapping[str, str] | None = None,
     python: tuple[int, ...] | None = None,
-    torch_wanted: str | None = None,
+    torch_wanted: Need | None = None,
 ) -> None:
     """Raise `BrokenEnvironment` for the first thing that is wrong; return quietly otherwise.
 
     The arguments stand in for what is read from this interpreter (versions by distribution name,
-    the Python version, the torch release that torchvision was built for).
+    the Python version, the torch that torchvision fits).
     """
     python = tuple(python or sys.version_info[:2])[:2]
     if not PYTHON[0] <= python <= PYTHON[1]:
@@ -129,21 +130,33 @@ def check(
     check_torch_pair(installed["torch"], installed["torchvision"], torch_wanted)
 
 
-def check_torch_pair(torch: str, torchvision: str, torch_wanted: str | None) -> None:
+def check_torch_pair(torch: str, torchvision: str, torch_wanted: Need | None) -> None:
     """torch and torchvision share compiled operators, so both must come from one build.
 
     A mismatched pair installs without complaint and dies at import with
-    `operator torchvision::nms does not exist`; the versions already tell.
+    `operator torchvision::nms does not exist`; nearly always the versions already tell.
     """
     tags = build_tag(torch), build_tag(torchvision)
     # a registry torchvision has no tag and fits any CUDA build of its release, but never a CPU one
     mixed = tags[0] != tags[1] and ("cpu" in tags or all(tags))
-    if mixed or (torch_wanted and release(torch) != release(torch_wanted)):
-        wanted = f", which was built for torch {torch_wanted}" if torch_wanted else ""
+    if mixed or (torch_wanted and not torch_wanted.met_by(torch)):
+        wanted = f", which fits {torch_wanted}" if torch_wanted else ""
         raise BrokenEnvironment(
             f"torch {torch} was found with torchvision {torchvision}{wanted} but lavis_evlgen needs both "
             f"from one build (else `operator torchvision::nms does not exist`): {MEND}."
         )
+
+
+def import_torchvision() -> None:
+    """Import torchvision, and turn the failure that its versions did not foretell into one sentence."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise BrokenEnvironment(
+            f"torchvision does not load with this torch ({reason}) but lavis_evlgen needs both from one "
+            f"build: {MEND}."
+        ) from error
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -155,5 +168,5 @@ def require(module: str, extra: str) -> ModuleType:
             raise
         raise MissingExtra(
             f"{module} is not installed: run `uv sync --extra {extra}`, "
-            f'or `pip install -c requirements.lock -e ".[{extra}]" --no-deps` after the lock.'
+            "or `pip install --no-deps -r requirements.lock`, which holds every extra."
         ) from error

@@ -14,6 +14,8 @@ import logging
 import os
 from pathlib import Path
 
+from lavis_evlgen import environment
+
 log = logging.getLogger(__name__)
 
 _applied: list[tuple[str, str]] = []
@@ -32,6 +34,7 @@ def apply() -> None:
     global _done
     if _done:
         return
+    environment.import_torchvision()  # LAVIS would, and its error would not say what to do
     reexport_pruning_helpers()  # before the first `import lavis`, which is what it makes possible
     import lavis  # noqa: F401  registers LAVIS's models, tasks, builders and processors
 

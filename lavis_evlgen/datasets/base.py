@@ -89,7 +89,7 @@ class CaptionDataset(BaseDataset):
             if len(failed) == MAX_TRIES:
                 break
         raise DataError(
-            f"{self.name}: {len(bad)} images in a row cannot be read, from row {index} of the {self.split} split "
+            f"{self.name}: {len(bad)} images in a row cannot be read, from row {index} of {self.split} "
             f"on; the first is {bad[0]['image']} ({bad[0]['reason']}). Check the images folder."
         )
 
@@ -109,8 +109,8 @@ class CaptionDataset(BaseDataset):
         }
 
     def collater(self, samples: list[dict]) -> dict:
-        """Stack samples into a batch: `image` (B, 3, H, W), or None where none could be read; the rest lists
-        of length B, except `bad`, which lists every unreadable image met, those of dropped samples included."""
+        """Stack samples into a batch: `image` (B, 3, H, W), or None where none could be read; the rest
+        lists of length B, except `bad`: every unreadable image met, those of dropped samples included."""
         kept = [sample for sample in samples if sample["image"] is not None]
         return {
             "image": torch.stack([sample["image"] for sample in kept]) if kept else None,  # (B, 3, H, W)

@@ -1,4 +1,4 @@
-"""What our dataset builders share: no downloads, processors by name, clear words where something is missing."""
+"""What our dataset builders share: no downloads, processors by name, clear errors."""
 
 import logging
 from pathlib import Path
@@ -44,7 +44,7 @@ class CaptionDatasetBuilder(BaseDatasetBuilder):
         config = (self.config.get(key) or {}).get(stage)
         place = f"datasets.{self.NAME}.{key}.{stage}"
         if not config or not config.get("name"):
-            raise DataError(f"{place} is missing; name a processor, such as {place}.name={_USUAL[key, stage]}")
+            raise DataError(f"{place} is missing; name one, such as {place}.name={_USUAL[key, stage]}")
         found = registry.get_processor_class(config.name)
         if found is None:
             known = ", ".join(sorted(registry.list_processors()))

@@ -29,7 +29,7 @@ class CaptionRow(NamedTuple):
 
 @dataclass
 class CaptionsFile:
-    """What a captions file holds: the usable `rows`, one line of `problems` for each other row, and `notes`."""
+    """What a captions file holds: usable `rows`, one line of `problems` for each other row, `notes`."""
 
     path: str
     format: str
@@ -54,7 +54,7 @@ def read_captions_file(path, columns: dict[str, str] | None = None) -> CaptionsF
 
     Rows that cannot be used are listed in `.problems`. Raises DataError where the whole file cannot be used.
     """
-    columns = dict(columns or {})
+    columns = {column: name for column, name in (columns or {}).items() if name}
     if unknown := set(columns) - set(COLUMNS):
         raise DataError(f"columns.{min(unknown)} is not known; columns takes {', '.join(COLUMNS)}")
     text = _read_text(path)
@@ -62,7 +62,7 @@ def read_captions_file(path, columns: dict[str, str] | None = None) -> CaptionsF
     if not start:
         raise DataError(f"the captions file {path} is empty")
     if start.startswith(("<!doctype", "<html")):
-        raise DataError(f"{path} looks like HTML, perhaps an error page saved by a downloader; fetch it again")
+        raise DataError(f"{path} looks like HTML, perhaps an error page saved by a downloader")
     if start[0] not in "[{":
         return _read_table(path, text, columns)
     content = _parse_json(path, text)
@@ -80,7 +80,7 @@ def _read_text(path) -> str:
         with open(path, encoding="utf-8-sig", newline="") as file:
             return file.read()
     except FileNotFoundError:
-        here = "" if os.path.isabs(path) else f" (a relative path starts at the current folder, {os.getcwd()})"
+        here = "" if os.path.isabs(path) else f" (relative paths start at {os.getcwd()})"
         raise DataError(f"there is no captions file {path}{here}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"the captions file {path} is not UTF-8 text ({error}); convert it first") from None
@@ -96,8 +96,8 @@ def _parse_json(path, text: str):
         if error.msg != "Extra data":  # a second value after the first one: JSON lines
             raise DataError(f"{path} is not valid JSON, line {error.lineno}: {error.msg}") from None
     else:
-        one_line = "\n" not in text.strip() and isinstance(content, dict) and "images" not in content
-        if not one_line:
+        one_row = isinstance(content, dict) and not {"images", "annotations", "info"} & set(content)
+        if not one_row or "\n" in text.strip():
             return list(enumerate(content, 1)) if isinstance(content, list) else content
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
@@ -134,7 +134,8 @@ def _read_coco(path, images: list[dict], annotations: list[dict]) -> CaptionsFil
     for image in images:
         name = image.get("file_name")
         if names.setdefault(image.get("id"), name) != name:
-            raise DataError(f"{path} gives the id {image['id']} to two images: {names[image['id']]} and {name}")
+            other = names[image["id"]]
+            raise DataError(f"{path} gives the id {image['id']} to two images: {other} and {name}")
     for number, row in enumerate(annotations, 1):
         image_id = row.get("image_id")
         if image_id not in names:

@@ -90,8 +90,8 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
         captions, annotations = self.config.get("captions"), self.config.get("annotations")
         if bool(captions) == bool(annotations):
             raise DataError(
-                f"datasets.image_captions has {'both' if captions else 'neither'} of `captions` (one file, with "
-                "`split`) and `annotations` (a file per split); give one of the two"
+                f"datasets.image_captions has {'both' if captions else 'neither'} of `captions` (one file, "
+                "with `split`) and `annotations` (a file per split); give one of the two"
             )
         if captions:
             return split_items(captions, self._read(captions), self.config.get("split"))
@@ -137,8 +137,8 @@ def split_items(path: str, rows: list[CaptionRow], split) -> dict[str, list[Capt
     """The images of each split that has any. `split`: counts {train: N, …}, or "from_file"."""
     if not split:
         raise DataError(
-            f"{path} holds all captions: say how to split it, with datasets.image_captions.split.train=N (val, "
-            "test), or with split=from_file where the file has a split column"
+            f"{path} holds all captions: say how to split it, with datasets.image_captions.split.train=N "
+            "(val, test), or with split=from_file where the file has a split column"
         )
     items = group_by_image(path, rows)
     if isinstance(split, str):
@@ -155,7 +155,7 @@ def _split_by_counts(path: str, items: list[CaptionedImage], counts) -> dict[str
     if any(not isinstance(count, int) or count < 0 for count in counts.values()):
         raise DataError(f"datasets.image_captions.split takes numbers of images, not {counts}")
     if sum(counts.values()) > len(items):
-        raise DataError(f"datasets.image_captions.split asks for {counts}, but {path} has {len(items)} images")
+        raise DataError(f"datasets.image_captions.split asks for {counts}, but {path} has {len(items)}")
     for split, count in counts.items():
         if count:
             found[split] = items[start:start + count]
@@ -169,7 +169,7 @@ def _split_from_file(path: str, rows: list[CaptionRow], items: list[CaptionedIma
     split_of: dict[str, str] = {}
     for row in rows:
         if row.split is None:
-            raise DataError(f"{path} names no split for {row.image}; set columns.split=NAME, or split by counts")
+            raise DataError(f"{path} names no split for {row.image}; set columns.split, or split by counts")
         split = str(row.split).strip().lower()
         split = _SPLIT_NAMES.get(split, split)
         if split_of.setdefault(row.image, split) != split:
@@ -185,7 +185,7 @@ def _check_split_names(key: str, given):
         raise DataError(f"datasets.image_captions.{key}={given} must be a mapping of {', '.join(SPLITS)}")
     for name in given:
         if name not in SPLITS:
-            raise DataError(f"datasets.image_captions.{key}.{name} is unknown; splits are {', '.join(SPLITS)}")
+            raise DataError(f"datasets.image_captions.{key}.{name} is unknown; there are {', '.join(SPLITS)}")
 
 
 def _report_shared_images(found: dict[str, list[CaptionedImage]]):

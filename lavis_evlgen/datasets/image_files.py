@@ -1,9 +1,12 @@
 """Open one image file completely, or say in one line why it cannot be opened."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Lock
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from lavis_evlgen.datasets.errors import UnreadableImage
 
@@ -15,7 +18,7 @@ def open_image(path) -> Image.Image:
     """
     _check_file(path)
     try:
-        with Image.open(path) as image:
+        with _whole_files_only(), Image.open(path) as image:
             image.load()
             return _to_rgb(image)
     except MemoryError:
@@ -26,6 +29,20 @@ def open_image(path) -> Image.Image:
         raise UnreadableImage(path, f"too many pixels to open safely ({error})") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UnreadableImage(path, f"broken or truncated ({type(error).__name__}: {error})") from None
+
+
+_PILLOW_SWITCH = Lock()
+
+
+@contextmanager
+def _whole_files_only() -> Iterator[None]:
+    """LAVIS tells Pillow, process-wide, to fill the rest of a truncated file with grey; not us."""
+    with _PILLOW_SWITCH:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+        try:
+            yield
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def _check_file(path):

@@ -1,4 +1,4 @@
-"""Draw a scene with Pillow: flat shapes on a plain ground, drawn at twice the size, halved, slightly noisy."""
+"""Draw a scene with Pillow: flat shapes on a plain ground, drawn at twice the size and halved."""
 
 from math import cos, pi, sin
 

@@ -1,4 +1,4 @@
-"""Five captions of a scene: the canonical one, which the picture decides word for word, and four paraphrases."""
+"""Five captions of a scene: the canonical one, decided by the picture, and four paraphrases."""
 
 from lavis_evlgen.datasets.scene_specs import INVERSE, Scene, Thing
 

@@ -24,7 +24,7 @@ MARGIN = 0.03
 
 
 class Thing(NamedTuple):
-    """One object: words for shape, colour and size, and its box (centre x, y; side) as shares of the picture."""
+    """One object: words for shape, colour and size, and its box (centre x, y; side) in 0..1."""
 
     shape: str
     colour: str
@@ -35,7 +35,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What one picture shows. `relation` is that of the first thing to the second, "" unless the kind is pair;
+    """What one picture shows. `relation` is that of the first thing to the second ("" unless a pair);
     `noise` seeds the pixel noise and the colour jitter."""
 
     kind: str

@@ -18,14 +18,16 @@ class ScenesDataset(CaptionDataset):
 
     def __init__(self, split: str, size: int, *, seed: int = 0, image_size: int = 224,
                  captions_per_image: int = 1, kinds: dict[str, float] | None = None, **kwargs):
-        """`kinds`: weights of the kinds of scene (None: all alike). Further arguments go to CaptionDataset."""
+        """`kinds`: weights of the kinds of scene (None: all alike). `kwargs` go to CaptionDataset."""
         self.seed, self.image_size = seed, image_size
         kinds = dict.fromkeys(KINDS, 1) if kinds is None else kinds
         self.kinds = {kind: float(kinds.get(kind) or 0) for kind in KINDS}
         _check(size, image_size, captions_per_image, kinds, self.kinds)
         items = (self._item(split, index) for index in range(size))
-        kwargs |= {"captions_per_image": captions_per_image, "definition": [_DRAWING, seed, image_size, self.kinds]}
-        super().__init__("scenes", split, items, **kwargs)
+        definition = [_DRAWING, seed, image_size, self.kinds]
+        super().__init__(
+            "scenes", split, items, captions_per_image=captions_per_image, definition=definition, **kwargs
+        )
 
     def _item(self, split: str, index: int) -> CaptionedImage:
         captions = captions_of(sample_scene(self.seed, split, index, self.kinds))
@@ -45,11 +47,12 @@ def _check(size: int, image_size: int, captions_per_image: int, given: dict, kin
     if min(kinds.values()) < 0 or sum(kinds.values()) <= 0:
         raise DataError(f"datasets.scenes.kinds={kinds} must be weights, none below 0 and one above")
     if not 1 <= captions_per_image <= CAPTIONS_PER_SCENE:
-        raise DataError(f"datasets.scenes.captions_per_image={captions_per_image} must be 1..{CAPTIONS_PER_SCENE}")
+        asked = f"datasets.scenes.captions_per_image={captions_per_image}"
+        raise DataError(f"{asked} must be 1 to {CAPTIONS_PER_SCENE}")
     if image_size < 16:
         raise DataError(f"datasets.scenes.image_size={image_size} is too small to draw in; give 16 or more")
     if size < 1:
-        raise DataError(f"datasets.scenes.sizes has a split of {size} pictures; give 1 or more, or 0 for none")
+        raise DataError(f"datasets.scenes.sizes has a split of {size} pictures; give 1 or more")
 
 
 @registry.register_builder("scenes")
@@ -71,7 +74,7 @@ class ScenesBuilder(CaptionDatasetBuilder):
     def build(self) -> dict[str, ScenesDataset]:
         config = self.config
         if unknown := set(config.sizes) - set(SPLITS):
-            raise DataError(f"datasets.scenes.sizes.{min(unknown)} is unknown; splits are {', '.join(SPLITS)}")
+            raise DataError(f"datasets.scenes.sizes.{min(unknown)} is unknown; there are {', '.join(SPLITS)}")
         return {
             split: ScenesDataset(
                 split, config.sizes[split], seed=config.seed, image_size=config.image_size,

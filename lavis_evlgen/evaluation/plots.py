@@ -153,12 +153,15 @@ def _series(history: Sequence[Mapping], name: str) -> tuple[np.ndarray, np.ndarr
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Centred running mean over about a 30th of the run; at the ends the window shrinks."""
-    half = len(values) // 60
+    """Centred running mean over about a 30th of the run.
+
+    At the steep start the window shrinks on both sides; at the end on one side only, where the noise is all.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     middle = np.arange(len(values))
-    half = np.minimum(np.minimum(middle, middle[::-1]), half)  # symmetric, so that a slope is not biased
-    return (sums[middle + half + 1] - sums[middle - half]) / (2 * half + 1)
+    half = np.minimum(middle, len(values) // 60)
+    first, last = middle - half, np.minimum(middle + half, len(values) - 1)
+    return (sums[last + 1] - sums[first]) / (last - first + 1)
 
 
 def _line(axes, curve: tuple[np.ndarray, np.ndarray], color: str, label: str) -> None:

@@ -121,7 +121,7 @@ class EVLGen(BaseModel):
         return prompt
 
     def loss_of(self, prompt: VisualPrompt, samples: dict) -> tuple[Tensor, Tensor]:
-        """(summed cross-entropy in nats, supervised tokens) of samples["text_input"] under these prompts."""
+        """Per sample: summed cross-entropy (B,) in nats of samples["text_input"] under these prompts, tokens (B,)."""
         texts = samples["text_input"]
         return self.language_model.loss(prompt.tokens, texts, self._prompts(samples, len(texts)), prompt.mask)
 
@@ -132,9 +132,10 @@ class EVLGen(BaseModel):
         of the prompt's variance that is across pictures (0: the connector has collapsed).
         """
         prompt = self.visual_prompt(samples["image"])
-        total, tokens = self.loss_of(prompt, samples)
+        sums, tokens = self.loss_of(prompt, samples)
+        total, count = sums.sum(), tokens.sum()
         share = variance_share(prompt.tokens)
-        return {"loss": total / tokens.clamp_min(1), "loss_tokens": tokens, "variance_share": share}
+        return {"loss": total / count.clamp_min(1), "loss_tokens": count, "variance_share": share}
 
     def _prompts(self, samples: dict, batch: int) -> list[str]:
         prompt = samples.get("prompt", self.prompt)

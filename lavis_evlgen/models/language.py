@@ -120,7 +120,7 @@ class LanguageModel(nn.Module):
     def loss(
         self, visual: Tensor, texts: list[str], prompts: list[str], mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """visual (B, P, D_l), mask (B, P) | None -> (summed cross-entropy in nats, supervised tokens)."""
+        """visual (B, P, D_l), mask (B, P) | None -> per sample: summed cross-entropy (B,) in nats, tokens (B,)."""
         # as released, max_txt_len counts the BOS that stands in the text
         limit = self.max_txt_len - (self.text.bos_id is not None)
         pairs = [self.text.caption(p, t, limit) for p, t in zip(prompts, texts, strict=True)]

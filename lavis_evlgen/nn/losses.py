@@ -12,17 +12,18 @@ IGNORE = -100
 
 
 def prefix_lm_loss(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum of the cross-entropies (nats, float32 scalar) and the number of supervised tokens (float32 scalar).
+    """Per sample: sum of the cross-entropies (B,) in nats, float32, and number of supervised tokens (B,).
 
     hidden (B, T, D): last hidden states; labels (B, T) long aligned with the *inputs* (position t is the
     token at t; -100 where unsupervised); head maps (N, D) -> (N, V) logits and runs only on the N supervised
     positions, so neither the visual prompt nor the padding costs a vocabulary-wide row. EVLGen, eq. 3.
     """
     targets = labels[:, 1:]
-    supervised = targets != IGNORE
+    supervised = targets != IGNORE  # (B, T - 1)
     logits = head(hidden[:, :-1][supervised])  # (N, V)
-    loss = F.cross_entropy(logits.float(), targets[supervised], reduction="sum")
-    return loss, supervised.sum().float()
+    losses = F.cross_entropy(logits.float(), targets[supervised], reduction="none")  # (N,)
+    sums = losses.new_zeros(supervised.shape).masked_scatter(supervised, losses).sum(1)
+    return sums, supervised.sum(1).float()
 
 
 @torch.no_grad()

@@ -161,6 +161,8 @@ def merge_schedule(spec, num_layers: int, tokens: int, protected: int = 1) -> li
 def _line(r: int, inflection: float, num_layers: int) -> list[int]:
     if not -1 <= inflection <= 1:
         raise ValueError(f"tome_r: inflection {inflection} is outside [-1, 1]")
+    if r < 0:
+        raise ValueError(f"tome_r: negative merges in {{r: {r}}}")
     if num_layers == 1:
         return [r]
     exact = [r * (1 - inflection + 2 * inflection * i / (num_layers - 1)) for i in range(num_layers)]
@@ -181,8 +183,9 @@ def _to_target(target: int, num_layers: int, tokens: int, protected: int) -> lis
         schedule.append(r)
         left -= r
     if left != target:
+        least = tokens_after(tokens, [tokens] * num_layers, protected)
         raise ValueError(
             f"tome_r: {tokens} tokens cannot become {target} in {num_layers} layers (a layer merges at most half "
-            f"of the unprotected tokens); reachable: {tokens_after(tokens, [tokens] * num_layers)} to {tokens}"
+            f"of the unprotected tokens); reachable: {least} to {tokens}"
         )
     return schedule

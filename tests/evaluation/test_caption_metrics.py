@@ -158,12 +158,14 @@ def test_ptb_keeps_every_caption_on_its_line(capfd, monkeypatch):
 
 @needs_java
 def test_meteor():
-    predictions = {1: "a dog runs", 2: "", 3: "a café 犬", 4: "a ||| red bus"}
+    predictions = {1: "a dog runs", 2: "", 3: "a café 犬", 4: "a ||| red bus", 5: "a man riding a wave"}
     references = {1: ["a dog runs", "dogs"], 2: ["a cat"], 3: ["café"], 4: ["", "a red ||| bus", "a bus"]}
+    references[5] = ["a man rides a wave", "surfer"]
     result = score_captions(predictions, references, ["METEOR"])
     assert result.tokenizer == "ptb" and not result.unscored
     each = {key: row["METEOR"] for key, row in result.per_sample.items()}
     assert each[1] == pytest.approx(1.0) and each[2] == 0.0 and 0 < each[3] < 1 and each[4] > 0.3
+    assert each[5] == pytest.approx(0.890909090909091)  # as pycocoevalcap's own wrapper scores it
     assert 0 < result.scores["METEOR"] < 1
 
 

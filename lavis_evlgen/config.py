@@ -1,0 +1,108 @@
+"""Run configs: LAVIS's two levels (defaults of the model and data sets, then projects/*.yaml, then --options),
+with every key checked against the classes that read it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+
+from lavis.common.config import Config
+from lavis.common.registry import registry
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+SECTIONS = ("run", "model", "datasets")
+
+
+class ConfigError(ValueError):
+    """A config that names something unknown; the message names the key, the nearest known one and the file."""
+
+
+class EvlgenConfig(Config):
+    """LAVIS's Config, with `--options` applied first: model.model_type=X selects that type's defaults too."""
+
+    def __init__(self, args):
+        self.args, self.config = args, {}
+        registry.register("configuration", self)
+        self.path = Path(args.cfg_path)
+        if not self.path.is_file():
+            raise ConfigError(f"--cfg-path: {self.path} does not exist (seen from {Path.cwd()})")
+        options = self._options(args.options or [])
+        config = OmegaConf.load(self.path)
+        for section in SECTIONS:
+            if section not in config:
+                raise ConfigError(f"{self.path}: section {section!r} is missing; a run config has {', '.join(SECTIONS)}")
+        # strict: an option may not invent a section
+        self._refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
+        config = OmegaConf.merge(config, options)
+        self._check_names(config)
+        self.config = OmegaConf.merge(
+            self.build_runner_config(config), self.build_model_config(config), self.build_dataset_config(config)
+        )
+        self._check_keys()
+
+    @staticmethod
+    def _options(options: list[str]) -> DictConfig:
+        for option in options:
+            if "=" not in option:
+                raise ConfigError(f"--options {option}: write key=value, e.g. run.max_iters=100")
+        try:
+            return OmegaConf.from_dotlist(options)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"--options {' '.join(options)}: {str(error).splitlines()[0]}") from error
+
+    def _check_names(self, config):
+        """The model, its type, data sets, task and runner must be registered."""
+        model_cls = self._registered("model.arch", config.model.get("arch"), "model_name_mapping")
+        types = getattr(model_cls, "PRETRAINED_MODEL_CONFIG_DICT", {})
+        self._known("model.model_type", config.model.get("model_type"), types)
+        for name in config.datasets:
+            builder = self._registered("datasets", name, "builder_name_mapping")
+            self._known(f"datasets.{name}.type", config.datasets[name].get("type", "default"), builder.DATASET_CONFIG_DICT)
+        self._registered("run.task", config.run.get("task"), "task_name_mapping")
+        self._registered("run.runner", config.run.get("runner", "runner_evlgen"), "runner_name_mapping")
+
+    def _registered(self, key: str, name, mapping: str):
+        return self._known(key, name, registry.mapping[mapping])
+
+    def _known(self, key: str, name, known: dict):
+        if name not in known:
+            raise ConfigError(f"{self.path}: {key}: {name!r} is unknown{nearest(str(name), known)}")
+        return known[name] if isinstance(known, dict) else None
+
+    def _check_keys(self):
+        """Every key must be one that some class says it reads; classes that do not say are checked by defaults."""
+        run, model = self.config.run, self.config.model
+        runner = registry.get_runner_class(run.get("runner", "runner_evlgen"))
+        task = registry.get_task_class(run.task)
+        if hasattr(runner, "CONFIG_KEYS") and hasattr(task, "CONFIG_KEYS"):
+            self._refuse_unknown(run, {**runner.CONFIG_KEYS, **task.CONFIG_KEYS}, "run.")
+        keys = getattr(registry.get_model_class(model.arch), "CONFIG_KEYS", None)
+        if keys:
+            self._refuse_unknown(model, keys, "model.")
+        for name, section in self.config.datasets.items():
+            keys = getattr(registry.get_builder_class(name), "CONFIG_KEYS", None)
+            if keys:
+                self._refuse_unknown(section, {**keys, "type": ""}, f"datasets.{name}.")
+            self._check_processors(name, section)
+
+    def _check_processors(self, dataset: str, section):
+        for kind in ("vis_processor", "text_processor"):
+            for stage, processor in (section.get(kind) or {}).items():
+                place = f"datasets.{dataset}.{kind}.{stage}"
+                found = self._registered(f"{place}.name", processor.get("name"), "processor_name_mapping")
+                if hasattr(found, "CONFIG_KEYS"):
+                    self._refuse_unknown(processor, {**found.CONFIG_KEYS, "name": ""}, f"{place}.")
+
+    def _refuse_unknown(self, section, known: dict, prefix: str):
+        for key in section:
+            if key not in known:
+                raise ConfigError(f"{self.path}: unknown key {prefix}{key}{nearest(str(key), known)}")
+
+
+def nearest(name: str, known) -> str:
+    """"; did you mean X?", or the list of what is known when nothing is near."""
+    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(sorted(map(str, known)))}"

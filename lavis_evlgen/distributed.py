@@ -1,0 +1,82 @@
+"""Processes: start them (gloo or nccl), talk between them, and behave the same when there is only one."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def start(device: str = "auto") -> torch.device:
+    """Join the process group when launched by torch.distributed.run; returns this rank's device.
+
+    device: auto (CUDA where present), cuda, cpu. CPU ranks talk over gloo, CUDA ranks over nccl.
+    """
+    wants_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if wants_cuda and not torch.cuda.is_available():
+        raise RuntimeError("run.device=cuda, but torch sees no CUDA device; set run.device=cpu or auto")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if wants_cuda:
+        torch.cuda.set_device(local_rank)
+    if "RANK" in os.environ and not dist.is_initialized():
+        backend = "nccl" if wants_cuda else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))
+    return torch.device("cuda", local_rank) if wants_cuda else torch.device("cpu")
+
+
+def stop():
+    """Leave the process group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def initialized() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier():
+    if initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Sum of `x` over ranks, on every rank, in place; without a process group, `x` as it is."""
+    if initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def gather_lists(rows: list) -> list:
+    """All ranks' rows (picklable), in rank order, on every rank."""
+    if not initialized():
+        return rows
+    parts = [None] * world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def from_main(value):
+    """The main rank's `value` (picklable) on every rank."""
+    return gather_lists([value if is_main() else None])[0]
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every rank when it is true on one."""
+    if not initialized():
+        return flag
+    return any(gather_lists([flag]))

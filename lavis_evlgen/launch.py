@@ -1,0 +1,89 @@
+"""What `train.py` and `evaluate.py` do: read the config, start the processes, build the parts, run."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+
+# before torch: thread oversubscription of several ranks on one CPU, and fork warnings of the fast tokenizers
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Problems that the user can mend: shown as one line, without a stack trace.
+from lavis.common.registry import registry  # noqa: E402
+
+from lavis_evlgen import distributed, plugin  # noqa: E402, F401
+from lavis_evlgen.config import ConfigError, EvlgenConfig  # noqa: E402
+from lavis_evlgen.datasets import DataError  # noqa: E402
+from lavis_evlgen.environment import MissingExtra  # noqa: E402
+from lavis_evlgen.models.sources import WeightsError  # noqa: E402
+from lavis_evlgen.runners.bad_images import TooManyBadImages  # noqa: E402
+from lavis_evlgen.runners.steps import NonFinite  # noqa: E402
+
+USER_ERRORS = (ConfigError, DataError, WeightsError, MissingExtra, TooManyBadImages, NonFinite)
+
+EPILOG = """examples:
+  python {script} --cfg-path projects/evlgen/quickstart.yaml
+  python {script} --cfg-path projects/evlgen/quickstart.yaml --options run.max_iters=600 model.tome_r=38
+  python -m torch.distributed.run --nproc_per_node=8 {script} --cfg-path projects/evlgen/opt.yaml
+continue a run: --options run.resume_ckpt_path=output/.../checkpoint_last.pth
+every key of run, model and datasets: evlgen keys"""
+
+
+def parser(script: str, purpose: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        description=purpose, epilog=EPILOG.format(script=script), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--cfg-path", required=True, help="run config, e.g. projects/evlgen/quickstart.yaml")
+    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
+    return p
+
+
+def set_up_logging():
+    """Main rank: times and messages; other ranks: warnings, with their rank."""
+    level = logging.INFO if distributed.is_main() else logging.WARNING
+    name = f"[rank {distributed.rank()}] " if distributed.initialized() else ""
+    logging.basicConfig(level=level, format=f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S", force=True)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module="timm|fairscale|torchvision")
+
+
+def build(cfg: EvlgenConfig):
+    """(task, data sets by name and split, model) of a config."""
+    task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
+    datasets = task.build_datasets(cfg)
+    return task, datasets, task.build_model(cfg)
+
+
+def run(args, evaluate: bool = False):
+    """Train, or only evaluate, as the config says; returns the runner."""
+    import torch
+
+    cfg = EvlgenConfig(args)
+    if evaluate:
+        cfg.run_cfg.evaluate = True
+    distributed.start(cfg.run_cfg.get("device", "auto"))
+    set_up_logging()
+    # every rank builds the same weights; the runner then gives each rank its own dropout
+    torch.manual_seed(int(cfg.run_cfg.get("seed", 42)))
+    job_id = distributed.from_main(time.strftime("%Y%m%d-%H%M%S"))
+    task, datasets, model = build(cfg)
+    runner_cls = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_evlgen"))
+    runner = runner_cls(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+    runner.train()
+    distributed.stop()
+    return runner
+
+
+def main(script: str, purpose: str, evaluate: bool = False, argv=None):
+    """Entry of train.py and evaluate.py: errors that the user can mend are one line, exit code 2."""
+    args = parser(script, purpose).parse_args(argv)
+    try:
+        run(args, evaluate)
+    except USER_ERRORS as error:
+        distributed.stop()
+        print(f"{script}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,139 @@
+"""What a user sees of a run: the start-up table, a progress line with ETA, log.jsonl, TensorBoard, loss.png."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import resource
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lavis_evlgen.evaluation.plots import loss_plot
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory of this process in GB: on the GPU where there is one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def part_rows(model: torch.nn.Module) -> list[tuple]:
+    """(part, parameters, trainable, lr_scale, dtypes, bytes) for each part of the model."""
+    part_of = getattr(model, "part_of", None)
+    parts: dict[str, list] = {}
+    for name, parameter in model.named_parameters():
+        frozen = not parameter.requires_grad or part_of is None
+        part = name.split(".")[0] if frozen else part_of(name)
+        row = parts.setdefault(part, [0, 0, set(), 0])
+        row[0] += parameter.numel()
+        row[1] += parameter.numel() * parameter.requires_grad
+        row[2].add(str(parameter.dtype).removeprefix("torch."))
+        row[3] += parameter.numel() * parameter.element_size()
+    scales = getattr(model, "lr_scale", {})
+    return [(part, n, t, scales.get(part, 1.0), sorted(d), size) for part, (n, t, d, size) in parts.items()]
+
+
+def startup_table(model: torch.nn.Module, facts: dict[str, str]) -> str:
+    """What is frozen, what trains, and the facts of the run, as text."""
+    table = Table(title="EVLGen: what is frozen, what trains", title_justify="left")
+    for column in ("part", "parameters", "trains", "lr ×", "dtype", "memory"):
+        table.add_column(column, justify="left" if column in ("part", "dtype") else "right")
+    rows = part_rows(model)
+    for part, total, trainable, scale, dtypes, size in rows:
+        trains, rate = (f"{trainable / 1e6:.2f}M", f"{scale:g}") if trainable else ("frozen", "")
+        table.add_row(part, f"{total / 1e6:.2f}M", trains, rate, ", ".join(dtypes), f"{size / 1e9:.2f} GB")
+    totals = [sum(row[i] for row in rows) for i in (1, 2, 5)]
+    table.add_section()
+    table.add_row("total", f"{totals[0] / 1e6:.2f}M", f"{totals[1] / 1e6:.2f}M", "", "", f"{totals[2] / 1e9:.2f} GB")
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(table)
+    width = max(map(len, facts))
+    return console.export_text() + "\n".join(f"  {key:<{width}}  {value}" for key, value in facts.items())
+
+
+class Progress:
+    """Collects tensors in the hot loop and reads them only when a line is due."""
+
+    def __init__(self, folder: Path, max_steps: int, images_per_step: int, device, tensorboard: bool):
+        self.folder, self.max_steps, self.images_per_step, self.device = folder, max_steps, images_per_step, device
+        self.file = folder / "log.jsonl"
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count, self.waited, self.started = 0, 0.0, time.perf_counter()
+        self.paused = 0.0
+        self.seconds_per_step = None
+
+    def resume_at(self, step: int):
+        """Drop log lines after `step`: those steps will be run again."""
+        if self.file.exists():
+            kept = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
+            self.file.write_text("".join(line + "\n" for line in kept))
+
+    def update(self, waited: float, **values: torch.Tensor):
+        """Add one step's values (tensors on the device; nothing is read) and its wait for data in seconds."""
+        self.waited += waited
+        self.count += 1
+        for key, value in values.items():
+            value = value.detach().float()
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+    def pause(self, seconds: float):
+        """Time that was not training (evaluation, saving) does not count in images/s and ETA."""
+        self.paused += seconds
+
+    def line(self, step: int, lr: float) -> dict:
+        """Close the window at `step`: log, append to log.jsonl and TensorBoard, start a new window."""
+        row = {"step": step, **{k: (v / self.count).item() for k, v in self.sums.items()}, "lr": lr}
+        elapsed = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        self.seconds_per_step = elapsed / self.count
+        row |= {
+            "images_per_s": self.images_per_step * self.count / elapsed,
+            "data_wait": self.waited / elapsed,
+            "seconds_per_step": self.seconds_per_step,
+            "peak_memory_gb": peak_memory_gb(self.device),
+        }
+        eta = (self.max_steps - step) * self.seconds_per_step
+        logging.info(
+            "step %d/%d  loss %.4f  lr %.2e  across-picture share %.3f  %.1f images/s  data wait %.0f%%  "
+            "peak %.1f GB  ETA %s",
+            step, self.max_steps, row["loss"], lr, row.get("variance_share", float("nan")), row["images_per_s"],
+            100 * row["data_wait"], row["peak_memory_gb"], _clock(eta),
+        )  # fmt: skip
+        self.write(row)
+        self.sums, self.count, self.waited, self.paused = {}, 0, 0.0, 0.0
+        self.started = time.perf_counter()
+        return row
+
+    def write(self, row: dict):
+        """Append a row to log.jsonl and to TensorBoard."""
+        with open(self.file, "a") as file:
+            file.write(json.dumps(row) + "\n")
+        if self.writer is not None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):
+                    self.writer.add_scalar(key, value, row["step"])
+            self.writer.flush()
+
+    def history(self) -> list[dict]:
+        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+
+    def draw(self, title: str):
+        """loss.png of the run so far."""
+        history = self.history()
+        if any("loss" in row or "val_loss_right" in row for row in history):
+            loss_plot(self.folder / "loss.png", history, title)
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"

@@ -1,0 +1,125 @@
+"""What a run leaves behind for people: run card, results with captions, picture sheet, the last words."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import torch
+
+from lavis_evlgen import distributed
+from lavis_evlgen.evaluation.plots import caption_sheet
+from lavis_evlgen.evaluation.run_card import run_card, write_run_card
+
+COLLAPSED = 1e-3  # share of the prompt's variance across pictures under which a connector answers one prompt
+
+
+class Reporter:
+    """Writes for one runner; used on the main rank only."""
+
+    def __init__(self, runner):
+        self.runner, self.folder = runner, runner.output_dir
+        self.warned = False
+        self.results: dict[str, dict] = {}
+
+    def facts(self, data: dict, images_per_step: int) -> dict[str, str]:
+        """The lines under the start-up table."""
+        runner, run = self.runner, self.runner.config.run_cfg
+        model = runner.unwrap_dist_model(runner.model)
+        facts = {}
+        if hasattr(model, "visual_encoder") and hasattr(model.connector, "num_output_tokens"):
+            facts["tokens"] = f"{model.visual_encoder.num_tokens} visual -> {model.connector.num_output_tokens} in the prompt"
+        device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "cpu"
+        threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
+        facts |= {
+            "device": f"{device}{threads}, {distributed.world_size()} process(es), amp {run.get('amp', False)}",
+            "batch": f"{images_per_step} images a step ({run.batch_size_train} x {distributed.world_size()} ranks x "
+            f"{runner.accum_grad_iters} accumulated)",
+            "steps": f"{runner.start_step} -> {runner.max_iters}, evaluated every {runner.iters_per_inner_epoch}",
+            "data": "; ".join(getattr(d, "description", f"{name}: {len(d)} rows") for name, d in data.items()),
+            "run folder": str(self.folder),
+        }
+        return facts
+
+    def watch_collapse(self, row: dict):
+        """Warn once when the prompt no longer depends on the picture."""
+        share = row.get("variance_share")
+        if share is not None and share < COLLAPSED and not self.warned:
+            self.warned = True
+            logging.warning(
+                "the connector has collapsed: across-picture share of the prompt's variance is %.1e at step %d, so the "
+                "model sees the same prompt for every picture and learns captions blind. Try model.prompt_scale="
+                "embedding, a smaller model.lr_scale.connector, or model.bos=before (docs/training.md)",
+                share, row["step"],
+            )  # fmt: skip
+
+    def result(self, name: str, dataset, split: str, step, result: dict):
+        """Write result/SPLIT_STEP.json and run.json, extend the curves, draw the sheet, log the summary."""
+        rows = result.pop("rows", None)
+        self.results[split] = result
+        with open(self.folder / "result" / f"{split}_{step}.json", "w", encoding="utf-8") as file:
+            json.dump({"split": split, "step": step, **result, "rows": rows}, file, indent=1, ensure_ascii=False)
+        self._card(name, dataset, split, step, result)
+        if rows:
+            self._sheet(dataset, rows)
+        if "loss_right" in result:
+            curve = {"step": step, "val_loss_right": result["loss_right"], "val_loss_shuffled": result["loss_shuffled"]}
+            curve |= {"cider": result["metrics"].get("CIDEr"), "blind_cider": result["blind"].get("CIDEr")}
+            if hasattr(self.runner, "progress") and split in self.runner.valid_splits:
+                self.runner.progress.write(curve)
+            logging.info("%s at step %s: %s", split, step, summary(result))
+        if rows and split in self.runner.test_splits:
+            for row in rows[:8]:
+                logging.info("  caption: %s\n      reference: %s", row["caption"], row["references"][0])
+
+    def _card(self, name: str, dataset, split: str, step, result: dict):
+        model = self.runner.unwrap_dist_model(self.runner.model)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        total = sum(p.numel() for p in model.parameters())
+        fingerprint = getattr(dataset, "fingerprint", None)
+        size = getattr(dataset, "num_images", len(dataset))
+        card = run_card(
+            config=self.runner.config.to_dict(),
+            prompt=getattr(model, "prompt", ""),
+            decoding=getattr(self.runner.task, "decoding", {}),
+            data={"name": name, "split": split, "size": size, "fingerprint": fingerprint},
+            scoring_tokenizer=result.get("scoring_tokenizer"),
+            metrics={k: v for k, v in result.items() if k not in ("unreadable", "scoring_tokenizer")},
+            model={"class": type(model).__name__, "trainable_parameters": trainable, "parameters": total},
+            step=step,
+            unreadable_images=len(result.get("unreadable", [])),
+        )
+        write_run_card(self.folder / "result" / f"{split}_{step}.card.json", card)
+        write_run_card(self.folder / "run.json", card)
+
+    def _sheet(self, dataset, rows: list[dict]):
+        rows = rows[: int(self.runner.config.run_cfg.get("sheet_pictures", 12))]
+        images = [dataset.pil_image(int(row["instance_id"])) for row in rows]
+        caption_sheet(
+            self.folder / "captions.png",
+            images,
+            [row["caption"] for row in rows],
+            [row["references"] for row in rows],
+            [row["scores"].get("CIDEr") for row in rows],
+        )
+
+    def close(self):
+        """The last words of a run."""
+        for split, result in self.results.items():
+            if "loss_right" in result:
+                logging.info("%s: %s", split, summary(result))
+            for metric, reason in result.get("unscored", {}).items():
+                logging.info("%s was not scored: %s", metric, reason)
+        logging.info("run folder: %s (run.json, loss.png, captions.png, log.jsonl, result/, checkpoints)", self.folder)
+
+
+def summary(result: dict) -> str:
+    """One line: CIDEr against blind CIDEr, loss with right against shuffled pictures."""
+    cider, blind = result["metrics"].get("CIDEr", float("nan")), result["blind"].get("CIDEr", float("nan"))
+    others = "  ".join(f"{k} {v:.3f}" for k, v in result["metrics"].items() if k != "CIDEr")
+    bad = f"  {len(result['unreadable'])} unreadable pictures left out" if result.get("unreadable") else ""
+    return (
+        f"CIDEr {cider:.3f} (blind {blind:.3f})  loss {result['loss_right']:.3f} right, "
+        f"{result['loss_shuffled']:.3f} shuffled (gap {result['loss_gap']:.3f} nats/token)  {others}  "
+        f"[{result['pictures']} pictures, {result['scoring_tokenizer']} tokenizer]{bad}"
+    )

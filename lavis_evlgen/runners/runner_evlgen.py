@@ -1,0 +1,343 @@
+"""`runner_evlgen`: LAVIS's iteration runner, mended: CPU or GPU, one process or many, resumable bit for bit."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import time
+from pathlib import Path
+
+import torch
+from lavis.common.registry import registry
+from lavis.runners.runner_iter import RunnerIter
+from torch.nn.parallel import DistributedDataParallel
+
+from lavis_evlgen import distributed
+from lavis_evlgen.datasets.loading import eval_loader, train_loader
+from lavis_evlgen.models.checkpoints import frozen_names, load_trainable, trainable_state
+from lavis_evlgen.runners import state
+from lavis_evlgen.runners.bad_images import BadImages
+from lavis_evlgen.runners.progress import Progress, startup_table
+from lavis_evlgen.runners.reporting import Reporter
+from lavis_evlgen.runners.schedule import adamw
+from lavis_evlgen.runners.steps import TrainingStep
+
+
+@registry.register_runner("runner_evlgen")
+class RunnerEvlgen(RunnerIter):
+    """Trains for `max_iters` optimizer steps; every `iters_per_inner_epoch` it evaluates and saves."""
+
+    CONFIG_KEYS = {
+        "runner": "runner_evlgen",
+        "task": "what evaluation does: evlgen_captioning, or a LAVIS task",
+        "max_iters": "optimizer steps of the run",
+        "iters_per_inner_epoch": "evaluate and save every this many steps",
+        "lr_sched": "linear_warmup_cosine_step_lr, or another registered schedule",
+        "init_lr": "learning rate after warm-up",
+        "min_lr": "learning rate at the end",
+        "warmup_lr": "learning rate at step 0",
+        "warmup_steps": "steps of linear warm-up",
+        "weight_decay": "AdamW weight decay of matrices",
+        "beta2": "AdamW beta2 (0.999)",
+        "max_grad_norm": "clip the gradient to this norm; 0: no clipping (1.0)",
+        "batch_size_train": "images per rank and micro-step",
+        "batch_size_eval": "images per rank in evaluation",
+        "accum_grad_iters": "micro-steps per optimizer step (1)",
+        "num_workers": "data-loading processes per rank",
+        "amp": "autocast: false, bf16, fp16 (true means fp16, as in LAVIS)",
+        "seed": "seed of weights, order, augmentation and dropout",
+        "output_dir": "folder of runs, seen from where you stand",
+        "run_name": "name of this run's folder (a time stamp)",
+        "resume_ckpt_path": "checkpoint of a run to continue in its folder, or auto: the newest of run_name",
+        "evaluate": "true: only evaluate test_splits",
+        "train_splits": "must be [train]",
+        "valid_splits": "splits evaluated during training, e.g. [val]",
+        "test_splits": "splits evaluated at the end with the best weights, e.g. [test]",
+        "train_dataset_ratios": "shares of micro-steps, {data set: number}; left out: by size",
+        "device": "auto (CUDA where present), cuda, cpu",
+        "log_freq": "steps between log lines (50)",
+        "tensorboard": "write TensorBoard events to the run folder (true)",
+        "sheet_pictures": "pictures on captions.png (12)",
+        "world_size": "accepted from LAVIS configs; torch.distributed.run decides",
+        "dist_url": "accepted from LAVIS configs; torch.distributed.run decides",
+        "distributed": "accepted from LAVIS configs; torch.distributed.run decides",
+    }
+
+    def __init__(self, cfg, task, model, datasets, job_id):
+        run = cfg.run_cfg
+        self._folder = self._run_folder(run, job_id)
+        super().__init__(cfg, task, model, datasets, job_id)
+        self._device = distributed.start(run.get("device", "auto"))
+        self.seed = int(run.get("seed", 42))
+        self.start_step, self.best = 0, {"agg_metrics": None, "step": 0}
+        self._stop = False
+        model.to(self._device)
+        self._optimizer = None if run.get("evaluate") else self._build_optimizer()
+
+    @staticmethod
+    def _run_folder(run, job_id: str) -> Path:
+        resume = run.get("resume_ckpt_path")
+        if resume and resume != "auto":
+            return Path(resume).expanduser().absolute().parent
+        if resume == "auto" and not run.get("run_name"):
+            raise ValueError("run.resume_ckpt_path=auto needs run.run_name, the folder to look in")
+        return Path(run.output_dir).expanduser().absolute() / str(run.get("run_name") or job_id)
+
+    def setup_output_dir(self):
+        """LAVIS resolves output_dir against its own site-packages folder; ours is relative to the user."""
+        self.output_dir, self.result_dir = self._folder, self._folder / "result"
+        self.result_dir.mkdir(parents=True, exist_ok=True)
+        for name, path in (("output_dir", self.output_dir), ("result_dir", self.result_dir)):
+            registry.mapping["paths"][name] = str(path)  # register_path refuses a second run in one process
+
+    def _build_optimizer(self):
+        run = self.config.run_cfg
+        return adamw(self._model, float(run.init_lr), float(run.weight_decay), float(run.get("beta2", 0.999)))
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def evaluate_only(self) -> bool:
+        return bool(self.config.run_cfg.get("evaluate", False))
+
+    @property
+    def use_distributed(self) -> bool:
+        return distributed.initialized()
+
+    @property
+    def model(self):
+        """The model to call in training: wrapped in DDP over its trainable parameters when there are ranks."""
+        if self._wrapped_model is None:
+            self._wrapped_model = self._model
+            if self.use_distributed:
+                # frozen weights are the same file on every rank: neither broadcast nor reduced
+                ignored = sorted(frozen_names(self._model))
+                DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._model, ignored)
+                ids = [self.device.index] if self.device.type == "cuda" else None
+                self._wrapped_model = DistributedDataParallel(self._model, device_ids=ids)
+        return self._wrapped_model
+
+    def unwrap_dist_model(self, model):
+        return getattr(model, "module", model)
+
+    @property
+    def lr_scheduler(self):
+        if self._lr_sched is None:
+            run = self.config.run_cfg
+            name = run.get("lr_sched", "linear_warmup_cosine_step_lr")
+            if name != "linear_warmup_cosine_step_lr":
+                raise ValueError(f"run.lr_sched: {name!r}; runner_evlgen knows linear_warmup_cosine_step_lr")
+            self._lr_sched = registry.get_lr_scheduler_class(name)(
+                self.optimizer,
+                init_lr=float(run.init_lr),
+                min_lr=float(run.get("min_lr", 0.0)),
+                max_steps=self.max_iters,
+                warmup_steps=int(run.get("warmup_steps", 0)),
+                warmup_start_lr=float(run.get("warmup_lr", 0.0)),
+            )
+        return self._lr_sched
+
+    def _split(self, split: str) -> dict:
+        """{data set name: dataset} of a split; an error that lists what there is when there is none."""
+        found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
+        if not found:
+            known = sorted({s for splits in self.datasets.values() for s in splits})
+            raise ValueError(f"no data set has the split {split!r}; there are {', '.join(known)}")
+        return found
+
+    def _train_data(self):
+        """Training sets and their ratios."""
+        data, ratios = self._split("train"), self.config.run_cfg.get("train_dataset_ratios")
+        if ratios is None:
+            return data, None
+        if set(ratios) != set(data):
+            raise ValueError(f"run.train_dataset_ratios names {sorted(ratios)}, the training sets are {sorted(data)}")
+        return data, [float(ratios[name]) for name in data]
+
+    def _train_loader(self, data, ratios):
+        run = self.config.run_cfg
+        return train_loader(
+            list(data.values()),
+            ratios,
+            int(run.batch_size_train),
+            self.seed,
+            distributed.rank(),
+            distributed.world_size(),
+            self.start_step * self.accum_grad_iters,
+            int(run.get("num_workers", 0)),
+            self.device.type == "cuda",
+        )
+
+    def train(self):
+        """Train, evaluate and save as configured; with `evaluate: true` only evaluate."""
+        if self.evaluate_only:
+            return self.evaluate()
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+        run = self.config.run_cfg
+        data, ratios = self._train_data()
+        images = int(run.batch_size_train) * distributed.world_size() * self.accum_grad_iters
+        self.progress = Progress(
+            self.output_dir, self.max_iters, images, self.device, run.get("tensorboard", True) and distributed.is_main()
+        )
+        self._seed_everything()
+        self._resume()
+        self.bad = BadImages(self.output_dir, list(data.values()))
+        self.reporter = Reporter(self)
+        if distributed.is_main():
+            logging.info("\n%s", startup_table(self._model, self.reporter.facts(data, images)))
+        self._loop(iter(self._train_loader(data, ratios)))
+        self._finish()
+
+    def _loop(self, batches):
+        step_fn = TrainingStep(self.model, self.optimizer, self.device, self.config.run_cfg)
+        step_fn.load_scaler(self._scaler_state)
+        self.step_fn = step_fn
+        self._model.train()
+        self.progress.started = time.perf_counter()
+        for step in range(self.start_step, self.max_iters):
+            lr = self.lr_scheduler.step(cur_step=step)
+            values, waited, bad = step_fn(batches)
+            self.bad.add(bad)
+            self.progress.update(waited, **values)
+            done = step + 1
+            due = done % self.iters_per_inner_epoch == 0 or done == self.max_iters
+            if done % self.log_freq == 0 or due:
+                self._log(done, lr)
+            if due:
+                self._evaluate_and_save(done)
+            if self._should_stop(done):
+                self._save(done)
+                logging.warning("SIGTERM: saved step %d in %s; stopping", done, self.output_dir)
+                distributed.stop()
+                raise SystemExit(143)
+
+    def _log(self, step: int, lr: float):
+        self.bad.share()
+        self.step_fn.check_finite(step)
+        if distributed.is_main():
+            self.reporter.watch_collapse(self.progress.line(step, lr))
+
+    def _evaluate_and_save(self, step: int):
+        started = time.perf_counter()
+        for split in self.valid_splits:
+            result = self.eval_epoch(split, step)
+            best, value = self.best["agg_metrics"], result["agg_metrics"]
+            if split == self.valid_splits[0] and (best is None or value > best):
+                self.best = {"agg_metrics": value, "step": step}
+                self._save(step, state.BEST)
+        self._save(step)
+        self._model.train()
+        if distributed.is_main():
+            self.progress.draw(str(self.output_dir.name))
+        distributed.barrier()
+        self.progress.pause(time.perf_counter() - started)
+
+    @torch.no_grad()
+    def eval_epoch(self, split_name, cur_epoch, skip_reload=True):
+        """Evaluate one split: its metrics on every rank; files are written by the main one."""
+        run = self.config.run_cfg
+        data = self._split(split_name)
+        if len(data) > 1:
+            raise ValueError(f"evaluation of {split_name}: {', '.join(data)} all have it; keep one")
+        name, dataset = next(iter(data.items()))
+        loader = eval_loader(
+            dataset,
+            int(run.get("batch_size_eval", run.get("batch_size_train", 1))),
+            distributed.rank(),
+            distributed.world_size(),
+            int(run.get("num_workers", 0)),
+            self.device.type == "cuda",
+        )
+        self._model.eval()
+        self.task.before_evaluation(model=self._model, dataset=dataset)
+        rows = self.task.evaluation(self._model, loader, cuda_enabled=self.device.type == "cuda")
+        rows = distributed.gather_lists(rows)
+        result = None
+        if distributed.is_main():
+            result = self.task.after_evaluation(val_result=rows, split_name=split_name, epoch=cur_epoch)
+            self.reporter.result(name, dataset, split_name, cur_epoch, result)
+        # what the best checkpoint is decided on must be the same on every rank
+        return distributed.from_main({k: v for k, v in (result or {}).items() if k != "rows"})
+
+    def evaluate(self, cur_epoch="given", skip_reload=True) -> dict:
+        """Evaluate test_splits with the weights the model has now."""
+        self.reporter = Reporter(self)
+        return {split: self.eval_epoch(split, cur_epoch) for split in self.test_splits}
+
+    def _finish(self):
+        """Test with the best weights (the last ones where nothing was validated), and say where things are."""
+        best = self.output_dir / state.BEST
+        if self.test_splits and best.exists():
+            self._load_model(state.read(best)["model"], best)
+        for split in self.test_splits:
+            self.eval_epoch(split, self.best["step"] or self.max_iters)
+        if distributed.is_main():
+            self.reporter.close()
+        distributed.barrier()
+
+    def _seed_everything(self):
+        """Dropout differs between ranks; everything else is drawn from functions of the seed."""
+        import random
+
+        import numpy as np
+
+        seed = self.seed + distributed.rank()
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+
+    def _on_sigterm(self, *_):
+        self._stop = True
+
+    def _should_stop(self, step: int) -> bool:
+        """Whether any rank was told to stop; ranks ask each other at the same steps, on GPUs every tenth."""
+        if distributed.initialized() and self.device.type == "cuda" and step % 10:
+            return False
+        return distributed.any_rank(self._stop)
+
+    def _content(self, step: int) -> dict:
+        rng = distributed.gather_lists([state.rng_state()])
+        return {
+            "format": 1,
+            "model": trainable_state(self._model),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.step_fn.scaler_state(),
+            "step": step,
+            "rng": rng,
+            "best": self.best,
+            "world_size": distributed.world_size(),
+            "config": self.config.to_dict(),
+        }
+
+    def _save(self, step: int, name: str = state.LAST):
+        content = self._content(step)
+        if distributed.is_main():
+            state.write(self.output_dir / name, content)
+
+    def _load_model(self, weights: dict, source):
+        load_trainable(self._model, weights, str(source))
+
+    def _resume(self):
+        """Continue from `resume_ckpt_path`: model, optimizer, scaler, generators, and the place in the data."""
+        self._scaler_state = None
+        path = self.config.run_cfg.get("resume_ckpt_path")
+        if path == "auto":
+            path = state.find_last(self.output_dir)
+        if not path:
+            return
+        saved = state.read(path)
+        self._load_model(saved["model"], path)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self._scaler_state, self.start_step, self.best = saved["scaler"], saved["step"], saved["best"]
+        if saved["world_size"] == distributed.world_size():
+            state.set_rng_state(saved["rng"][distributed.rank()])
+        else:
+            logging.warning(
+                "resuming a run of %d ranks on %d: the data order goes on, dropout draws anew",
+                saved["world_size"], distributed.world_size(),
+            )  # fmt: skip
+        if distributed.is_main():
+            self.progress.resume_at(self.start_step)
+        logging.info("resumed %s at step %d", path, self.start_step)

@@ -1,0 +1,64 @@
+"""Learning rate as a function of the step, and optimizer groups by part of the model."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from lavis.common.registry import registry
+
+
+@registry.register_lr_scheduler("linear_warmup_cosine_step_lr")
+class LinearWarmupCosineStepLR:
+    """Linear warm-up over `warmup_steps`, then cosine to `min_lr` at `max_steps`; moves at every step.
+
+    LAVIS's own schedules move once an inner epoch. Group learning rates are multiplied by the group's `lr_scale`.
+    """
+
+    def __init__(self, optimizer, init_lr, min_lr, max_steps, warmup_steps=0, warmup_start_lr=0.0, **kwargs):
+        self.optimizer, self.init_lr, self.min_lr = optimizer, init_lr, min_lr
+        self.max_steps, self.warmup_steps, self.warmup_start_lr = max_steps, warmup_steps, warmup_start_lr
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step `step`, counted from 0."""
+        if step < self.warmup_steps:
+            return self.warmup_start_lr + (self.init_lr - self.warmup_start_lr) * step / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.max_steps - self.warmup_steps)
+        return self.min_lr + 0.5 * (self.init_lr - self.min_lr) * (1 + math.cos(math.pi * min(progress, 1.0)))
+
+    def step(self, cur_step: int, cur_epoch: int = 0) -> float:
+        """Set the rates for step `cur_step`; returns the unscaled one."""
+        rate = self.rate(cur_step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        return rate
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """Trainable parameters by part (`model.part_of`, `model.lr_scale`) and by decay: matrices decay, the rest not."""
+    part_of = getattr(model, "part_of", lambda name: "model")
+    scales = getattr(model, "lr_scale", {})
+    groups: dict[tuple, dict] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        part, decays = part_of(name), parameter.ndim >= 2
+        group = groups.setdefault(
+            (part, decays),
+            {
+                "params": [],
+                "name": part + ("" if decays else " (no decay)"),
+                "weight_decay": weight_decay if decays else 0.0,
+                "lr_scale": float(scales.get(part, 1.0)),
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def adamw(model: torch.nn.Module, lr: float, weight_decay: float, beta2: float) -> torch.optim.AdamW:
+    """Fused AdamW: besides its speed, it can skip a step on the device (`found_inf`) without a synchronisation."""
+    groups = parameter_groups(model, weight_decay)
+    if not groups:
+        raise ValueError("nothing to train: every parameter of the model is frozen")
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, beta2), fused=True)

@@ -1,0 +1,103 @@
+"""One optimizer step: micro-batches, scaling, clipping, the non-finite guard. Nothing here waits for the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import torch
+from torch import Tensor
+
+from lavis_evlgen import distributed
+
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, True: torch.float16, False: None, None: None, "fp32": None}
+
+
+class NonFinite(RuntimeError):
+    """Training has diverged."""
+
+
+class TrainingStep:
+    """Call with an iterator of batches: accumulates, clips, steps; returns (values, seconds waited, bad images).
+
+    The loss is the mean over the supervised tokens of a micro-step on all ranks, then over micro-steps: W ranks
+    with batch B compute what one rank with batch W x B does. A step whose gradient is not finite is skipped on
+    the device and counted; `check_finite` raises after `patience` of them in a row.
+    """
+
+    def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20):
+        amp = run.get("amp", False)
+        if amp not in AMP:
+            raise ValueError(f"run.amp: {amp!r} is not one of false, bf16, fp16, true")
+        self.model, self.optimizer, self.device, self.patience = model, optimizer, device, patience
+        self.accum = int(run.get("accum_grad_iters", 1))
+        self.max_norm = float(run.get("max_grad_norm", 1.0) or 0.0)
+        self.dtype = AMP[amp]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.skipped = torch.zeros((), device=device)  # steps left out so far
+        self.in_a_row = torch.zeros((), device=device)
+
+    def scaler_state(self) -> dict | None:
+        return self.scaler.state_dict() if self.scaler.is_enabled() else None
+
+    def load_scaler(self, saved: dict | None):
+        if saved and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved)
+
+    def __call__(self, batches) -> tuple[dict[str, Tensor], float, list[dict]]:
+        waited, bad, values = 0.0, [], {}
+        for micro in range(self.accum):
+            started = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - started
+            bad += batch.get("bad", [])
+            batch["image"] = batch["image"].to(self.device, non_blocking=True)
+            last = micro == self.accum - 1
+            hold = contextlib.nullcontext() if last or not distributed.initialized() else self.model.no_sync()
+            with hold:
+                for key, value in self._forward_backward(batch).items():
+                    values[key] = values.get(key, 0) + value / self.accum
+        values["grad_norm"] = self._update()
+        values["skipped_steps"] = self.skipped.clone()
+        return values, waited, bad
+
+    def _forward_backward(self, batch: dict) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            out = self.model(batch)
+        loss = out["loss"]
+        if distributed.initialized() and "loss_tokens" in out:
+            # DDP averages gradients over ranks; this makes their mean the mean over all tokens
+            everywhere = distributed.sum_over_ranks(out["loss_tokens"].detach().clone())
+            loss = loss * out["loss_tokens"] * distributed.world_size() / everywhere
+        self.scaler.scale(loss / self.accum).backward()
+        shown = {"loss": loss.detach()}
+        if "variance_share" in out:
+            shown["variance_share"] = out["variance_share"]
+        for value in shown.values():
+            distributed.sum_over_ranks(value).div_(distributed.world_size())
+        return shown
+
+    def _update(self) -> Tensor:
+        """Clip and step; returns the gradient's norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.max_norm if self.max_norm > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        broken = (~torch.isfinite(norm)).float()
+        if not self.scaler.is_enabled():
+            # fused AdamW leaves everything as it is where found_inf is 1, without asking the CPU
+            self.optimizer.found_inf = broken
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += broken
+        self.in_a_row = (self.in_a_row + 1) * broken
+        return norm
+
+    def check_finite(self, step: int):
+        """Called when a log line is due; raises NonFinite after `patience` skipped steps in a row."""
+        if self.in_a_row.item() >= self.patience:
+            raise NonFinite(
+                f"the gradient was not finite in {int(self.in_a_row.item())} steps in a row up to step {step}: lower "
+                "run.init_lr, set run.max_grad_norm, or use run.amp=bf16 in place of fp16"
+            )

@@ -1,0 +1,3 @@
+"""LAVIS tasks: what is done with a model and a data set at evaluation."""
+
+import lavis_evlgen.tasks.captioning  # noqa: F401

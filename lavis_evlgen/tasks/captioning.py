@@ -1,0 +1,134 @@
+"""Captioning that needs no download: ground truth from the data set, and the blind baseline beside every score."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+import torch
+from lavis.common.registry import registry
+from lavis.tasks.base_task import BaseTask
+
+from lavis_evlgen import distributed
+from lavis_evlgen.evaluation import caption_metrics
+from lavis_evlgen.evaluation.blind import score_with_blind
+
+
+@registry.register_task("evlgen_captioning")
+class EvlgenCaptionTask(BaseTask):
+    """Captions a split and scores it: CIDEr, BLEU, ROUGE-L, METEOR, and what a model that does not look would get.
+
+    Blind baseline: the same captions with the pictures shuffled among samples; and the validation loss under the
+    right and under another sample's visual prompt.
+    """
+
+    CONFIG_KEYS = {
+        "num_beams": "beams of the search (5)",
+        "max_len": "most new tokens of a caption (30)",
+        "min_len": "fewest new tokens of a caption (1)",
+        "length_penalty": "above 0 favours longer captions in beam search (1.0)",
+        "repetition_penalty": "above 1 discourages repeated tokens (1.0)",
+        "metrics": f"what to compute: any of {', '.join(caption_metrics.METRICS)}",
+        "tokenizer": "auto (ptb where Java is found), ptb, simple",
+        "blind_shuffles": "shuffles that the blind scores are averaged over (5)",
+        "agg_metric": "which metric chooses the best checkpoint (CIDEr)",
+    }
+
+    def __init__(self, decoding: dict, metrics=caption_metrics.METRICS, tokenizer="auto", shuffles=5, agg="CIDEr"):
+        super().__init__()
+        caption_metrics.check_metrics(metrics)
+        self.decoding, self.metrics, self.tokenizer = decoding, tuple(metrics), tokenizer
+        self.shuffles, self.agg = shuffles, agg
+        self.references: dict = {}
+
+    @classmethod
+    def setup_task(cls, cfg):
+        run = cfg.run_cfg
+        decoding = {
+            "num_beams": int(run.get("num_beams", 5)),
+            "max_length": int(run.get("max_len", 30)),
+            "min_length": int(run.get("min_len", 1)),
+            "length_penalty": float(run.get("length_penalty", 1.0)),
+            "repetition_penalty": float(run.get("repetition_penalty", 1.0)),
+        }
+        return cls(
+            decoding,
+            list(run.get("metrics", caption_metrics.METRICS)),
+            run.get("tokenizer", "auto"),
+            int(run.get("blind_shuffles", 5)),
+            run.get("agg_metric", "CIDEr"),
+        )
+
+    def before_evaluation(self, model, dataset, **kwargs):
+        self.references = dataset.references
+
+    @torch.no_grad()
+    def evaluation(self, model, data_loader, cuda_enabled=False) -> list[dict]:
+        """One row a readable picture of this rank: image_id, caption, losses (nats), tokens; `bad` rows too."""
+        rows, bad, previous = [], [], None
+        started, total = time.time(), len(data_loader)
+        for done, batch in enumerate(data_loader, start=1):
+            bad += batch["bad"]
+            if batch["image"] is not None:
+                batch["image"] = batch["image"].to(model.device, non_blocking=True)
+                found, previous = self._caption_batch(model, batch, previous)
+                rows += found
+            if time.time() - started > 30 and (done % max(1, total // 10) == 0) and distributed.is_main():
+                left = (time.time() - started) / done * (total - done)
+                logging.info("evaluation: %d of %d batches, %.0f s left", done, total, left)
+        return rows + [{"bad": entry} for entry in bad]
+
+    def _caption_batch(self, model, batch: dict, previous):
+        """Rows of one batch; `previous` is a visual prompt of the batch before, for the shuffled loss."""
+        prompt = model.visual_prompt(batch["image"])
+        captions = model.generate(batch, visual_prompt=prompt, **self.decoding)
+        right, tokens = model.loss_of(prompt, batch)  # (B,), (B,)
+        # each sample gets its neighbour's picture; the first gets the last of the batch before, or of this one
+        tail = prompt.tokens[-1:]
+        shuffled_prompt = type(prompt)(torch.cat([tail if previous is None else previous, prompt.tokens[:-1]]))
+        alone = previous is None and len(captions) == 1
+        shuffled = None if alone else model.loss_of(shuffled_prompt, batch)[0]
+        rows = []
+        for i, caption in enumerate(captions):
+            row = {"image_id": batch["image_id"][i], "instance_id": batch["instance_id"][i], "caption": caption}
+            row |= {"loss": right[i].item(), "tokens": tokens[i].item()}
+            row["loss_shuffled"] = None if shuffled is None else shuffled[i].item()
+            rows.append(row)
+        return rows, tail
+
+    def after_evaluation(self, val_result: list[dict], split_name: str, epoch, **kwargs) -> dict:
+        """Scores of all ranks' rows (call on one rank): metrics, blind metrics, losses, `agg_metrics`, `rows`."""
+        rows = [row for row in val_result if "bad" not in row]
+        bad = [row["bad"] for row in val_result if "bad" in row]
+        if len(rows) < 2:
+            raise ValueError(f"{split_name}: {len(rows)} readable pictures ({len(bad)} unreadable); scoring needs 2")
+        predictions = {row["image_id"]: row["caption"] for row in rows}
+        references = {key: self.references[key] for key in predictions}
+        scores, blind = score_with_blind(
+            predictions, references, self.shuffles, metrics=self.metrics, tokenizer=self.tokenizer
+        )
+        for row in rows:
+            row["references"] = references[row["image_id"]]
+            row["scores"] = scores.per_sample[row["image_id"]]
+        if self.agg not in scores.scores:
+            raise ValueError(f"run.agg_metric={self.agg} is not among the metrics {sorted(scores.scores)}")
+        return {
+            "metrics": scores.scores,
+            "blind": blind.mean,
+            **_losses(rows),
+            "pictures": len(rows),
+            "unreadable": bad,
+            "scoring_tokenizer": scores.tokenizer,
+            "unscored": scores.unscored,
+            "agg_metrics": scores.scores[self.agg],
+            "rows": rows,
+        }
+
+
+def _losses(rows: list[dict]) -> dict[str, float]:
+    """Nats per token with right and shuffled pictures, over the rows that have both."""
+    paired = [row for row in rows if row["loss_shuffled"] is not None]
+    tokens = sum(row["tokens"] for row in paired)
+    right = sum(row["loss"] for row in paired) / tokens
+    shuffled = sum(row["loss_shuffled"] for row in paired) / tokens
+    return {"loss_right": right, "loss_shuffled": shuffled, "loss_gap": shuffled - right}

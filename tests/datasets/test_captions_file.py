@@ -1,0 +1,127 @@
+import csv
+import json
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lavis_evlgen.datasets import DataError
+from lavis_evlgen.datasets.captions_file import read_captions_file
+from tests.datasets.helpers import ROWS, coco, write_csv, write_json
+
+KARPATHY = {
+    "images": [
+        {"filename": "a.jpg", "filepath": "val2014", "split": "restval", "cocoid": 7,
+         "sentences": [{"raw": "One."}, {"raw": "Two."}]},
+        {"filename": "b.jpg", "split": "test", "imgid": 8, "sentences": [{"raw": "Three."}]},
+    ]
+}
+
+
+def pairs(found):
+    return [(row.image, row.caption) for row in found.rows]
+
+
+def test_every_format_gives_the_same_rows(tmp_path):
+    dicts = [{"image": image, "caption": caption} for image, caption in ROWS]
+    files = {
+        "CSV": write_csv(tmp_path / "captions.txt"),
+        "TSV": tmp_path / "captions.tsv",
+        "COCO JSON": write_json(tmp_path / "coco.json", coco()),
+        "LAVIS JSON": write_json(tmp_path / "lavis.json", dicts),
+        "JSONL": tmp_path / "captions.jsonl",
+    }
+    files["TSV"].write_text("image\tcaption\n" + "".join(f"{image}\t{caption}\n" for image, caption in ROWS))
+    files["JSONL"].write_text("\n".join(map(json.dumps, dicts)))
+    for kind, path in files.items():
+        found = read_captions_file(path)
+        assert (found.format, pairs(found), found.problems) == (kind, ROWS, [])
+
+
+def test_one_line_of_json_is_a_row(tmp_path):
+    found = read_captions_file(write_json(tmp_path / "one.jsonl", {"image": "a.jpg", "caption": ["x", "y"]}))
+    assert pairs(found) == [("a.jpg", "x"), ("a.jpg", "y")]
+
+
+def test_karpathy_keeps_ids_folders_and_splits(tmp_path):
+    found = read_captions_file(write_json(tmp_path / "k.json", KARPATHY))
+    assert [tuple(row) for row in found.rows] == [
+        ("val2014/a.jpg", "One.", 7, "restval"), ("val2014/a.jpg", "Two.", 7, "restval"),
+        ("b.jpg", "Three.", 8, "test"),
+    ]
+
+
+def test_columns_may_have_other_names(tmp_path):
+    path = write_csv(tmp_path / "c.csv", header="filepath,title")
+    with pytest.raises(DataError, match=r"csv has no column 'image'.*'filepath', 'title'.*columns\.image="):
+        read_captions_file(path)
+    with pytest.raises(DataError, match=r"columns\.caption=NAME"):
+        read_captions_file(path, {"image": "filepath"})
+    assert pairs(read_captions_file(path, {"image": "filepath", "caption": "title"})) == ROWS
+    with pytest.raises(DataError, match=r"columns\.text is not known"):
+        read_captions_file(path, {"text": "title"})
+
+
+def test_bad_rows_are_named_and_the_good_ones_kept(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text('image,caption\na.jpg,fine\nb.jpg,\n,lost\nc.jpg,one, two\nd.jpg," . "\n')
+    found = read_captions_file(path)
+    assert pairs(found) == [("a.jpg", "fine")]
+    assert len(found.problems) == 4
+    assert any("line 5: 3 fields" in problem for problem in found.problems)
+    assert any("no caption for b.jpg" in problem for problem in found.problems)
+
+
+def test_coco_counts_orphans_and_bare_images(tmp_path):
+    content = coco()
+    content["annotations"] = content["annotations"][2:] + [{"image_id": 999, "caption": "who"}]
+    found = read_captions_file(write_json(tmp_path / "coco.json", content))
+    assert found.problems == ["annotation 11: the image id 999 is not among the images"]
+    assert found.notes == ["1 images have no caption and are not used"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("", "is empty"),
+        ("<!DOCTYPE html><html>404</html>", "looks like HTML"),
+        ('{"images": [', "not valid JSON"),
+        ('{"image": "a", "caption": "b"}\n{"image"', "line 2 is not valid JSON"),
+        ('{"info": 1, "licenses": 2}\n', "expected COCO captions"),
+        ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"bbox": []}]}', r"captions_\*"),
+        ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1}], "annotations": []}', "to two images"),
+        ("image,caption\x00\xff", "has no column 'caption'"),
+    ],
+)
+def test_a_file_that_is_no_captions_file(tmp_path, text, words):
+    path = tmp_path / "captions"
+    path.write_text(text)
+    with pytest.raises(DataError, match=words) as error:
+        read_captions_file(path)
+    assert str(path) in str(error.value)
+
+
+def test_missing_or_binary_file(tmp_path):
+    with pytest.raises(DataError, match="there is no captions file"):
+        read_captions_file(tmp_path / "none.csv")
+    (tmp_path / "b.csv").write_bytes(b"\xff\xfe\x00image")
+    with pytest.raises(DataError, match="not UTF-8"):
+        read_captions_file(tmp_path / "b.csv")
+
+
+captions = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(
+    lambda text: any(mark.isalnum() for mark in text)
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(captions, min_size=1, max_size=5))
+def test_any_caption_survives_csv_and_jsonl(tmp_path, texts):
+    rows = [(f"{n}.jpg", text) for n, text in enumerate(texts)]
+    with open(tmp_path / "c.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("image", "caption"), *rows])
+    lines = [json.dumps({"image": image, "caption": text}, ensure_ascii=False) for image, text in rows]
+    (tmp_path / "c.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    expected = [(image, text.strip()) for image, text in rows]
+    assert pairs(read_captions_file(tmp_path / "c.csv")) == expected
+    assert pairs(read_captions_file(tmp_path / "c.jsonl")) == expected

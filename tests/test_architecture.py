@@ -1,0 +1,160 @@
+"""The rooms and their floors, kept by reading imports: arrows only downwards, `nn` knows nobody.
+
+The picture is in docs/architecture.md. A module that needs an arrow upwards is in the wrong room.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "lavis_evlgen"
+FLOOR = {
+    "cli": 5,
+    "launch": 5,  # what train.py and evaluate.py share
+    "plugin": 4,
+    "analysis": 3,
+    "runners": 3,
+    "models": 2,
+    "tasks": 2,
+    "nn": 1,
+    "datasets": 1,
+    "processors": 1,
+    "evaluation": 1,
+    "config": 1,
+    "distributed": 1,
+    "lavis_bridge": 1,
+    "environment": 1,
+}
+# the package itself imports the bridge and the plugin: that is how everything gets registered
+ENTRANCE = "__init__"
+# these two know no room, and every other room stands on what they make sure of
+FOR_EVERYONE = {"environment", "lavis_bridge"}
+NN_MAY_IMPORT = {"torch", "lavis_evlgen"} | set(sys.stdlib_module_names)
+MAX_LINES = 350
+# built from pieces, so that this file does not hold what it forbids
+FORBIDDEN = ["/" + "work/", "pypi" + ".org", "files.python" + "hosted.org", "download.py" + "torch.org"]
+TEXT = {".py", ".md", ".sh", ".toml", ".yaml", ".yml", ".lock", ".json", ".txt", ".cfg", ".ini", ".ipynb", ""}
+
+
+def room_of(path: Path) -> str:
+    """lavis_evlgen/nn/merging.py -> nn; lavis_evlgen/cli.py -> cli."""
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports_of(source: str, package: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of every import, also inside functions; relative ones made absolute.
+
+    `from a import b` yields `a.b`: b may be a module, and only that name tells which room it is.
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield f"{stem}.{alias.name}", node.lineno
+
+
+def room_imported(name: str) -> str | None:
+    """lavis_evlgen.nn.merging -> nn; None for other packages and for names of the package itself."""
+    parts = name.split(".")
+    return parts[1] if parts[0] == "lavis_evlgen" and len(parts) > 1 and parts[1] in FLOOR else None
+
+
+def wrong_arrow(room: str, name: str) -> str | None:
+    """Why a module of `room` may not import `name`, or None."""
+    if room == "nn" and name.split(".")[0] not in NN_MAY_IMPORT:
+        return f"nn imports {name}, but it is PyTorch only"
+    target = room_imported(name)
+    if target is None or target == room or room == ENTRANCE:
+        return None
+    if room == "nn":
+        return f"nn imports {target}, but it knows nobody"
+    if target in FOR_EVERYONE and FLOOR[room] >= FLOOR[target]:
+        return None
+    if FLOOR[target] > FLOOR[room]:
+        return f"{room} (floor {FLOOR[room]}) imports {target} (floor {FLOOR[target]}), an arrow upwards"
+    if FLOOR[target] == FLOOR[room]:
+        return f"{room} imports {target}, another room on floor {FLOOR[room]}"
+    return None
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_module_is_in_a_room_with_a_floor():
+    strange = {room_of(path) for path in modules()} - set(FLOOR) - {ENTRANCE}
+    assert not strange, f"no floor is given for {sorted(strange)}: add them to FLOOR and docs/architecture.md"
+
+
+def test_arrows_go_down_and_rooms_on_one_floor_do_not_meet():
+    wrong = []
+    for path in modules():
+        package = ("lavis_evlgen", *path.relative_to(PACKAGE).parts[:-1])
+        for name, line in imports_of(path.read_text(encoding="utf-8"), package):
+            if reason := wrong_arrow(room_of(path), name):
+                wrong.append(f"{path.relative_to(ROOT)}:{line}: {reason}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "room, name, allowed",
+    [
+        ("models", "lavis_evlgen.nn.merging", True),
+        ("models", "lavis_evlgen.tasks", False),
+        ("tasks", "lavis_evlgen.evaluation.cider", True),
+        ("nn", "lavis_evlgen.environment", False),
+        ("nn", "transformers.models.bert", False),
+        ("nn", "lavis.models", False),
+        ("nn", "numpy", False),
+        ("nn", "torch.nn.functional", True),
+        ("nn", "lavis_evlgen.nn.losses", True),
+        ("datasets", "lavis_evlgen.processors", False),
+        ("datasets", "lavis_evlgen.config", False),
+        ("datasets", "lavis_evlgen.lavis_bridge", True),
+        ("evaluation", "lavis_evlgen.models", False),
+        ("analysis", "lavis_evlgen.runners", False),
+        ("runners", "lavis_evlgen.plugin", False),
+        ("environment", "lavis_evlgen.models", False),
+        ("cli", "lavis_evlgen.plugin", True),
+        ("models", "lavis_evlgen.__version__", True),
+    ],
+)
+def test_the_rule_itself(room, name, allowed):
+    assert (wrong_arrow(room, name) is None) == allowed
+
+
+def test_relative_and_nested_imports_are_seen():
+    source = "from . import merging\nfrom ..models import vision\ndef f():\n    import lavis_evlgen.cli\n"
+    found = [name for name, _ in imports_of(source, ("lavis_evlgen", "nn"))]
+    assert found == ["lavis_evlgen.nn.merging", "lavis_evlgen.models.vision", "lavis_evlgen.cli"]
+
+
+def test_no_module_is_two_rooms_without_a_wall():
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    long = {str(path.relative_to(ROOT)): lines for path, lines in lengths.items() if lines > MAX_LINES}
+    assert not long, f"over {MAX_LINES} lines: {long}"
+
+
+def test_no_tracked_file_names_a_machine_or_a_package_host():
+    """Such names would tie the project to the place it was written in."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    wrong = []
+    for name in filter(None, listed.stdout.split("\0")):
+        path = ROOT / name
+        if path.suffix not in TEXT or not path.is_file():
+            continue
+        text = path.read_text(encoding="utf-8", errors="replace")
+        wrong += [f"{name} holds {word}" for word in FORBIDDEN if word in text]
+    assert not wrong, "\n".join(wrong)
