@@ -97,24 +97,41 @@ class HuggingFaceViT(nn.Module):
         if getattr(config, "image_size", image_size) != image_size and config.model_type != "dinov2":
             self.resize = {"interpolate_pos_encoding": True}
         if layer is not None:
-            _keep_layers(model, config.num_hidden_layers, layer)
+            self._tap(*_keep_layers(model, config.num_hidden_layers, layer))
         self.model, self.width = model, config.hidden_size
         self.patches = (image_size // config.patch_size) ** 2
 
+    def _tap(self, blocks: nn.ModuleList, wanted: int):
+        # Hooks rather than output_hidden_states: which class still answers to that differs between releases.
+        if wanted:
+            blocks[-1].register_forward_hook(self._keep_output)
+        else:
+            blocks[0].register_forward_pre_hook(self._keep_input)
+
+    def _keep_output(self, block, args, output):
+        self.hidden = output[0] if isinstance(output, tuple) else output
+
+    def _keep_input(self, block, args):
+        self.hidden = args[0]
+
     def forward(self, image: Tensor) -> Tensor:
+        output = self.model(image, **self.resize)
         if self.layer is None:
-            return self.model(image, **self.resize).last_hidden_state
-        return self.model(image, output_hidden_states=True, **self.resize).hidden_states[-1]
+            return output.last_hidden_state
+        hidden, self.hidden = self.hidden, None
+        return hidden
 
 
-def _keep_layers(model: nn.Module, depth: int, layer: int):
+def _keep_layers(model: nn.Module, depth: int, layer: int) -> tuple[nn.ModuleList, int]:
+    """Remove the blocks above `layer`, except the first; the blocks left, and `layer` counted from 0."""
     wanted = layer if layer >= 0 else depth + 1 + layer
     if not 0 <= wanted <= depth:
         raise ValueError(f"vit_layer: {layer} is outside 0..{depth} (or -1..{-depth - 1}) of this ViT")
     stacks = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if not stacks:
         raise ValueError(f"vit_layer: found no stack of {depth} blocks in {type(model).__name__}")
-    del stacks[0][wanted:]
+    del stacks[0][max(wanted, 1) :]
+    return stacks[0], wanted
 
 
 def _cast_matrices(vit: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -157,8 +174,14 @@ def wrap_hugging_face(model: nn.Module, image_size: int, precision: str, layer: 
     return VisionEncoder(vit, vit.width, num_tokens, max(num_tokens - vit.patches, 0), precision)
 
 
+def build_empty(name: str, image_size: int) -> nn.Module:
+    """A LAVIS ViT on the meta device: no random numbers for a billion weights that are overwritten."""
+    with torch.device("meta"), _LinspaceOnCPU():
+        return LAVIS_VITS[name][0](image_size)
+
+
 def _load_lavis_vit(name: str, image_size: int, precision: str, vit_path: str | None) -> VisionEncoder:
-    build, file, resize_positions = LAVIS_VITS[name]
+    _, file, resize_positions = LAVIS_VITS[name]
     if vit_path:
         path = resolve(vit_path, "vit_path")
     else:
@@ -170,11 +193,14 @@ def _load_lavis_vit(name: str, image_size: int, precision: str, vit_path: str | 
                 f"vit_model {name}: cannot download {DOWNLOADS + file} ({error}); "
                 "fetch it elsewhere and set model.vit_path to the file"
             ) from error
-    with torch.device("meta"), _LinspaceOnCPU():  # no random numbers for a billion weights that are overwritten
-        vit = build(image_size)
+    vit = build_empty(name, image_size)
     state = read_state_dict(path, "vit_path")
     resize_positions(vit, state)
-    missing = vit.load_state_dict(state, strict=False, assign=True).missing_keys
+    try:
+        missing = vit.load_state_dict(state, strict=False, assign=True).missing_keys
+    except RuntimeError as error:  # a weight of another shape
+        what = str(error).splitlines()[-1].strip()
+        raise WeightsError(f"vit_path: {path} is not {name} at patch 14: {what}") from error
     if missing:
         raise WeightsError(f"vit_path: {path} lacks {len(missing)} weights of {name}, first {missing[0]}")
     vit.float()

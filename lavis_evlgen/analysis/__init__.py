@@ -1,0 +1,1 @@
+"""Looking at configs, models and runs from outside."""

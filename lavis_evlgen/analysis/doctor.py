@@ -1,0 +1,137 @@
+"""Checks before training: does the data exist and open, are the weights here, does it fit in memory?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lavis_evlgen.datasets import UnreadableImage
+from lavis_evlgen.models.freezing import DTYPES
+from lavis_evlgen.models.sources import WeightsError, resolve
+from lavis_evlgen.models.vision import LAVIS_VITS
+
+
+@dataclass
+class Finding:
+    """One checked thing: `ok`, what it is, and what was seen."""
+
+    ok: bool
+    what: str
+    seen: str
+    details: list[str] = field(default_factory=list)
+
+
+def check_images(name: str, split: str, dataset, limit: int | None, say) -> Finding:
+    """Open every picture of a split (or the first `limit`): found, missing, unreadable."""
+    rows = _one_row_per_image(dataset)
+    rows = rows[:limit] if limit else rows
+    started, bad, done = time.time(), [], 0
+
+    def open_one(row: int):
+        try:
+            dataset.pil_image(row)
+        except UnreadableImage as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(4) as pool:
+        for error in pool.map(open_one, rows):
+            done += 1
+            if error is not None:
+                bad.append(error)
+            if done % 2000 == 0:
+                say(f"  {name} {split}: {done} of {len(rows)}, {(time.time() - started) / done * (len(rows) - done):.0f} s left")
+    missing = [error for error in bad if not Path(error.path).exists()]
+    unreadable = len(bad) - len(missing)
+    allowed = dataset.max_bad_fraction * dataset.num_images
+    seen = f"{len(rows) - len(bad)} found and readable, {len(missing)} missing, {unreadable} unreadable"
+    seen += f" (at most {allowed:g} tolerated)" if bad else ""
+    seen += f"; {dataset.num_images - len(rows)} not looked at" if len(rows) < dataset.num_images else ""
+    details = [f"{error.path}: {error.reason}" for error in bad[:10]]
+    details += [f"... and {len(bad) - 10} more"] if len(bad) > 10 else []
+    return Finding(len(bad) <= allowed, f"data {name} {split}", seen, details)
+
+
+def _one_row_per_image(dataset) -> list[int]:
+    first: dict = {}
+    for row, annotation in enumerate(dataset.annotation):
+        first.setdefault(annotation["image_id"], row)
+    return list(first.values())
+
+
+def check_weights(model_cfg) -> Iterator[Finding]:
+    """Each source of weights that the model config names: here, in the hub's cache, or to be downloaded."""
+    llm_key = "llm_model" if model_cfg.get("llm_model") else "opt_model"
+    for key in ("vit_model", "vit_path", "connector_init", llm_key, "pretrained"):
+        source = model_cfg.get(key)
+        if not source or source == "random" or (key == "pretrained" and not source):
+            continue
+        if source in LAVIS_VITS:
+            if not model_cfg.get("vit_path"):
+                yield Finding(True, f"weights {key}", f"{source}: LAVIS downloads it (set model.vit_path to avoid that)")
+            continue
+        try:
+            path = resolve(source, f"model.{key}")
+        except (WeightsError, ImportError) as error:
+            yield Finding(False, f"weights {key}", str(error))
+            continue
+        if Path(path).exists():
+            yield Finding(True, f"weights {key}", f"{path}")
+        elif isinstance(try_to_load_from_cache(path, "config.json"), str):
+            yield Finding(True, f"weights {key}", f"{source}: in the hub's cache")
+        else:
+            yield Finding(True, f"weights {key}", f"{source}: not here; it will be downloaded from the hub")
+
+
+def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
+    """(parameters, bytes) of the language model and LAVIS's ViTs, built without memory; what cannot be is absent."""
+    counts = {}
+    vit = model_cfg.get("vit_model")
+    if vit in LAVIS_VITS:
+        from lavis_evlgen.models.vision import build_empty
+
+        counts["vision encoder"] = _size(build_empty(vit, model_cfg.get("image_size", 224)), model_cfg.get("vit_precision"))
+    source = str(model_cfg.get("llm_model") or model_cfg.get("opt_model"))
+    try:
+        path = resolve(source, "model.llm_model")
+        kwargs = {}
+        if path.endswith(".gguf"):
+            kwargs, path = {"gguf_file": Path(path).name}, str(Path(path).parent)
+        config = AutoConfig.from_pretrained(path, **kwargs)
+    except (OSError, ImportError):
+        return counts
+    with torch.device("meta"):
+        counts["language model"] = _size(AutoModelForCausalLM.from_config(config), model_cfg.get("llm_precision"))
+    return counts
+
+
+def _size(module: torch.nn.Module, precision: str | None) -> tuple[int, int]:
+    parameters = sum(p.numel() for p in module.parameters())
+    return parameters, parameters * DTYPES[precision or "fp16"].itemsize
+
+
+def available_memory() -> tuple[str, int]:
+    """(where, free bytes): the GPU where there is one, else the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(), torch.cuda.mem_get_info()[0]
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    kilobytes = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return "main memory", kilobytes * 1024
+
+
+def check_memory(model_cfg, trainable: int = 110_000_000) -> Finding:
+    """Weights of what is frozen, and weights, gradients and two Adam moments of what trains; not activations."""
+    counts = count_frozen(model_cfg)
+    need = sum(size for _, size in counts.values()) + trainable * 16
+    where, free = available_memory()
+    parts = ", ".join(f"{name} {n / 1e6:.0f}M = {size / 1e9:.1f} GB" for name, (n, size) in counts.items())
+    seen = f"{parts or 'sizes unknown before download'}; with up to {trainable / 1e6:.0f}M trainable parameters "
+    seen += f"{need / 1e9:.1f} GB before activations; {where} has {free / 1e9:.1f} GB free"
+    return Finding(need < free, "memory", seen)

@@ -1,0 +1,157 @@
+"""The `evlgen` command: what LAVIS has no script for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from lavis_evlgen.launch import USER_ERRORS
+
+
+def main(argv=None):
+    """Entry of `evlgen`; errors that the user can mend are one line, exit code 2."""
+    args = _parser().parse_args(argv)
+    try:
+        raise SystemExit(args.run_command(args))
+    except USER_ERRORS as error:
+        print(f"evlgen {args.command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="evlgen", description="Tools around EVLGen runs.")
+    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    c = commands.add_parser("caption", help="caption pictures with the model of a run folder")
+    c.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    c.add_argument("--run", required=True, metavar="DIR", help="run folder (run.json and a checkpoint)")
+    c.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
+    c.add_argument("--prompt", help="text that captions begin with (default: the run's)")
+    c.add_argument("--num-beams", type=int, help="beams (default: the run's)")
+    c.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    c.set_defaults(run_command=caption)
+
+    d = commands.add_parser("doctor", help="check data, weights and memory of a run config before training")
+    d.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
+    d.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py")
+    d.add_argument("--limit", type=int, help="look at this many pictures of each split (default: all)")
+    d.set_defaults(run_command=doctor)
+
+    k = commands.add_parser("keys", help="every config key and what it does")
+    k.add_argument("section", nargs="?", choices=("run", "model", "datasets"), help="only this section")
+    k.set_defaults(run_command=keys)
+    return p
+
+
+def caption(args) -> int:
+    """Print `path<TAB>caption` for each picture; exit code 1 when one could not be read."""
+    import torch
+    from omegaconf import OmegaConf
+
+    from lavis_evlgen.datasets import UnreadableImage
+    from lavis_evlgen.datasets.image_files import open_image
+
+    cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
+    model, vis = _model_of_run(cfg, checkpoint, args.device)
+    run = OmegaConf.create(cfg["run"])
+    failed = 0
+    for path in args.images:
+        try:
+            image = vis(open_image(path))[None].to(args.device)
+        except UnreadableImage as error:
+            print(f"evlgen caption: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        samples = {"image": image} | ({} if args.prompt is None else {"prompt": args.prompt})
+        with torch.inference_mode():
+            text = model.generate(
+                samples,
+                num_beams=args.num_beams or int(run.get("num_beams", 5)),
+                max_length=int(run.get("max_len", 30)),
+                min_length=int(run.get("min_len", 1)),
+            )[0]
+        print(f"{path}\t{text}")
+    return int(failed > 0)
+
+
+def _run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
+    """(config, checkpoint) of a run folder. Raises WeightsError."""
+    from lavis_evlgen.models.sources import WeightsError
+
+    card = folder / "run.json"
+    if not card.is_file():
+        raise WeightsError(f"--run: {folder} has no run.json; give the folder that train.py named at its end")
+    if checkpoint is not None:
+        return json.loads(card.read_text())["config"], Path(checkpoint)
+    for name in ("checkpoint_best.pth", "checkpoint_last.pth"):
+        if (folder / name).exists():
+            return json.loads(card.read_text())["config"], folder / name
+    raise WeightsError(f"--run: {folder} has neither checkpoint_best.pth nor checkpoint_last.pth")
+
+
+def _model_of_run(cfg: dict, checkpoint: Path, device: str):
+    """(model, evaluation image processor) as the run had them."""
+    from lavis.common.registry import registry
+    from omegaconf import OmegaConf
+
+    model_cfg = OmegaConf.create(cfg["model"])
+    model = registry.get_model_class(model_cfg.arch).from_config(model_cfg)
+    model.load_checkpoint(str(checkpoint))
+    dataset = next(iter(cfg["datasets"].values()))
+    processor = OmegaConf.create(dataset["vis_processor"]["eval"])
+    vis = registry.get_processor_class(processor.name).from_config(processor)
+    return model.to(device).eval(), vis
+
+
+def doctor(args) -> int:
+    """Print a line for each check; exit code 1 when one failed."""
+    from lavis_evlgen.analysis.doctor import check_images, check_memory, check_weights
+    from lavis_evlgen.config import EvlgenConfig
+
+    cfg = EvlgenConfig(args)
+    print(f"ok    config {args.cfg_path}: every key is known")
+    findings = [*check_weights(cfg.model_cfg), check_memory(cfg.model_cfg)]
+    for finding in findings:
+        _show(finding)
+    for name, splits in _datasets(cfg).items():
+        for split, dataset in splits.items():
+            findings.append(check_images(name, split, dataset, args.limit, print))
+            _show(findings[-1])
+    failed = sum(not finding.ok for finding in findings)
+    print(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")
+    return int(failed > 0)
+
+
+def _datasets(cfg) -> dict:
+    from lavis.common.registry import registry
+
+    return registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg).build_datasets(cfg)
+
+
+def _show(finding):
+    print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.seen}")
+    for line in finding.details:
+        print(f"        {line}")
+
+
+def keys(args) -> int:
+    """Print the keys that each registered class says it reads."""
+    from lavis.common.registry import registry
+
+    sections = {
+        "run": ("runner_name_mapping", "task_name_mapping"),
+        "model": ("model_name_mapping",),
+        "datasets": ("builder_name_mapping", "processor_name_mapping"),
+    }
+    for section in [args.section] if args.section else sections:
+        for mapping in sections[section]:
+            for name, cls in registry.mapping[mapping].items():
+                if hasattr(cls, "CONFIG_KEYS"):
+                    print(f"\n{section}: {name}")
+                    for key, meaning in cls.CONFIG_KEYS.items():
+                        print(f"  {key:<24} {meaning}")
+    return 0
+
+
