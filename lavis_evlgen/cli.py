@@ -71,6 +71,8 @@ def caption(args) -> int:
                 num_beams=args.num_beams or int(run.get("num_beams", 5)),
                 max_length=int(run.get("max_len", 30)),
                 min_length=int(run.get("min_len", 1)),
+                length_penalty=float(run.get("length_penalty", 1.0)),
+                repetition_penalty=float(run.get("repetition_penalty", 1.0)),
             )[0]
         print(f"{path}\t{text}")
     return int(failed > 0)

@@ -30,8 +30,9 @@ class EvlgenConfig(Config):
         options = self._options(args.options or [])
         config = OmegaConf.load(self.path)
         for section in SECTIONS:
-            if section not in config:
+            if not config.get(section):
                 raise ConfigError(f"{self.path}: section {section!r} is missing; a run config has {', '.join(SECTIONS)}")
+        self._refuse_unknown(config, dict.fromkeys(SECTIONS, ""), "")
         # strict: an option may not invent a section
         self._refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
         config = OmegaConf.merge(config, options)
@@ -77,9 +78,11 @@ class EvlgenConfig(Config):
         task = registry.get_task_class(run.task)
         if hasattr(runner, "CONFIG_KEYS") and hasattr(task, "CONFIG_KEYS"):
             self._refuse_unknown(run, {**runner.CONFIG_KEYS, **task.CONFIG_KEYS}, "run.")
-        keys = getattr(registry.get_model_class(model.arch), "CONFIG_KEYS", None)
-        if keys:
-            self._refuse_unknown(model, keys, "model.")
+        model_cls = registry.get_model_class(model.arch)
+        if hasattr(model_cls, "CONFIG_KEYS"):
+            self._refuse_unknown(model, model_cls.CONFIG_KEYS, "model.")
+        if hasattr(model_cls, "PARTS"):
+            self._refuse_unknown(model.get("lr_scale") or {}, dict.fromkeys(model_cls.PARTS), "model.lr_scale.")
         for name, section in self.config.datasets.items():
             keys = getattr(registry.get_builder_class(name), "CONFIG_KEYS", None)
             if keys:
@@ -88,7 +91,9 @@ class EvlgenConfig(Config):
 
     def _check_processors(self, dataset: str, section):
         for kind in ("vis_processor", "text_processor"):
-            for stage, processor in (section.get(kind) or {}).items():
+            stages = section.get(kind) or {}
+            self._refuse_unknown(stages, {"train": "", "eval": ""}, f"datasets.{dataset}.{kind}.")
+            for stage, processor in stages.items():
                 place = f"datasets.{dataset}.{kind}.{stage}"
                 found = self._registered(f"{place}.name", processor.get("name"), "processor_name_mapping")
                 if hasattr(found, "CONFIG_KEYS"):

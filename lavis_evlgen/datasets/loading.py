@@ -8,6 +8,7 @@ ranks see what one rank with twice the batch sees, and a resumed run goes on at 
 from __future__ import annotations
 
 import random
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -89,24 +90,26 @@ def seeded(seed: int):
 
 
 class Mixture(Dataset):
-    """Reads (data set, epoch, row); augmentation depends on (seed, epoch, row), not on worker or rank."""
+    """(data set, epoch, row) -> (data set, sample); augmentation depends on the key, not on worker or rank."""
 
     def __init__(self, datasets: list[Dataset], seed: int):
         self.datasets, self.seed = datasets, seed
 
-    def __getitem__(self, key: tuple[int, int, int]):
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple:
         k, epoch, row = key
         with seeded(_mix(self.seed, k, epoch, row)):
-            return self.datasets[k][row]
+            return k, self.datasets[k][row]
 
-    def collater(self, samples: list) -> dict:
-        """One micro-step is of one data set, but they may differ in collater: LAVIS's have their own."""
-        return self.datasets[0].collater(samples)
+    def collater(self, samples: list[tuple]) -> dict:
+        """One micro-step is of one data set, whose own collater is called: LAVIS's sets have their own."""
+        return self.datasets[samples[0][0]].collater([sample for _, sample in samples])
 
 
-def one_thread(_worker: int):
-    """Workers leave the cores to the model."""
+def prepare_worker(_worker: int):
+    """Workers leave the cores to the model, and outlive the first SIGTERM: schedulers and torch's launcher send it
+    to the whole process group, and the main process still has a checkpoint to write. The second one ends them."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_workers, pin_memory) -> DataLoader:
@@ -120,7 +123,8 @@ def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_wor
         num_workers=num_workers,
         collate_fn=mixture.collater,
         pin_memory=pin_memory,
-        worker_init_fn=one_thread,
+        worker_init_fn=prepare_worker,
+        generator=torch.Generator(),  # else every loader draws from the generator of dropout
         prefetch_factor=4 if num_workers else None,
     )
 
@@ -134,7 +138,8 @@ def eval_loader(dataset, batch_size, rank, world, num_workers, pin_memory) -> Da
         num_workers=num_workers,
         collate_fn=getattr(dataset, "collater", None),
         pin_memory=pin_memory,
-        worker_init_fn=one_thread,
+        worker_init_fn=prepare_worker,
+        generator=torch.Generator(),  # else every loader draws from the generator of dropout
     )
 
 

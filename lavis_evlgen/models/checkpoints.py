@@ -18,7 +18,8 @@ def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
 
 def frozen_names(model: nn.Module) -> set[str]:
     """Names of parameters without gradient, and of buffers in modules that hold no trainable parameter."""
-    names = {n for n, p in model.named_parameters() if not p.requires_grad}
+    # tied weights (an LLM's head and its embeddings) go by both their names
+    names = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
     for prefix, module in model.named_modules():
         if not any(p.requires_grad for p in module.parameters()):
             dot = prefix + "." if prefix else ""

@@ -244,6 +244,8 @@ def build_evlgen(cls, cfg) -> EVLGen:
             raise ValueError(f"{key}: {cfg.get(key)} asked; {cls.CONFIG_KEYS[key]}")
     if cfg.get("llm_model") and cfg.get("opt_model") and cfg.llm_model != cfg.opt_model:
         raise ValueError(f"llm_model {cfg.llm_model} and opt_model {cfg.opt_model} differ; give one")
+    if not (cfg.get("llm_model") or cfg.get("opt_model")):
+        raise ValueError(f"llm_model is not set; give {cls.CONFIG_KEYS['llm_model']}")
     connector = cfg.get("connector", "tomeformer")
     if connector not in CONNECTORS:
         raise ValueError(f"connector: {connector!r} is not one of {', '.join(CONNECTORS)}")

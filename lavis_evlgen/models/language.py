@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lavis_evlgen.environment import require
+from lavis_evlgen.models import gguf
 from lavis_evlgen.models.freezing import DTYPES, freeze
 from lavis_evlgen.models.sources import load_from_hub, resolve
 from lavis_evlgen.models.tokenization import TextEncoder, pad_rows
@@ -21,30 +21,22 @@ from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 def load_language_model(source: str, precision: str):
     """(model, tokenizer) from a hub id, a folder, or a .gguf file (de-quantised)."""
     path = resolve(source, "llm_model")
-    kwargs = {}
-    if path.endswith(".gguf"):
-        require("gguf", "quickstart")
-        require("accelerate", "quickstart")
-        kwargs, path = {"gguf_file": Path(path).name}, str(Path(path).parent)
+    if not path.endswith(".gguf"):
+        return _from_pretrained(path, precision)
+    file = Path(path)
+    with gguf.one_parse():
+        model, tokenizer = _from_pretrained(str(file.parent), precision, gguf_file=file.name)
+        gguf.set_special_tokens(tokenizer, file)
+    return model, tokenizer
+
+
+def _from_pretrained(path: str, precision: str, **kwargs):
     tokenizer = load_from_hub(AutoTokenizer.from_pretrained, path, "llm_model", **kwargs)
-    if kwargs:
-        _read_gguf_special_tokens(tokenizer, Path(path) / kwargs["gguf_file"])
     dtype = DTYPES[precision]
     model = load_from_hub(
         AutoModelForCausalLM.from_pretrained, path, "llm_model", torch_dtype=dtype, **kwargs
     )
     return model.to(dtype), tokenizer
-
-
-def _read_gguf_special_tokens(tokenizer, file: Path):
-    """transformers guesses these for some tokenizers (SmolLM2's EOS comes out as its BOS); the file knows."""
-    from gguf import GGUFReader
-
-    fields = GGUFReader(file).fields
-    for ours, theirs in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding")):
-        field = fields.get(f"tokenizer.ggml.{theirs}_token_id")
-        if field is not None:
-            setattr(tokenizer, ours, tokenizer.convert_ids_to_tokens(int(field.parts[-1][0])))
 
 
 class LanguageModel(nn.Module):
@@ -124,9 +116,12 @@ class LanguageModel(nn.Module):
         # as released, max_txt_len counts the BOS that stands in the text
         limit = self.max_txt_len - (self.text.bos_id is not None)
         pairs = [self.text.caption(p, t, limit) for p, t in zip(prompts, texts, strict=True)]
+        ragged = mask is not None
         embeds, mask, start = self._assemble(visual, mask, [ids for ids, _ in pairs], "right")
         extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows
         labels = pad_rows([[IGNORE] * (start + extra) + lab for _, lab in pairs], IGNORE, "right", visual.device)
+        if ragged:
+            embeds, mask, labels = _pads_to("right", mask, embeds, mask, labels)
         hidden = self._body(inputs_embeds=embeds, attention_mask=mask)
         return prefix_lm_loss(hidden, labels, self._head)
 
@@ -137,8 +132,7 @@ class LanguageModel(nn.Module):
         """visual (B, P, D_l) -> B x num_return_sequences texts; decoding: Hugging Face `generate` arguments."""
         rows = [self.text.encode(p.rstrip()) for p in prompts]
         embeds, mask, _ = self._assemble(visual, mask, rows, "left")
-        if len({len(row) for row in rows}) > 1:
-            embeds, mask = _pads_first(embeds, mask)
+        embeds, mask = _pads_to("left", mask, embeds, mask)
         ids = self.llm.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -150,7 +144,11 @@ class LanguageModel(nn.Module):
         return self.text.decode(ids)
 
 
-def _pads_first(embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Move masked columns to the front, the rest in order: positions then count real tokens only."""
-    order = mask.argsort(dim=1, stable=True)  # (B, T): 0s first
-    return embeds.gather(1, order.unsqueeze(-1).expand_as(embeds)), mask.gather(1, order)
+def _pads_to(side: str, mask: Tensor, *rows: Tensor) -> list[Tensor]:
+    """Move the masked columns of each of `rows` (B, T, ...) to one side, the rest in order.
+
+    Positions then count real tokens only, for every model.
+    """
+    order = mask.argsort(dim=1, stable=True, descending=side == "right")  # (B, T)
+    batch = torch.arange(len(mask), device=mask.device).unsqueeze(1)  # (B, 1)
+    return [row[batch, order] for row in rows]

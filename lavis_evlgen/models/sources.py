@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from lavis_evlgen.environment import require
 
@@ -65,18 +66,16 @@ def read_state_dict(path: str, what: str) -> dict[str, torch.Tensor]:
         if not found:
             raise WeightsError(f"{what}: {path} holds neither model.safetensors nor pytorch_model.bin")
         file = found[0]
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(file)
     try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
+        for key in ("model", "state_dict"):
+            if isinstance(state.get(key), dict):
+                state = state[key]
     except Exception as error:  # torch raises a family of unpickling errors
         raise WeightsError(
             f"{what}: {file} is not a file of plain tensors (it is broken, or a pickle that would run code): "
             f"{str(error).splitlines()[0][:120]}"
         ) from error
-    for key in ("model", "state_dict"):
-        if isinstance(state, dict) and isinstance(state.get(key), dict):
-            state = state[key]
     return state

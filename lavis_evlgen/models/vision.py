@@ -13,7 +13,7 @@ from lavis.common.dist_utils import download_cached_file
 from lavis.models import clip_vit, eva_vit
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModel
+from transformers import MODEL_MAPPING, AutoConfig
 
 from lavis_evlgen.models.freezing import DTYPES, check_precision, freeze
 from lavis_evlgen.models.onnx_dinov2 import dinov2_from_onnx
@@ -160,8 +160,10 @@ def load_vision_encoder(
     if source.endswith(".onnx"):
         model = dinov2_from_onnx(source)
     else:
-        load_from_hub(AutoConfig.from_pretrained, source, "vit_model")
-        model = load_from_hub(AutoModel.from_pretrained, source, "vit_model", torch_dtype=torch.float32)
+        config = load_from_hub(AutoConfig.from_pretrained, source, "vit_model")
+        # not AutoModel: in older releases it imports every architecture, and one needs a newer timm than LAVIS
+        model_class = MODEL_MAPPING[type(config)]
+        model = load_from_hub(model_class.from_pretrained, source, "vit_model", torch_dtype=torch.float32)
     return wrap_hugging_face(model, image_size, precision, vit_layer)
 
 

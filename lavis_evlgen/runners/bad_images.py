@@ -16,13 +16,19 @@ class TooManyBadImages(RuntimeError):
 class BadImages:
     """Distinct unreadable images of a run, over all ranks after `share()`."""
 
-    def __init__(self, folder: Path, datasets: list):
+    def __init__(self, folder: Path, datasets: list, resumed: bool = False):
+        """resumed: what the run found before counts on; else a list that an earlier run left here is removed."""
         self.file = folder / "bad_images.jsonl"
         # the loosest limit of the mix: with several sets, an image does not say which one it is from
         self.total = sum(getattr(d, "num_images", len(d)) for d in datasets)
         self.allowed = sum(getattr(d, "max_bad_fraction", 0.0) * getattr(d, "num_images", len(d)) for d in datasets)
         self.found: dict[str, str] = {}
         self.new: list[dict] = []
+        if resumed and self.file.exists():
+            known = map(json.loads, self.file.read_text().splitlines())
+            self.found = {entry["image"]: entry["reason"] for entry in known}
+        elif distributed.is_main():
+            self.file.unlink(missing_ok=True)
 
     def add(self, entries: list[dict]):
         """Entries {"image", "reason"} that a batch brought along; cheap, no communication."""

@@ -74,7 +74,7 @@ class Progress:
         self.seconds_per_step = None
 
     def resume_at(self, step: int):
-        """Drop log lines after `step`: those steps will be run again."""
+        """Drop log lines after `step`: those steps will be run again (0: all, of an earlier run in this folder)."""
         if self.file.exists():
             kept = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
             self.file.write_text("".join(line + "\n" for line in kept))

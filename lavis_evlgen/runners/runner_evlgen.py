@@ -13,6 +13,7 @@ from lavis.runners.runner_iter import RunnerIter
 from torch.nn.parallel import DistributedDataParallel
 
 from lavis_evlgen import distributed
+from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.loading import eval_loader, train_loader
 from lavis_evlgen.models.checkpoints import frozen_names, load_trainable, trainable_state
 from lavis_evlgen.runners import state
@@ -80,7 +81,7 @@ class RunnerEvlgen(RunnerIter):
         if resume and resume != "auto":
             return Path(resume).expanduser().absolute().parent
         if resume == "auto" and not run.get("run_name"):
-            raise ValueError("run.resume_ckpt_path=auto needs run.run_name, the folder to look in")
+            raise ConfigError("run.resume_ckpt_path=auto needs run.run_name, the folder to look in")
         return Path(run.output_dir).expanduser().absolute() / str(run.get("run_name") or job_id)
 
     def setup_output_dir(self):
@@ -128,7 +129,7 @@ class RunnerEvlgen(RunnerIter):
             run = self.config.run_cfg
             name = run.get("lr_sched", "linear_warmup_cosine_step_lr")
             if name != "linear_warmup_cosine_step_lr":
-                raise ValueError(f"run.lr_sched: {name!r}; runner_evlgen knows linear_warmup_cosine_step_lr")
+                raise ConfigError(f"run.lr_sched: {name!r}; runner_evlgen knows linear_warmup_cosine_step_lr")
             self._lr_sched = registry.get_lr_scheduler_class(name)(
                 self.optimizer,
                 init_lr=float(run.init_lr),
@@ -144,7 +145,7 @@ class RunnerEvlgen(RunnerIter):
         found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
         if not found:
             known = sorted({s for splits in self.datasets.values() for s in splits})
-            raise ValueError(f"no data set has the split {split!r}; there are {', '.join(known)}")
+            raise ConfigError(f"no data set has the split {split!r}; there are {', '.join(known)}")
         return found
 
     def _train_data(self):
@@ -153,7 +154,7 @@ class RunnerEvlgen(RunnerIter):
         if ratios is None:
             return data, None
         if set(ratios) != set(data):
-            raise ValueError(f"run.train_dataset_ratios names {sorted(ratios)}, the training sets are {sorted(data)}")
+            raise ConfigError(f"run.train_dataset_ratios names {sorted(ratios)}, the training sets are {sorted(data)}")
         return data, [float(ratios[name]) for name in data]
 
     def _train_loader(self, data, ratios):
@@ -183,7 +184,9 @@ class RunnerEvlgen(RunnerIter):
         )
         self._seed_everything()
         self._resume()
-        self.bad = BadImages(self.output_dir, list(data.values()))
+        if distributed.is_main():
+            self.progress.resume_at(self.start_step)
+        self.bad = BadImages(self.output_dir, list(data.values()), resumed=self.start_step > 0)
         self.reporter = Reporter(self)
         if distributed.is_main():
             logging.info("\n%s", startup_table(self._model, self.reporter.facts(data, images)))
@@ -240,7 +243,7 @@ class RunnerEvlgen(RunnerIter):
         run = self.config.run_cfg
         data = self._split(split_name)
         if len(data) > 1:
-            raise ValueError(f"evaluation of {split_name}: {', '.join(data)} all have it; keep one")
+            raise ConfigError(f"evaluation of {split_name}: {', '.join(data)} all have it; keep one")
         name, dataset = next(iter(data.items()))
         loader = eval_loader(
             dataset,
@@ -269,7 +272,7 @@ class RunnerEvlgen(RunnerIter):
     def _finish(self):
         """Test with the best weights (the last ones where nothing was validated), and say where things are."""
         best = self.output_dir / state.BEST
-        if self.test_splits and best.exists():
+        if self.test_splits and self.best["step"] and best.exists():
             self._load_model(state.read(best)["model"], best)
         for split in self.test_splits:
             self.eval_epoch(split, self.best["step"] or self.max_iters)
@@ -338,6 +341,4 @@ class RunnerEvlgen(RunnerIter):
                 "resuming a run of %d ranks on %d: the data order goes on, dropout draws anew",
                 saved["world_size"], distributed.world_size(),
             )  # fmt: skip
-        if distributed.is_main():
-            self.progress.resume_at(self.start_step)
         logging.info("resumed %s at step %d", path, self.start_step)

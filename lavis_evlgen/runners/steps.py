@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lavis_evlgen import distributed
+from lavis_evlgen.config import ConfigError
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, True: torch.float16, False: None, None: None, "fp32": None}
 
@@ -28,7 +29,7 @@ class TrainingStep:
     def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20):
         amp = run.get("amp", False)
         if amp not in AMP:
-            raise ValueError(f"run.amp: {amp!r} is not one of false, bf16, fp16, true")
+            raise ConfigError(f"run.amp: {amp!r} is not one of false, bf16, fp16, true")
         self.model, self.optimizer, self.device, self.patience = model, optimizer, device, patience
         self.accum = int(run.get("accum_grad_iters", 1))
         self.max_norm = float(run.get("max_grad_norm", 1.0) or 0.0)

@@ -10,6 +10,8 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 
 from lavis_evlgen import distributed
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets import DataError
 from lavis_evlgen.evaluation import caption_metrics
 from lavis_evlgen.evaluation.blind import score_with_blind
 
@@ -100,8 +102,11 @@ class EvlgenCaptionTask(BaseTask):
         """Scores of all ranks' rows (call on one rank): metrics, blind metrics, losses, `agg_metrics`, `rows`."""
         rows = [row for row in val_result if "bad" not in row]
         bad = [row["bad"] for row in val_result if "bad" in row]
-        if len(rows) < 2:
-            raise ValueError(f"{split_name}: {len(rows)} readable pictures ({len(bad)} unreadable); scoring needs 2")
+        if len(rows) < 2 or all(row["loss_shuffled"] is None for row in rows):
+            raise DataError(
+                f"{split_name}: {len(rows)} readable pictures ({len(bad)} unreadable) on {distributed.world_size()} "
+                "ranks; scoring needs 2 on one rank"
+            )
         predictions = {row["image_id"]: row["caption"] for row in rows}
         references = {key: self.references[key] for key in predictions}
         scores, blind = score_with_blind(
@@ -111,7 +116,7 @@ class EvlgenCaptionTask(BaseTask):
             row["references"] = references[row["image_id"]]
             row["scores"] = scores.per_sample[row["image_id"]]
         if self.agg not in scores.scores:
-            raise ValueError(f"run.agg_metric={self.agg} is not among the metrics {sorted(scores.scores)}")
+            raise ConfigError(f"run.agg_metric={self.agg} is not among the metrics {sorted(scores.scores)}")
         return {
             "metrics": scores.scores,
             "blind": blind.mean,

@@ -1,0 +1,170 @@
+"""Data order: the same samples whatever the number of ranks and workers, and wherever a run starts."""
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import Dataset
+
+from lavis_evlgen.datasets import loading
+from lavis_evlgen.datasets.loading import EpochStream, MixtureBatches, eval_loader, seeded, train_loader
+
+sizes = st.lists(st.integers(1, 9), min_size=1, max_size=3)
+seeds = st.integers(0, 2**32)
+
+
+def batches(count, sizes, ratios, batch_size, seed=0, rank=0, world=1, start=0):
+    """The next `count` micro-batches of one rank, as lists of (data set, epoch, row)."""
+    return list(
+        itertools.islice(MixtureBatches(sizes, ratios, batch_size, seed, rank, world, start), count)
+    )
+
+
+class Rows(Dataset):
+    """Row i is (name, i, a number drawn as an augmentation would)."""
+
+    def __init__(self, size, name="a"):
+        self.size, self.name = size, name
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, row):
+        return self.name, row, torch.rand(()).item(), np.random.rand(), random.random()
+
+    def collater(self, samples):
+        return [(self.name, *sample) for sample in samples]
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(1, 4), st.integers(1, 4), st.integers(0, 12), seeds)
+def test_ranks_together_see_what_one_rank_with_the_whole_batch_sees(sizes, world, batch, start, seed):
+    ratios = [k + 1 for k in range(len(sizes))]
+    alone = batches(8, sizes, ratios, world * batch, seed, start=start)
+    ranks = [batches(8, sizes, ratios, batch, seed, rank, world, start) for rank in range(world)]
+    together = [sum((one[m] for one in ranks), []) for m in range(8)]
+    assert together == alone
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(1, 4), st.integers(0, 40), seeds, st.integers(0, 2), st.integers(1, 3))
+def test_a_start_is_the_same_as_skipping(sizes, batch, start, seed, rank, world):
+    ratios = [3.5 / (k + 1) for k in range(len(sizes))]
+    rank = min(rank, world - 1)
+    whole = batches(start + 10, sizes, ratios, batch, seed, rank, world)
+    assert batches(10, sizes, ratios, batch, seed, rank, world, start) == whole[start:]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 50), st.integers(1, 30), seeds)
+def test_choices_are_a_function_of_the_micro_step_alone(start, count, seed):
+    mixture = MixtureBatches([5, 6, 7], [1, 2, 3], 1, seed, 0, 1)
+    whole = mixture.choices(0, start + count).tolist()
+    assert mixture.choices(start, count).tolist() == whole[start:]
+    assert [int(mixture.choices(m, 1)[0]) for m in range(start + count)] == whole
+
+
+def test_choices_do_not_repeat_themselves():
+    # a counter that moved wrongly would show up as blocks of four draws that come twice
+    mixture = MixtureBatches([5, 6], [1, 1], 1, 0, 0, 1)
+    draws = np.array([mixture.choices(m, 1)[0] for m in range(400)]).reshape(-1, 4)
+    assert len(np.unique(draws, axis=0)) == 16
+    lagged = [(draws[lag:] == draws[:-lag]).all(1).mean() for lag in (1, 2, 3)]
+    assert max(lagged) < 0.2
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 30), seeds)
+def test_each_epoch_is_a_permutation(size, seed):
+    stream = EpochStream(size, seed)
+    seen = [stream[position] for position in range(3 * size)]
+    assert [epoch for epoch, _ in seen] == [0] * size + [1] * size + [2] * size
+    for epoch in range(3):
+        assert sorted(row for e, row in seen if e == epoch) == list(range(size))
+
+
+def test_epochs_and_seeds_differ_in_order():
+    orders = {
+        tuple(EpochStream(30, seed)[p][1] for p in range(epoch * 30, epoch * 30 + 30))
+        for seed in (0, 1)
+        for epoch in (0, 1)
+    }
+    assert len(orders) == 4
+
+
+def test_sets_get_the_share_of_micro_steps_that_the_ratios_say():
+    share = np.bincount(MixtureBatches([4, 4, 4], [1, 2, 5], 1, 3, 0, 1).choices(0, 20_000)) / 20_000
+    assert share == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.015)
+
+
+def test_seeded_draws_alike_and_leaves_no_trace():
+    def draw():
+        return random.random(), np.random.rand(), torch.rand(()).item()
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    undisturbed = draw()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with seeded(7):
+        first = draw()
+    after = draw()
+    with seeded(7):
+        second = draw()
+    with seeded(8):
+        third = draw()
+    assert first == second != third
+    assert after == undisturbed
+    with pytest.raises(KeyError), seeded(7):
+        raise KeyError
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert draw() == undisturbed
+
+
+def take(count, workers, start=0, rank=0, world=1, ratios=(1, 2)):
+    sets = [Rows(5, "a"), Rows(7, "b")]
+    loader = train_loader(sets, list(ratios), 3, 11, rank, world, start, workers, False)
+    return list(itertools.islice(loader, count))
+
+
+def test_order_and_augmentation_do_not_depend_on_workers_or_start():
+    plain = take(12, workers=0)
+    assert take(12, workers=2) == plain
+    assert take(8, workers=0, start=4) == plain[4:]
+    assert len({sample[3] for batch in plain for sample in batch}) == 36  # every epoch draws anew
+
+
+def test_every_batch_is_collated_by_the_set_it_comes_from():
+    batches = take(12, workers=0)
+    assert {sample[0] for batch in batches for sample in batch} == {"a", "b"}
+    for batch in batches:
+        for collated_by, name, *_ in batch:
+            assert collated_by == name
+
+
+def test_loaders_draw_nothing_from_the_generator_of_dropout():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    take(2, workers=0)
+    list(eval_loader(range(3), 2, 0, 1, 0, False))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_without_ratios_sets_are_mixed_by_size(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(loading, "MixtureBatches", lambda sizes, ratios, *rest: seen.update(r=ratios) or [])
+    train_loader([Rows(5), Rows(15)], None, 1, 0, 0, 1, 0, 0, False)
+    assert seen["r"] == [5, 15]
+
+
+@pytest.mark.parametrize("size, world, batch", [(10, 1, 3), (10, 3, 2), (2, 4, 2), (7, 2, 7)])
+def test_evaluation_covers_every_row_once_over_ranks(size, world, batch):
+    rows = [
+        sample[2]
+        for rank in range(world)
+        for collated in eval_loader(Rows(size), batch, rank, world, 0, False)
+        for sample in collated
+    ]
+    assert sorted(rows) == list(range(size))

@@ -1,0 +1,68 @@
+"""Two processes with batch 2 are one process with batch 4: weighting, order, accumulation, evaluation."""
+
+import json
+
+import pytest
+
+from tests.run_tools import checkpoint, log, losses
+
+
+@pytest.fixture(scope="module")
+def one_rank(two_ranks, tmp_path_factory):
+    runs = two_ranks.copy(tmp_path_factory.mktemp("one"), batch_size_train=4)
+    runs.runner = runs.train()
+    return runs
+
+
+@pytest.fixture(scope="module")
+def two(background, two_ranks):
+    code, words = background["two ranks"].result()
+    assert code == 0, words
+    return two_ranks
+
+
+def test_captions_differ_in_length(one_rank):
+    """Else a wrong weighting of ranks would not show."""
+    dataset = one_rank.runner.datasets["scenes"]["train"]
+    text = one_rank.runner.unwrap_dist_model(one_rank.runner.model).language_model.text
+    assert len({len(text.encode(row["caption"])) for row in dataset.annotation}) > 5
+
+
+def test_losses_of_two_ranks_are_those_of_one_with_twice_the_batch(one_rank, two):
+    expected, found = losses(one_rank.output()), losses(two.output())
+    assert list(found) == list(expected) == list(range(1, 11))
+    assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-5, rel=1e-5)
+
+
+def test_weights_after_training_agree(one_rank, two):
+    expected, found = (checkpoint(runs.output())["model"] for runs in (one_rank, two))
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        if not name.endswith("key.bias"):  # its gradient is rounding error
+            assert (found[name] - tensor).abs().max() < 1e-4, name
+
+
+def test_two_ranks_evaluate_every_picture_once(one_rank, two):
+    def rows(runs):
+        return json.loads((runs.output() / "result" / "val_10.json").read_text())["rows"]
+
+    ids = [[row["image_id"] for row in rows(runs)] for runs in (one_rank, two)]
+    assert sorted(ids[1]) == sorted(ids[0]) and len(set(ids[1])) == 5
+    right = [
+        [row["val_loss_right"] for row in log(runs.output()) if "val_loss_right" in row]
+        for runs in (one_rank, two)
+    ]
+    assert right[1] == pytest.approx(right[0], abs=1e-4)
+
+
+def test_one_rank_takes_over_from_two(one_rank, two):
+    """The data order goes on; the checkpoint at step 5 holds the generators of both ranks."""
+    saved = two.output() / "checkpoint_previous.pth"
+    content = checkpoint(two.output(), saved.name)
+    assert content["step"] == 5 and content["world_size"] == len(content["rng"]) == 2
+    copy = one_rank.output("taken over")
+    copy.mkdir()
+    (copy / "start.pth").write_bytes(saved.read_bytes())
+    one_rank.train(f"run.resume_ckpt_path={copy / 'start.pth'}", "run.valid_splits=[]")
+    expected = losses(one_rank.output())
+    assert losses(copy) == pytest.approx({step: expected[step] for step in range(6, 11)}, abs=1e-5, rel=1e-5)

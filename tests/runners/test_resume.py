@@ -1,0 +1,112 @@
+"""A run that was killed or told to stop goes on as if nothing had happened, bit for bit."""
+
+import pytest
+import torch
+
+from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.runners import state
+from tests.run_tools import checkpoint, log, losses, same_tensors
+from tests.runners.conftest import KILLED_AFTER
+
+STEPS = 16
+
+
+def resume(folder, name="checkpoint_last.pth"):
+    return f"run.resume_ckpt_path={folder / name}"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(with_dropout):
+    with_dropout.train()
+    return with_dropout.output()
+
+
+def test_after_kill_9_the_rest_is_bit_equal(background, uninterrupted):
+    runs, code, words = background["killed"].result()
+    killed = runs.output()
+    assert code == -9 and "Traceback" not in words
+    assert KILLED_AFTER <= checkpoint(killed)["step"] < STEPS, "the kill came too late to show anything"
+    runs.train(resume(killed))
+    whole, resumed = losses(uninterrupted), losses(killed)
+    assert list(resumed) == list(whole) == list(range(1, STEPS + 1))
+    assert resumed == whole
+    assert len(set(whole.values())) == STEPS
+    validated = [[row for row in log(folder) if "val_loss_right" in row] for folder in (killed, uninterrupted)]
+    assert validated[0] == validated[1] and len(validated[0]) == STEPS // 4
+    last, expected = checkpoint(killed), checkpoint(uninterrupted)
+    for part in ("model", "optimizer", "rng", "best", "step"):
+        assert same_tensors(last[part], expected[part]), part
+
+
+def test_dropout_goes_on_too(with_dropout, uninterrupted):
+    """A resume that forgot the generators would differ: this is what the comparison above rests on."""
+    copy = with_dropout.output("copy")
+    copy.mkdir()
+    content = checkpoint(uninterrupted, "checkpoint_previous.pth")
+    assert content["step"] == STEPS - 4
+    content["rng"][0]["torch"] = torch.Generator().manual_seed(1).get_state()
+    state.write(copy / "forgot.pth", content)
+    with_dropout.train("run.run_name=copy", resume(copy, "forgot.pth"), "run.valid_splits=[]")
+    assert losses(copy)[STEPS - 3] != losses(uninterrupted)[STEPS - 3]
+
+
+def test_sigterm_to_all_processes_saves_exits_143_and_auto_resumes(background, endless):
+    code, words = background["told to stop"].result()
+    assert code == 143, words
+    folder = endless.output()
+    step, before = checkpoint(folder)["step"], losses(folder)
+    assert step == max(before) >= 3
+    assert f"saved step {step}" in words and "Traceback" not in words
+
+    runner = endless.train("run.resume_ckpt_path=auto", f"run.max_iters={step + 2}")
+    assert runner.start_step == step and runner.output_dir == folder
+    assert checkpoint(folder)["step"] == step + 2
+    after = losses(folder)
+    assert list(after) == list(range(1, step + 3)) and before.items() <= after.items()
+
+
+def test_auto_starts_anew_where_there_is_nothing(runs):
+    runner = runs.train("run.resume_ckpt_path=auto", "run.run_name=new")
+    assert runner.start_step == 0 and checkpoint(runs.output("new"))["step"] == 4
+
+
+def test_auto_needs_a_name(runs, capsys):
+    assert runs.command("run.resume_ckpt_path=auto", "run.run_name=null") == 2
+    assert "needs run.run_name" in capsys.readouterr().err
+
+
+def test_a_run_that_is_done_stays_done(runs):
+    runs.train()
+    before = checkpoint(runs.output())
+    runs.train("run.resume_ckpt_path=auto")
+    assert same_tensors(checkpoint(runs.output()), before)
+
+
+def test_a_truncated_checkpoint_names_the_one_before(runs):
+    runs.train("run.iters_per_inner_epoch=2")
+    last, previous = (runs.output() / name for name in (state.LAST, state.PREVIOUS))
+    assert checkpoint(runs.output(), state.PREVIOUS)["step"] == 2
+    last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
+    with pytest.raises(WeightsError) as error:
+        runs.train(resume(runs.output()))
+    assert "cannot be read" in str(error.value) and str(previous) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert runs.train(resume(runs.output(), state.PREVIOUS)).start_step == 2
+
+
+def test_weights_are_not_a_run(runs, tmp_path):
+    state.write(tmp_path / "weights.pth", {"model": {}})
+    with pytest.raises(WeightsError, match="model.pretrained"):
+        runs.train(resume(tmp_path, "weights.pth"))
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
+    path = tmp_path / state.LAST
+    state.write(path, {"step": 1})
+    with pytest.raises(Exception, match="pickle"):
+        state.write(path, {"step": (number for number in "a generator cannot be saved")})
+    assert checkpoint(tmp_path) == {"step": 1} and state.find_last(tmp_path) == path
+    state.write(path, {"step": 2})
+    assert checkpoint(tmp_path, state.PREVIOUS) == {"step": 1} and checkpoint(tmp_path) == {"step": 2}
+    path.unlink()
+    assert state.find_last(tmp_path).name == state.PREVIOUS

@@ -1,0 +1,158 @@
+"""What a whole run does and leaves behind."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from lavis_evlgen import launch
+from lavis_evlgen.config import EvlgenConfig
+from lavis_evlgen.runners import state
+from tests.run_tools import checkpoint, log, losses, same_tensors
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def fresh_model(finished):
+    """The model as it was before training."""
+    torch.manual_seed(42)
+    return launch.build(finished.runner.config)[2]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "run.json", "log.jsonl", "loss.png", "captions.png", "checkpoint_last.pth", "checkpoint_previous.pth",
+        "checkpoint_best.pth", "result/val_2.json", "result/val_4.json", "tensorboard",
+    ],
+)  # fmt: skip
+def test_a_run_leaves(finished, name):
+    assert (finished.output() / name).exists()
+
+
+def test_pictures_open_and_tensorboard_has_events(finished):
+    for name in ("loss.png", "captions.png"):
+        assert Image.open(finished.output() / name).size[0] > 500
+    assert any(file.stat().st_size > 100 for file in (finished.output() / "tensorboard").iterdir())
+    assert not list(finished.output().glob(".*tmp"))
+
+
+def test_log_rows_hold_what_one_watches(finished):
+    rows = [row for row in log(finished.output()) if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    wanted = {"lr", "variance_share", "grad_norm", "skipped_steps", "images_per_s", "data_wait", "peak_memory_gb"}
+    assert all(wanted <= set(row) for row in rows)
+    assert [row["lr"] for row in rows] == pytest.approx([1e-5, (1e-5 + 1e-2) / 2, 1e-2, (1e-2 + 1e-4) / 2])
+    evaluated = [row for row in log(finished.output()) if "val_loss_right" in row]
+    assert [row["step"] for row in evaluated] == [2, 4] and "blind_cider" in evaluated[0]
+
+
+def test_run_card(finished):
+    card = read(finished.output() / "run.json")
+    assert card["data"]["name"] == "scenes" and card["data"]["split"] == "test" and card["data"]["size"] == 5
+    assert card["data"]["fingerprint"] == finished.runner.datasets["scenes"]["test"].fingerprint
+    assert card["decoding"]["num_beams"] == 1 and card["scoring_tokenizer"] == "simple"
+    assert {"CIDEr", "BLEU-4"} <= set(card["metrics"]["metrics"]) and "CIDEr" in card["metrics"]["blind"]
+    assert card["model"]["class"] == "EVLGen"
+    trainable = sum(tensor.numel() for name, tensor in checkpoint(finished.output())["model"].items())
+    assert card["model"]["trainable_parameters"] == trainable < card["model"]["parameters"]
+    assert card["config"]["run"]["max_iters"] == 4 and card["config"]["model"]["tome_r"] == 4
+    assert card["unreadable_images"] == 0 and card["versions"]["torch"]
+    assert read(finished.output() / "result" / "val_2.card.json")["step"] == 2
+
+
+def test_results_hold_every_picture_with_caption_and_references(finished):
+    result = read(finished.output() / "result" / "val_4.json")
+    assert result["split"] == "val" and result["step"] == 4 and result["pictures"] == len(result["rows"]) == 6
+    for row in result["rows"]:
+        assert isinstance(row["caption"], str) and row["references"] and "CIDEr" in row["scores"]
+    assert result["loss_gap"] == pytest.approx(result["loss_shuffled"] - result["loss_right"])
+
+
+def test_frozen_weights_stay_and_stay_out_of_the_checkpoint(finished):
+    before, after = fresh_model(finished).state_dict(), finished.runner.model.state_dict()
+    saved = checkpoint(finished.output())["model"]
+    frozen = {name for name, p in finished.runner.model.named_parameters() if not p.requires_grad}
+    assert len(frozen) > 40 and not frozen & set(saved)
+    assert all(torch.equal(before[name], after[name]) for name in frozen)
+    trained = {name for name, p in finished.runner.model.named_parameters() if p.requires_grad}
+    assert trained <= set(saved)
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    moved = [name for name in trained if not torch.equal(before[name], saved[name])]
+    assert len(moved) > 0.9 * len(trained)
+
+
+def test_the_checkpoint_before_is_kept(finished):
+    assert checkpoint(finished.output(), state.PREVIOUS)["step"] == 2
+    assert checkpoint(finished.output())["step"] == 4
+
+
+def test_the_best_checkpoint_is_the_best(runs):
+    """CIDEr of an untrained model is 0 at every step; BLEU-1 moves."""
+    keys = ["run.valid_splits=[val]", "run.test_splits=[test]", "run.metrics=[BLEU]", "run.agg_metric=BLEU-1"]
+    runner = runs.train(*keys, "run.max_iters=6", "run.iters_per_inner_epoch=1", "run.min_len=8")
+    results = runs.output() / "result"
+    scores = {step: read(results / f"val_{step}.json")["agg_metrics"] for step in range(1, 7)}
+    best = max(scores, key=scores.get)  # the first of equals
+    assert len(set(scores.values())) > 1, "all alike: nothing to choose from"
+    assert runner.best == {"agg_metrics": scores[best], "step": best}
+    assert checkpoint(runs.output(), state.BEST)["step"] == best
+    assert [path.name for path in results.glob("test_*.card.json")] == [f"test_{best}.card.json"]
+
+
+def test_evaluate_gives_the_same_test_metrics(finished, tmp_path, capsys):
+    expected = read(next((finished.output() / "result").glob("test_?.json")))
+    runs = finished.copy(tmp_path)
+    best = f"model.pretrained={finished.output() / state.BEST}"
+    assert runs.command(best, "run.run_name=again", script="evaluate.py") == 0
+    found = read(runs.output("again") / "result" / "test_given.json")
+    for key in ("metrics", "blind", "loss_right", "loss_shuffled", "rows"):
+        assert found[key] == expected[key], key
+    assert not (runs.output("again") / state.LAST).exists()
+    without = finished.copy(tmp_path).train("run.run_name=untrained", evaluate=True)
+    untrained = read(without.output_dir / "result" / "test_given.json")
+    assert untrained["loss_right"] != expected["loss_right"]
+
+
+def test_a_new_run_in_an_old_folder_starts_with_empty_hands(runs):
+    runs.train("run.valid_splits=[val]", "run.iters_per_inner_epoch=2")
+    assert (runs.output() / state.BEST).exists()
+    best = checkpoint(runs.output(), state.BEST)["model"]
+    runner = runs.train("run.max_iters=3", "run.test_splits=[test]", "run.seed=1")
+    assert list(losses(runs.output())) == [1, 2, 3]
+    assert not any("val_loss_right" in row for row in log(runs.output()))
+    own = checkpoint(runs.output())["model"]
+    tested = {name: runner.model.state_dict()[name] for name in own}
+    assert same_tensors(tested, own) and not same_tensors(tested, best)
+
+
+def test_training_that_diverges_ends_with_one_line(runs, capsys):
+    code = runs.command("run.init_lr=1e30", "run.max_iters=60", "run.warmup_steps=0", "run.max_grad_norm=0")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert code == 2 and last.startswith("train.py: the gradient was not finite in 20 steps in a row")
+
+
+@pytest.mark.parametrize(
+    "option, says",
+    [
+        ("run.valid_splits=[dev]", "no data set has the split 'dev'; there are test, train, val"),
+        ("run.train_dataset_ratios.coco=1", "train_dataset_ratios names ['coco'], the training sets are ['scenes']"),
+        ("run.lr_sched=linear_warmup_step_lr", "runner_evlgen knows linear_warmup_cosine_step_lr"),
+    ],
+)
+def test_run_keys_that_cannot_be_met(runs, option, says, capsys):
+    assert runs.command(option) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_bf16_trains_on_the_cpu(runs):
+    runner = runs.train("run.amp=bf16", "run.valid_splits=[val]")
+    assert len(losses(runs.output())) == 4 and "amp bf16" in runner.reporter.facts({}, 2)["device"]
+
+
+def test_the_config_read_again_is_the_config_of_the_card(finished):
+    args = finished.runner.config.args
+    assert EvlgenConfig(args).to_dict() == read(finished.output() / "run.json")["config"]

@@ -1,0 +1,146 @@
+"""One optimizer step: accumulation, clipping, autocast, and the guard against gradients that are not finite."""
+
+import copy
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch import nn
+
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.runners.schedule import adamw
+from lavis_evlgen.runners.steps import NonFinite, TrainingStep
+from tests.run_tools import same_tensors
+from tests.tiny import pictures, tiny_evlgen
+
+CPU = torch.device("cpu")
+
+
+def batch(count=2, seed=0, texts=None):
+    return {"image": pictures(count, seed), "text_input": texts or ["a red square"] * count}
+
+
+def broken(value=float("nan")):
+    return {"image": torch.full((2, 3, 28, 28), value), "text_input": ["a red square"] * 2}
+
+
+def trainer(model=None, patience=20, lr=1e-2, **run):
+    model = model or tiny_evlgen()
+    return TrainingStep(model, adamw(model, lr, 0.05, 0.999), CPU, OmegaConf.create(run), patience)
+
+
+def state(step):
+    """Parameters and Adam's moments and counters, copied."""
+    return copy.deepcopy((dict(step.model.named_parameters()), step.optimizer.state_dict()["state"]))
+
+
+def halves(whole):
+    """The two halves of a batch of 4 as two micro-batches."""
+    for at in (0, 2):
+        yield {key: value[at : at + 2] for key, value in whole.items()}
+
+
+def close(step, other, tolerance=1e-5):
+    """Whether the parameters agree; key biases are left out, for their gradient is rounding error."""
+    pairs = zip(step.model.named_parameters(), other.model.parameters(), strict=True)
+    return all((a - b).abs().max() < tolerance for (name, a), b in pairs if not name.endswith("key.bias"))
+
+
+def test_two_micro_steps_are_one_step_of_both_when_token_counts_agree():
+    one, two = trainer(), trainer(accum_grad_iters=2)
+    whole = batch(4)
+    loss = one(iter([dict(whole)]))[0]["loss"]
+    accumulated = two(halves(whole))[0]["loss"]
+    assert accumulated.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert close(one, two)
+    assert not close(one, trainer(), 1e-3)  # it did move
+
+
+def test_micro_steps_weigh_alike_whatever_their_tokens():
+    """With unequal token counts the two differ: a micro-step's loss is the mean over its own tokens."""
+    texts = ["a dog"] * 2 + ["two cats sleep on a wooden table by a red square and a blue circle"] * 2
+    one, two = trainer(), trainer(accum_grad_iters=2)
+    loss = one(iter([batch(4, texts=texts)]))[0]["loss"].item()
+    accumulated = two(halves(batch(4, texts=texts)))[0]["loss"].item()
+    parts = [trainer()(iter([half]))[0]["loss"].item() for half in halves(batch(4, texts=texts))]
+    assert accumulated == pytest.approx(sum(parts) / 2, rel=1e-5) and accumulated != pytest.approx(loss, rel=1e-3)
+
+
+def test_waiting_and_bad_images_come_back_with_the_values():
+    step = trainer(accum_grad_iters=2)
+    bad = [{"image": "x.png", "reason": "empty"}]
+    values, waited, found = step(iter([batch() | {"bad": bad}, batch()]))
+    assert found == bad and waited >= 0
+    assert set(values) == {"loss", "variance_share", "grad_norm", "skipped_steps"}
+
+
+class Plain(nn.Module):
+    """loss = w * sum(image): its gradient is the sum of the pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(3))
+
+    def forward(self, samples):
+        return {"loss": (self.w * samples["image"]).sum()}
+
+
+@pytest.mark.parametrize("limit, expected", [(1.0, 1.0), (100.0, 50.0), (0, 50.0)])
+def test_clipping_limits_the_norm_and_zero_does_not(limit, expected):
+    model, seen = Plain(), []
+    step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=1.0), CPU, OmegaConf.create({"max_grad_norm": limit}))
+    model.w.register_post_accumulate_grad_hook(lambda w: seen.append(w.grad))
+    values, _, _ = step(iter([{"image": torch.tensor([30.0, 40.0, 0.0])}]))
+    assert values["grad_norm"].item() == pytest.approx(50.0)  # before clipping
+    assert model.w.norm().item() == pytest.approx(expected, rel=1e-4)  # SGD with rate 1: the step taken
+
+
+def test_clipping_is_on_when_nothing_is_said():
+    assert trainer().max_norm == 1.0 and trainer(max_grad_norm=0).max_norm == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_leaves_no_trace(value):
+    step = trainer()
+    step(iter([batch(seed=1)]))
+    before = state(step)
+    values = step(iter([broken(value)]))[0]
+    assert same_tensors(state(step), before)
+    assert values["skipped_steps"].item() == 1 and not values["grad_norm"].isfinite()
+
+    step(iter([batch(seed=2)]))
+    other = trainer()
+    other(iter([batch(seed=1)])), other(iter([batch(seed=2)]))
+    assert same_tensors(state(step), state(other))  # as if the broken batch had not been
+    assert step.skipped.item() == 1 and step.in_a_row.item() == 0
+
+
+def test_one_broken_micro_step_takes_its_whole_step_with_it():
+    step = trainer(accum_grad_iters=2)
+    before = state(step)
+    step(iter([batch(), broken()]))
+    assert same_tensors(state(step), before)
+
+
+def test_patience_is_of_steps_in_a_row():
+    step = trainer(patience=2)
+    step(iter([broken()])), step(iter([batch()])), step(iter([broken()]))
+    step.check_finite(3)
+    step(iter([broken()]))
+    with pytest.raises(NonFinite, match="2 steps in a row up to step 4.*init_lr"):
+        step.check_finite(4)
+
+
+@pytest.mark.parametrize("amp, dtype", [("bf16", torch.bfloat16), (False, None), ("fp32", None)])
+def test_autocast_on_the_cpu(amp, dtype):
+    step, seen = trainer(amp=amp), []
+    step.model.llm_proj.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    losses = [step(iter([batch(4)]))[0]["loss"] for _ in range(8)]
+    assert seen[0] == (dtype or torch.float32)
+    assert all(parameter.dtype == torch.float32 for parameter in step.model.parameters())
+    assert losses[-1] < losses[0]
+
+
+def test_an_unknown_autocast_is_refused():
+    with pytest.raises(ConfigError, match="run.amp: 'fp8'"):
+        trainer(amp="fp8")
