@@ -31,7 +31,8 @@ class EvlgenConfig(Config):
         config = OmegaConf.load(self.path)
         for section in SECTIONS:
             if not config.get(section):
-                raise ConfigError(f"{self.path}: section {section!r} is missing; a run config has {', '.join(SECTIONS)}")
+                known = ", ".join(SECTIONS)
+                raise ConfigError(f"{self.path}: section {section!r} is missing; a run config has {known}")
         self._refuse_unknown(config, dict.fromkeys(SECTIONS, ""), "")
         # strict: an option may not invent a section
         self._refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
@@ -59,7 +60,8 @@ class EvlgenConfig(Config):
         self._known("model.model_type", config.model.get("model_type"), types)
         for name in config.datasets:
             builder = self._registered("datasets", name, "builder_name_mapping")
-            self._known(f"datasets.{name}.type", config.datasets[name].get("type", "default"), builder.DATASET_CONFIG_DICT)
+            kind = config.datasets[name].get("type", "default")
+            self._known(f"datasets.{name}.type", kind, builder.DATASET_CONFIG_DICT)
         self._registered("run.task", config.run.get("task"), "task_name_mapping")
         self._registered("run.runner", config.run.get("runner", "runner_evlgen"), "runner_name_mapping")
 

@@ -47,7 +47,8 @@ def check_images(name: str, split: str, dataset, limit: int | None, say) -> Find
             if error is not None:
                 bad.append(error)
             if done % 2000 == 0:
-                say(f"  {name} {split}: {done} of {len(rows)}, {(time.time() - started) / done * (len(rows) - done):.0f} s left")
+                left = (time.time() - started) / done * (len(rows) - done)
+                say(f"  {name} {split}: {done} of {len(rows)}, {left:.0f} s left")
     missing = [error for error in bad if not Path(error.path).exists()]
     unreadable = len(bad) - len(missing)
     allowed = dataset.max_bad_fraction * dataset.num_images
@@ -75,7 +76,8 @@ def check_weights(model_cfg) -> Iterator[Finding]:
             continue
         if source in LAVIS_VITS:
             if not model_cfg.get("vit_path"):
-                yield Finding(True, f"weights {key}", f"{source}: LAVIS downloads it (set model.vit_path to avoid that)")
+                seen = f"{source}: LAVIS downloads it (set model.vit_path to avoid that)"
+                yield Finding(True, f"weights {key}", seen)
             continue
         try:
             path = resolve(source, f"model.{key}")
@@ -97,7 +99,8 @@ def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
     if vit in LAVIS_VITS:
         from lavis_evlgen.models.vision import build_empty
 
-        counts["vision encoder"] = _size(build_empty(vit, model_cfg.get("image_size", 224)), model_cfg.get("vit_precision"))
+        empty = build_empty(vit, model_cfg.get("image_size", 224))
+        counts["vision encoder"] = _size(empty, model_cfg.get("vit_precision"))
     source = str(model_cfg.get("llm_model") or model_cfg.get("opt_model"))
     try:
         path = resolve(source, "model.llm_model")

@@ -258,7 +258,8 @@ def build_evlgen(cls, cfg) -> EVLGen:
     )
     precision = check_precision(cfg.get("llm_precision", "fp16"), "llm_precision")
     llm, tokenizer = load_language_model(cfg.get("llm_model") or cfg.get("opt_model"), precision)
-    body = {k: cfg[k] for k in ("num_layers", "merge_mean", "partition", "proportional_attention", "dropout") if k in cfg}
+    keys = ("num_layers", "merge_mean", "partition", "proportional_attention", "dropout")
+    body = {key: cfg[key] for key in keys if key in cfg}
     tome_r = cfg.get("tome_r", 19)
     return cls(
         vision,

@@ -91,14 +91,14 @@ class LanguageModel(nn.Module):
     def _head(self, hidden: Tensor) -> Tensor:
         return self.llm.get_output_embeddings()(hidden)
 
-    def _assemble(self, visual: Tensor, visual_mask: Tensor | None, rows: list[list[int]], side: str):
-        """Embeddings (B, T, D), mask (B, T) and the column where the text rows start (right padding)."""
+    def _assemble(self, visual: Tensor, visual_mask: Tensor | None, rows: list[list[int]]):
+        """Embeddings (B, T, D), mask (B, T) and the column where the text rows start; padded on the right."""
         batch, n_visual, _ = visual.shape
         bos_id = self.text.bos_id
         if bos_id is not None and self.bos == "after":
             rows = [[bos_id, *row] for row in rows]
-        ids = pad_rows(rows, self.text.pad_id, side, visual.device)  # (B, S)
-        mask = pad_rows([[1] * len(row) for row in rows], 0, side, visual.device)
+        ids = pad_rows(rows, self.text.pad_id, "right", visual.device)  # (B, S)
+        mask = pad_rows([[1] * len(row) for row in rows], 0, "right", visual.device)
         if visual_mask is None:
             visual_mask = mask.new_ones(batch, n_visual)
         parts, masks = [visual.to(self.dtype), self.embed[0](ids)], [visual_mask.long(), mask]
@@ -117,7 +117,7 @@ class LanguageModel(nn.Module):
         limit = self.max_txt_len - (self.text.bos_id is not None)
         pairs = [self.text.caption(p, t, limit) for p, t in zip(prompts, texts, strict=True)]
         ragged = mask is not None
-        embeds, mask, start = self._assemble(visual, mask, [ids for ids, _ in pairs], "right")
+        embeds, mask, start = self._assemble(visual, mask, [ids for ids, _ in pairs])
         extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows
         labels = pad_rows([[IGNORE] * (start + extra) + lab for _, lab in pairs], IGNORE, "right", visual.device)
         if ragged:
@@ -131,7 +131,7 @@ class LanguageModel(nn.Module):
     ) -> list[str]:
         """visual (B, P, D_l) -> B x num_return_sequences texts; decoding: Hugging Face `generate` arguments."""
         rows = [self.text.encode(p.rstrip()) for p in prompts]
-        embeds, mask, _ = self._assemble(visual, mask, rows, "left")
+        embeds, mask, _ = self._assemble(visual, mask, rows)
         embeds, mask = _pads_to("left", mask, embeds, mask)
         ids = self.llm.generate(
             inputs_embeds=embeds,

@@ -28,7 +28,8 @@ class Reporter:
         model = runner.unwrap_dist_model(runner.model)
         facts = {}
         if hasattr(model, "visual_encoder") and hasattr(model.connector, "num_output_tokens"):
-            facts["tokens"] = f"{model.visual_encoder.num_tokens} visual -> {model.connector.num_output_tokens} in the prompt"
+            before, after = model.visual_encoder.num_tokens, model.connector.num_output_tokens
+            facts["tokens"] = f"{before} visual -> {after} in the prompt"
         device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "cpu"
         threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
         facts |= {

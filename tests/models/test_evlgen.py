@@ -135,6 +135,15 @@ def test_generate_takes_prompts_and_a_computed_visual_prompt():
         model.generate(samples(prompt=["one", "two"]), **kw)
 
 
+def test_nucleus_sampling_is_not_cut_to_the_top_50(monkeypatch):
+    model, seen = tiny_evlgen().eval(), {}
+    real = model.language_model.llm.generate
+    monkeypatch.setattr(model.language_model.llm, "generate", lambda **kw: seen.update(kw) or real(**kw))
+    model.generate(samples(), use_nucleus_sampling=True, top_p=0.7, temperature=0.5, max_length=3)
+    expected = {"do_sample": True, "top_p": 0.7, "temperature": 0.5, "top_k": 0, "num_beams": 1}
+    assert expected.items() <= seen.items()
+
+
 def test_questions_are_put_in_the_prompt(monkeypatch):
     model, seen = tiny_evlgen().eval(), {}
     answers = model.predict_answers(samples(text_input=["what color?", "how many cats?", "why"]), max_len=4)

@@ -141,13 +141,24 @@ def test_beam_search_is_hugging_faces(kind, bos):
 
 
 @torch.no_grad()
-def test_generation_stops_at_the_end_of_a_caption():
+def test_generation_stops_at_the_end_of_a_caption(monkeypatch):
     lm, visual = tiny_language_model("llama"), soft_prompts(1)
     ids = greedy_without_cache(lm, visual[0], "", 8, 8)
     lm.text.end_id = ids[3]  # as if the fourth token ended captions
-    kept = ids[: ids.index(ids[3])]
+    decode, seen = lm.text.decode, []
+    monkeypatch.setattr(lm.text, "decode", lambda rows: seen.extend(rows.tolist()) or decode(rows))
     text = lm.generate(visual, [""], max_new_tokens=8, do_sample=False)
-    assert text == [lm.text.tokenizer.decode(kept, skip_special_tokens=True).strip()]
+    end = ids.index(ids[3])
+    assert seen == [ids[: end + 1]]
+    assert text == [lm.text.tokenizer.decode(ids[:end], skip_special_tokens=True).strip()]
+
+
+@BOS
+@torch.no_grad()
+def test_the_longest_text_counts_its_bos(bos):
+    lm = tiny_language_model(bos=bos, max_txt_len=6)
+    _, tokens = lm.loss(soft_prompts(2), ["dog " * 20, ""], ["", ""])
+    assert tokens.tolist() == [5, 1]  # BOS and five tokens; an empty caption still has its end
 
 
 class ScaledLogits(LlamaForCausalLM):
