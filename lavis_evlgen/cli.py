@@ -7,17 +7,19 @@ import json
 import sys
 from pathlib import Path
 
-from lavis_evlgen.launch import USER_ERRORS
+from lavis_evlgen.launch import USER_ERRORS, config_errors
 
 
 def main(argv=None):
     """Entry of `evlgen`; errors that the user can mend are one line, exit code 2."""
     args = _parser().parse_args(argv)
     try:
-        raise SystemExit(args.run_command(args))
+        with config_errors():
+            code = args.run_command(args)
     except USER_ERRORS as error:
         print(f"evlgen {args.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    raise SystemExit(code)
 
 
 def _parser() -> argparse.ArgumentParser:

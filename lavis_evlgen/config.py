@@ -10,8 +10,12 @@ from lavis.common.config import Config
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 SECTIONS = ("run", "model", "datasets")
+# model keys that take one of several kinds of value ({target}, {r, inflection}, a list): what is given replaces the
+# default, unless it only changes keys that the default has
+REPLACED = ("tome_r",)
 
 
 class ConfigError(ValueError):
@@ -28,20 +32,48 @@ class EvlgenConfig(Config):
         if not self.path.is_file():
             raise ConfigError(f"--cfg-path: {self.path} does not exist (seen from {Path.cwd()})")
         options = self._options(args.options or [])
-        config = OmegaConf.load(self.path)
+        config = self._file()
+        self._check_sections(config)
+        # strict: an option may not invent a section
+        self._refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
+        try:
+            self.config = self._merged(config, options)
+        except (TypeError, OmegaConfBaseException) as error:
+            kinds = "a list or number stands where the defaults have a mapping, or the other way round"
+            raise ConfigError(f"{self.path}: {kinds} ({_one_line(error)})") from error
+        self._check_keys()
+
+    def _merged(self, config: DictConfig, options: DictConfig) -> DictConfig:
+        """Defaults under the file under the options."""
+        layers = [layer.model for layer in (config, options) if isinstance(layer.get("model"), DictConfig)]
+        given = [(key, layer.pop(key)) for key in REPLACED for layer in layers if key in layer]
+        config = OmegaConf.merge(config, options)
+        self._check_sections(config)
+        self._check_names(config)
+        merged = OmegaConf.merge(
+            self.build_runner_config(config), self.build_model_config(config), self.build_dataset_config(config)
+        )
+        for key, value in given:
+            under = merged.model.get(key)
+            mappings = isinstance(under, DictConfig) and isinstance(value, DictConfig)
+            merged.model[key] = OmegaConf.merge(under, value) if mappings and set(value) <= set(under) else value
+        return merged
+
+    def _check_sections(self, config):
         for section in SECTIONS:
-            if not config.get(section):
+            if not config.get(section) or not isinstance(config[section], DictConfig):
                 known = ", ".join(SECTIONS)
                 raise ConfigError(f"{self.path}: section {section!r} is missing; a run config has {known}")
         self._refuse_unknown(config, dict.fromkeys(SECTIONS, ""), "")
-        # strict: an option may not invent a section
-        self._refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
-        config = OmegaConf.merge(config, options)
-        self._check_names(config)
-        self.config = OmegaConf.merge(
-            self.build_runner_config(config), self.build_model_config(config), self.build_dataset_config(config)
-        )
-        self._check_keys()
+
+    def _file(self) -> DictConfig:
+        try:
+            config = OmegaConf.load(self.path)
+        except YAMLError as error:
+            raise ConfigError(f"{self.path}: not YAML: {_one_line(error)}") from error
+        if not isinstance(config, DictConfig):
+            raise ConfigError(f"{self.path}: holds a list; a run config has the sections {', '.join(SECTIONS)}")
+        return config
 
     @staticmethod
     def _options(options: list[str]) -> DictConfig:
@@ -50,8 +82,8 @@ class EvlgenConfig(Config):
                 raise ConfigError(f"--options {option}: write key=value, e.g. run.max_iters=100")
         try:
             return OmegaConf.from_dotlist(options)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"--options {' '.join(options)}: {str(error).splitlines()[0]}") from error
+        except (OmegaConfBaseException, YAMLError) as error:
+            raise ConfigError(f"--options {' '.join(options)}: {_one_line(error)}") from error
 
     def _check_names(self, config):
         """The model, its type, data sets, task and runner must be registered."""
@@ -80,6 +112,9 @@ class EvlgenConfig(Config):
         task = registry.get_task_class(run.task)
         if hasattr(runner, "CONFIG_KEYS") and hasattr(task, "CONFIG_KEYS"):
             self._refuse_unknown(run, {**runner.CONFIG_KEYS, **task.CONFIG_KEYS}, "run.")
+        for key in (*getattr(runner, "NUMBERS", ()), *getattr(task, "NUMBERS", ())):
+            if isinstance(run.get(key, 0), bool) or not isinstance(run.get(key, 0), int | float):
+                raise ConfigError(f"{self.path}: run.{key}: {run[key]!r} is not a number")
         model_cls = registry.get_model_class(model.arch)
         if hasattr(model_cls, "CONFIG_KEYS"):
             self._refuse_unknown(model, model_cls.CONFIG_KEYS, "model.")
@@ -105,6 +140,10 @@ class EvlgenConfig(Config):
         for key in section:
             if key not in known:
                 raise ConfigError(f"{self.path}: unknown key {prefix}{key}{nearest(str(key), known)}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def nearest(name: str, known) -> str:

@@ -7,12 +7,14 @@ import logging
 import os
 import sys
 import time
+import traceback
 import warnings
+from contextlib import contextmanager
+from pathlib import Path
 
 # before torch: thread oversubscription of several ranks on one CPU, and fork warnings of the fast tokenizers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-# Problems that the user can mend: shown as one line, without a stack trace.
 from lavis.common.registry import registry  # noqa: E402
 
 from lavis_evlgen import distributed, plugin  # noqa: E402, F401
@@ -23,6 +25,7 @@ from lavis_evlgen.models.sources import WeightsError  # noqa: E402
 from lavis_evlgen.runners.bad_images import TooManyBadImages  # noqa: E402
 from lavis_evlgen.runners.steps import NonFinite  # noqa: E402
 
+# Problems that the user can mend: shown as one line, without a stack trace.
 USER_ERRORS = (ConfigError, DataError, WeightsError, MissingExtra, TooManyBadImages, NonFinite)
 
 EPILOG = """examples:
@@ -51,6 +54,19 @@ def set_up_logging():
     warnings.filterwarnings("ignore", category=UserWarning, module="timm|fairscale|torchvision")
 
 
+@contextmanager
+def config_errors():
+    """During set-up, a value that our own code refuses is a mistake in the config; other code's errors are bugs."""
+    try:
+        yield
+    except USER_ERRORS:
+        raise
+    except (ValueError, RuntimeError) as error:
+        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parent):
+            raise
+        raise ConfigError(str(error)) from error
+
+
 def build(cfg: EvlgenConfig):
     """(task, data sets by name and split, model) of a config."""
     task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
@@ -65,14 +81,16 @@ def run(args, evaluate: bool = False):
     cfg = EvlgenConfig(args)
     if evaluate:
         cfg.run_cfg.evaluate = True
-    distributed.start(cfg.run_cfg.get("device", "auto"))
+    with config_errors():
+        distributed.start(cfg.run_cfg.get("device", "auto"))
     set_up_logging()
     # every rank builds the same weights; the runner then gives each rank its own dropout
     torch.manual_seed(int(cfg.run_cfg.get("seed", 42)))
     job_id = distributed.from_main(time.strftime("%Y%m%d-%H%M%S"))
-    task, datasets, model = build(cfg)
     runner_cls = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_evlgen"))
-    runner = runner_cls(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+    with config_errors():
+        task, datasets, model = build(cfg)
+        runner = runner_cls(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
     runner.train()
     distributed.stop()
     return runner

@@ -66,12 +66,8 @@ def tokenize_captions(
     predictions: Mapping[Hashable, str], references: Mapping[Hashable, Sequence[str]], tokenizer: str = "auto"
 ) -> TokenizedCaptions:
     """Check both sides and tokenise every caption once (one Java start). Errors as in `score_captions`."""
-    if tokenizer not in TOKENIZERS:
-        raise ValueError(f"unknown tokenizer {tokenizer!r}; choose one of {', '.join(TOKENIZERS)}")
+    java = check_tokenizer(tokenizer)
     _check_sides(predictions, references)
-    java = find_java()
-    if tokenizer == "ptb" and java is None:
-        raise RuntimeError(f'tokenizer="ptb" needs Java, which was not found on PATH. {INSTALL_JAVA}')
     name = tokenizer if tokenizer != "auto" else ("ptb" if java else "simple")
 
     # references first, then predictions, each in its order: PTB looks one line ahead at abbreviations
@@ -151,6 +147,16 @@ def check_metrics(metrics: Sequence[str]) -> None:
             near = difflib.get_close_matches(name.upper(), [known.upper() for known in METRICS], 1, 0.4)
             hint = next((f", did you mean {known!r}?" for known in METRICS if known.upper() in near), "")
             raise ValueError(f"unknown caption metric {name!r}{hint} Known: {', '.join(METRICS)}")
+
+
+def check_tokenizer(tokenizer: str) -> str | None:
+    """The path of Java, or None where there is none. Raises as `score_captions` does."""
+    if tokenizer not in TOKENIZERS:
+        raise ValueError(f"unknown tokenizer {tokenizer!r}; choose one of {', '.join(TOKENIZERS)}")
+    java = find_java()
+    if tokenizer == "ptb" and java is None:
+        raise RuntimeError(f'tokenizer="ptb" needs Java, which was not found on PATH. {INSTALL_JAVA}')
+    return java
 
 
 def _check_sides(predictions: Mapping, references: Mapping) -> None:

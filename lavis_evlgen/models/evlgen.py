@@ -16,7 +16,7 @@ from lavis_evlgen.models.connectors import CONNECTORS, VisualPrompt
 from lavis_evlgen.models.freezing import check_precision
 from lavis_evlgen.models.language import LanguageModel, load_language_model
 from lavis_evlgen.models.vision import load_vision_encoder
-from lavis_evlgen.nn import variance_share
+from lavis_evlgen.nn import across_picture_share
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 
@@ -128,14 +128,14 @@ class EVLGen(BaseModel):
     def forward(self, samples: dict) -> dict[str, Tensor]:
         """samples: image (B, 3, H, W), text_input list[str]. loss: mean over supervised tokens (EVLGen, eq. 3).
 
-        `loss_tokens` is their number, so that a trainer can weight ranks rightly; `variance_share` is the share
-        of the prompt's variance that is across pictures (0: the connector has collapsed).
+        `loss_tokens` is their number, so that a trainer can weight ranks rightly; `across_picture_share` is the share
+        of the prompt's power that is variance across pictures (0: the connector has collapsed).
         """
         prompt = self.visual_prompt(samples["image"])
         sums, tokens = self.loss_of(prompt, samples)
         total, count = sums.sum(), tokens.sum()
-        share = variance_share(prompt.tokens)
-        return {"loss": total / count.clamp_min(1), "loss_tokens": count, "variance_share": share}
+        share = across_picture_share(prompt.tokens)
+        return {"loss": total / count.clamp_min(1), "loss_tokens": count, "across_picture_share": share}
 
     def _prompts(self, samples: dict, batch: int) -> list[str]:
         prompt = samples.get("prompt", self.prompt)
@@ -157,7 +157,6 @@ class EVLGen(BaseModel):
         length_penalty: float = 1.0,
         num_captions: int = 1,
         temperature: float = 1.0,
-        use_cache: bool = True,
         visual_prompt: VisualPrompt | None = None,
     ) -> list[str]:
         """Captions of samples["image"] (B, 3, H, W): B x num_captions strings, as LAVIS's Blip2OPT.generate.
@@ -177,7 +176,6 @@ class EVLGen(BaseModel):
             prompt.tokens,
             self._prompts(samples, len(prompt.tokens)),
             prompt.mask,
-            use_cache=use_cache,
             repetition_penalty=repetition_penalty,
             **decoding,
         )

@@ -127,7 +127,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, visual: Tensor, prompts: list[str], mask: Tensor | None = None, use_cache: bool = True, **decoding
+        self, visual: Tensor, prompts: list[str], mask: Tensor | None = None, **decoding
     ) -> list[str]:
         """visual (B, P, D_l) -> B x num_return_sequences texts; decoding: Hugging Face `generate` arguments."""
         rows = [self.text.encode(p.rstrip()) for p in prompts]
@@ -138,7 +138,6 @@ class LanguageModel(nn.Module):
             attention_mask=mask,
             eos_token_id=self.text.end_id,
             pad_token_id=self.text.pad_id,
-            use_cache=use_cache,
             **decoding,
         )
         return self.text.decode(ids)

@@ -1,6 +1,6 @@
 """Pure PyTorch building blocks: token merging, TomeFormer, the prefix language-model loss."""
 
-from lavis_evlgen.nn.losses import prefix_lm_loss, variance_share
+from lavis_evlgen.nn.losses import across_picture_share, prefix_lm_loss
 from lavis_evlgen.nn.merging import MergeMap, match, merge_schedule, tokens_after
 from lavis_evlgen.nn.tomeformer import TomeFormer, TomeFormerConfig
 
@@ -12,5 +12,5 @@ __all__ = [
     "merge_schedule",
     "prefix_lm_loss",
     "tokens_after",
-    "variance_share",
+    "across_picture_share",
 ]

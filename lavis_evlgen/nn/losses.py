@@ -27,13 +27,12 @@ def prefix_lm_loss(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tens
 
 
 @torch.no_grad()
-def variance_share(prompt: Tensor) -> Tensor:
-    """Share of the visual prompt's variance that is across pictures, in [0, 1] (scalar); 0 = collapsed.
+def across_picture_share(prompt: Tensor) -> Tensor:
+    """Share of the visual prompt's power that is variance across pictures, in [0, 1] (scalar); 0 = collapsed.
 
-    prompt (B, P, D). Variance over the batch at each position, against the variance over batch and positions:
-    a connector that answers the same prompt to every picture has 0, whatever its tokens look like.
+    prompt (B, P, D). Variance over the batch at each position and channel, against the mean square: a connector
+    that answers (nearly) the same prompt to every picture has (nearly) 0, whether or not its tokens differ.
     """
     prompt = prompt.float()
     across = prompt.var(dim=0, unbiased=False).mean()
-    total = prompt.flatten(0, 1).var(dim=0, unbiased=False).mean()
-    return across / total.clamp_min(torch.finfo(torch.float32).tiny)
+    return across / prompt.square().mean().clamp_min(torch.finfo(torch.float32).tiny)

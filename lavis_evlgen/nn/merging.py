@@ -178,8 +178,9 @@ def _to_target(target: int, num_layers: int, tokens: int, protected: int) -> lis
         most[layer] = 2 * most[layer + 1] - protected
     schedule, left = [], tokens
     for layer in range(num_layers):
-        even = -((target - left) // (num_layers - layer))  # ceil of an even share of what is left to merge
-        r = min(max(even, left - most[layer], 0), max_merges(left, protected))
+        # an even share of the way to every later bound, the target among them
+        wanted = max(-((most[j] - left) // (j - layer + 1)) for j in range(layer, num_layers))
+        r = min(max(wanted, 0), max_merges(left, protected))
         schedule.append(r)
         left -= r
     if left != target:

@@ -106,7 +106,7 @@ class Progress:
         logging.info(
             "step %d/%d  loss %.4f  lr %.2e  across-picture share %.3f  %.1f images/s  data wait %.0f%%  "
             "peak %.1f GB  ETA %s",
-            step, self.max_steps, row["loss"], lr, row.get("variance_share", float("nan")), row["images_per_s"],
+            step, self.max_steps, row["loss"], lr, row.get("across_picture_share", float("nan")), row["images_per_s"],
             100 * row["data_wait"], row["peak_memory_gb"], _clock(eta),
         )  # fmt: skip
         self.write(row)

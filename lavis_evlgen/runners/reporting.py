@@ -11,7 +11,7 @@ from lavis_evlgen import distributed
 from lavis_evlgen.evaluation.plots import caption_sheet
 from lavis_evlgen.evaluation.run_card import run_card, write_run_card
 
-COLLAPSED = 1e-3  # share of the prompt's variance across pictures under which a connector answers one prompt
+COLLAPSED = 1e-3  # across-picture share under which a connector answers one prompt to every picture
 
 
 class Reporter:
@@ -44,11 +44,11 @@ class Reporter:
 
     def watch_collapse(self, row: dict):
         """Warn once when the prompt no longer depends on the picture."""
-        share = row.get("variance_share")
+        share = row.get("across_picture_share")
         if share is not None and share < COLLAPSED and not self.warned:
             self.warned = True
             logging.warning(
-                "the connector has collapsed: across-picture share of the prompt's variance is %.1e at step %d, so the "
+                "the connector has collapsed: the across-picture share of the prompt is %.1e at step %d, so the "
                 "model sees the same prompt for every picture and learns captions blind. Try model.prompt_scale="
                 "embedding, a smaller model.lr_scale.connector, or model.bos=before (docs/training.md)",
                 share, row["step"],

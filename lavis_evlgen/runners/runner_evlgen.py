@@ -28,6 +28,11 @@ from lavis_evlgen.runners.steps import TrainingStep
 class RunnerEvlgen(RunnerIter):
     """Trains for `max_iters` optimizer steps; every `iters_per_inner_epoch` it evaluates and saves."""
 
+    NUMBERS = (
+        "max_iters", "iters_per_inner_epoch", "init_lr", "min_lr", "warmup_lr", "warmup_steps", "weight_decay", "beta2",
+        "max_grad_norm", "batch_size_train", "batch_size_eval", "accum_grad_iters", "num_workers", "seed", "log_freq",
+        "sheet_pictures",
+    )  # fmt: skip
     CONFIG_KEYS = {
         "runner": "runner_evlgen",
         "task": "what evaluation does: evlgen_captioning, or a LAVIS task",

@@ -73,8 +73,8 @@ class TrainingStep:
             loss = loss * out["loss_tokens"] * distributed.world_size() / everywhere
         self.scaler.scale(loss / self.accum).backward()
         shown = {"loss": loss.detach()}
-        if "variance_share" in out:
-            shown["variance_share"] = out["variance_share"]
+        if "across_picture_share" in out:
+            shown["across_picture_share"] = out["across_picture_share"]
         for value in shown.values():
             distributed.sum_over_ranks(value).div_(distributed.world_size())
         return shown

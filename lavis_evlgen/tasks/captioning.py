@@ -24,6 +24,7 @@ class EvlgenCaptionTask(BaseTask):
     right and under another sample's visual prompt.
     """
 
+    NUMBERS = ("num_beams", "max_len", "min_len", "length_penalty", "repetition_penalty", "blind_shuffles")
     CONFIG_KEYS = {
         "num_beams": "beams of the search (5)",
         "max_len": "most new tokens of a caption (30)",
@@ -39,6 +40,7 @@ class EvlgenCaptionTask(BaseTask):
     def __init__(self, decoding: dict, metrics=caption_metrics.METRICS, tokenizer="auto", shuffles=5, agg="CIDEr"):
         super().__init__()
         caption_metrics.check_metrics(metrics)
+        caption_metrics.check_tokenizer(tokenizer)  # now, rather than after the first thousand steps
         self.decoding, self.metrics, self.tokenizer = decoding, tuple(metrics), tokenizer
         self.shuffles, self.agg = shuffles, agg
         self.references: dict = {}

@@ -73,9 +73,9 @@ def test_a_few_steps_learn_three_captions():
 @torch.no_grad()
 def test_the_share_of_variance_sees_a_collapse():
     model = tiny_evlgen().eval()
-    assert 0.01 < model(samples())["variance_share"].item() <= 1
+    assert 0.01 < model(samples())["across_picture_share"].item() <= 1
     same = samples() | {"image": pictures(1).expand(3, -1, -1, -1)}
-    assert model(same)["variance_share"].item() < 1e-6
+    assert model(same)["across_picture_share"].item() < 1e-6
 
 
 @pytest.mark.parametrize("kind, tokens", [(tiny_clip, 17), (tiny_siglip, 16)])

@@ -1,4 +1,4 @@
-"""The prefix loss equals the cross-entropy of the full logits; variance_share tells collapse from content."""
+"""The prefix loss equals the cross-entropy of the full logits; across_picture_share tells collapse from content."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss, variance_share
+from lavis_evlgen.nn.losses import IGNORE, across_picture_share, prefix_lm_loss
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
@@ -63,18 +63,23 @@ def test_half_precision_logits_are_summed_in_float32():
     assert counts.tolist() == [39, 39]
 
 
-def test_variance_share_of_a_collapsed_connector_is_0():
+def test_across_picture_share_of_a_collapsed_connector_is_0():
     same = torch.randn(1, 7, 5).expand(4, 7, 5)
-    assert variance_share(same).item() < 1e-9
-    assert variance_share(torch.zeros(4, 7, 5)).item() == 0.0
+    assert across_picture_share(same).item() < 1e-9
+    assert across_picture_share(torch.zeros(4, 7, 5)).item() == 0.0
 
 
-def test_variance_share_of_pictures_each_of_one_value_is_1():
-    constant_within = torch.randn(4, 1, 5).expand(4, 7, 5)
-    assert variance_share(constant_within).item() == pytest.approx(1.0, abs=1e-5)
+def test_one_vector_for_every_token_and_picture_is_collapsed_whatever_its_noise():
+    same = torch.randn(1, 1, 5).expand(4, 7, 5) + 1e-3 * torch.randn(4, 1, 5)
+    assert across_picture_share(same).item() < 1e-4
 
 
-def test_variance_share_lies_between_for_positions_plus_pictures():
+def test_across_picture_share_of_opposite_pictures_is_1():
+    picture = torch.randn(1, 7, 5)
+    assert across_picture_share(torch.cat([picture, -picture])).item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_across_picture_share_lies_between_for_positions_plus_pictures():
     positions, pictures = torch.randn(1, 400, 64), torch.randn(400, 1, 64)
-    assert variance_share(positions + pictures).item() == pytest.approx(0.5, abs=0.1)
-    assert variance_share(positions + 3 * pictures).item() == pytest.approx(0.9, abs=0.05)
+    assert across_picture_share(positions + pictures).item() == pytest.approx(0.5, abs=0.1)
+    assert across_picture_share(positions + 3 * pictures).item() == pytest.approx(0.9, abs=0.05)

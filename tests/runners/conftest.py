@@ -76,6 +76,13 @@ def two_ranks(parts, tmp_path_factory) -> Runs:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def early(request):
+    """Start them before they are asked for, if they will be."""
+    if any("background" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("background")
+
+
+@pytest.fixture(scope="session")
 def background(with_dropout, endless, two_ranks) -> dict[str, Future]:
     """Results of the runs in other processes, under way."""
     killed = with_dropout.copy(with_dropout.folder / "killed")

@@ -43,7 +43,7 @@ def test_pictures_open_and_tensorboard_has_events(finished):
 def test_log_rows_hold_what_one_watches(finished):
     rows = [row for row in log(finished.output()) if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    wanted = {"lr", "variance_share", "grad_norm", "skipped_steps", "images_per_s", "data_wait", "peak_memory_gb"}
+    wanted = {"lr", "across_picture_share", "grad_norm", "skipped_steps", "images_per_s", "data_wait", "peak_memory_gb"}
     assert all(wanted <= set(row) for row in rows)
     assert [row["lr"] for row in rows] == pytest.approx([1e-5, (1e-5 + 1e-2) / 2, 1e-2, (1e-2 + 1e-4) / 2])
     evaluated = [row for row in log(finished.output()) if "val_loss_right" in row]

@@ -1,0 +1,168 @@
+"""The evlgen command on a tiny run."""
+
+import json
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from lavis_evlgen import cli
+from lavis_evlgen.analysis import doctor
+from tests.run_tools import ROOT
+from tests.tiny import tiny_llama
+
+
+def evlgen(*arguments):
+    """Its exit code."""
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+@pytest.fixture
+def drawn(finished, tmp_path):
+    """(files, captions) of the run's first two test pictures, whose captions are in its results."""
+    dataset = finished.runner.datasets["scenes"]["test"]
+    paths = []
+    for row in range(2):
+        paths.append(tmp_path / f"{row}.png")
+        dataset.pil_image(row).save(paths[-1])
+    rows = json.loads(next((finished.output() / "result").glob("test_?.json")).read_text())["rows"]
+    return paths, [row["caption"] for row in rows[:2]]
+
+
+def test_caption_says_what_the_run_said(finished, drawn, capsys):
+    paths, captions = drawn
+    assert evlgen("caption", *paths, "--run", finished.output()) == 0
+    expected = "".join(f"{path}\t{caption}\n" for path, caption in zip(paths, captions, strict=True))
+    assert capsys.readouterr().out == expected
+
+
+def test_caption_decodes_as_the_run_did(finished, drawn, tmp_path, capsys):
+    """Every decoding key of the run config counts, and options of the command replace them."""
+    paths, _ = drawn
+    seen = {}
+    for name, keys in {"plain": {}, "penalty": {"repetition_penalty": 3.0}, "short": {"max_len": 1}}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        card = json.loads((finished.output() / "run.json").read_text())
+        (folder / "checkpoint_last.pth").write_bytes((finished.output() / "checkpoint_last.pth").read_bytes())
+        card["config"]["run"] |= keys
+        (folder / "run.json").write_text(json.dumps(card))
+        assert evlgen("caption", paths[0], "--run", folder) == 0
+        seen[name] = capsys.readouterr().out.rstrip("\n").split("\t", 1)[1]
+    assert len(seen["short"]) < len(seen["plain"]) and seen["penalty"] != seen["plain"]
+    assert evlgen("caption", paths[0], "--run", tmp_path / "plain", "--prompt", "two cats") == 0
+    assert capsys.readouterr().out.rstrip("\n").split("\t", 1)[1] != seen["plain"]
+
+
+def test_a_bad_picture_is_named_and_the_others_are_captioned(finished, drawn, tmp_path, capsys):
+    paths, captions = drawn
+    (tmp_path / "page.png").write_text("<html>")
+    assert evlgen("caption", tmp_path / "page.png", paths[1], tmp_path / "none.png", "--run", finished.output()) == 1
+    words = capsys.readouterr()
+    assert words.out == f"{paths[1]}\t{captions[1]}\n"
+    assert "page.png: looks like HTML" in words.err and "none.png: no such file" in words.err
+
+
+@pytest.mark.parametrize(
+    "card, checkpoint, says",
+    [
+        (False, None, "has no run.json"),
+        (True, None, "neither checkpoint_best.pth nor"),
+        (True, "x.pth", "x.pth does not exist"),
+    ],
+)
+def test_caption_needs_a_run_folder(finished, drawn, tmp_path, card, checkpoint, says, capsys):
+    if card:
+        (tmp_path / "run.json").write_bytes((finished.output() / "run.json").read_bytes())
+    chosen = ["--checkpoint", checkpoint] if checkpoint else []
+    assert evlgen("caption", drawn[0][0], "--run", tmp_path, *chosen) == 2
+    words = capsys.readouterr().err.splitlines()
+    assert says in words[-1] and words[-1].startswith("evlgen caption: ")
+
+
+def pictures(runs):
+    """Four pictures in the captions file: two fine, one missing, one empty; half may be bad."""
+    images = runs.folder / "images"
+    images.mkdir(parents=True)
+    for name in ("0.png", "1.png"):
+        Image.new("RGB", (20, 20)).save(images / name)
+    (images / "3.png").write_bytes(b"")
+    lines = ["image,caption", *(f"{n}.png,picture {n}" for n in (0, 0, 1, 2, 3))]
+    (runs.folder / "captions.csv").write_text("\n".join(lines) + "\n")
+    runs.config["datasets"] = {
+        "image_captions": {
+            "images": str(images), "captions": str(runs.folder / "captions.csv"), "split": {"train": 4},
+            "max_bad_fraction": 0.5,
+        }
+    }  # fmt: skip
+    return runs
+
+
+def test_doctor_counts_pictures(runs, capsys):
+    path = pictures(runs).path()
+    assert evlgen("doctor", path) == 0
+    words = capsys.readouterr().out
+    counts = "2 found and readable, 1 missing, 1 unreadable (at most 2 tolerated)"
+    assert f"ok    data image_captions train: {counts}" in words
+    assert "2.png: no such file" in words and "3.png: the file is empty (0 bytes)" in words
+    assert "all 5 checks passed" in words
+    assert evlgen("doctor", path, "--options", "datasets.image_captions.max_bad_fraction=0.4") == 1
+    words = capsys.readouterr().out
+    assert "FAIL  data image_captions train: 2 found" in words and "1 of 5 checks failed" in words
+    assert evlgen("doctor", path, "--limit", 2) == 0
+    assert "2 found and readable, 0 missing, 0 unreadable; 2 not looked at" in capsys.readouterr().out
+
+
+def test_doctor_names_missing_weights(runs, parts, capsys):
+    path = runs.path()
+    options = ["model.connector_init=./no/bert", "model.pretrained=/no/checkpoint_best.pth"]
+    assert evlgen("doctor", path, "--options", *options) == 1
+    words = capsys.readouterr().out
+    assert f"ok    weights vit_model: {parts['vit_model']}" in words
+    assert "FAIL  weights connector_init: model.connector_init: ./no/bert does not exist" in words
+    assert "FAIL  weights pretrained: model.pretrained: /no/checkpoint_best.pth does not exist" in words
+    assert "ok    data scenes train: 12 found and readable, 0 missing, 0 unreadable" in words
+
+
+def test_doctor_weighs_the_language_model_and_compares_with_what_is_free(runs, monkeypatch, capsys):
+    runs.config["model"]["llm_precision"] = "fp32"
+    monkeypatch.setattr(doctor, "available_memory", lambda: ("a small machine", 10**9))
+    assert evlgen("doctor", runs.path()) == 1
+    words = capsys.readouterr().out
+    assert "FAIL  memory: language model 0M = 0.0 GB" in words and "a small machine has 1.0 GB free" in words
+    model_cfg = OmegaConf.create(runs.config["model"])
+    expected = sum(p.numel() for p in tiny_llama().parameters())
+    assert doctor.count_frozen(model_cfg)["language model"] == (expected, 4 * expected)
+
+
+def test_doctor_refuses_an_unknown_key_in_one_line(runs, capsys):
+    assert evlgen("doctor", runs.path(), "--options", "model.tomer=3") == 2
+    words = capsys.readouterr().err.splitlines()
+    assert len(words) == 1 and words[0].startswith("evlgen doctor: ") and "did you mean tome_r?" in words[0]
+
+
+@pytest.mark.parametrize("option, says", [("run.tokenizer=nltk", "'nltk'"), ("run.metrics=[SPICE]", "'SPICE'")])
+def test_doctor_says_in_one_line_what_cannot_be(runs, option, says, capsys):
+    code = evlgen("doctor", runs.path(), "--options", option)
+    words = capsys.readouterr()
+    assert code == 2 and says in words.err and len(words.err.splitlines()) == 1
+
+
+def test_keys_explains_every_key_that_the_projects_use(capsys):
+    assert evlgen("keys") == 0
+    words = capsys.readouterr().out
+    listed = {line.split()[0] for line in words.splitlines() if line.startswith("  ")}
+    for project in ROOT.glob("projects/**/*.yaml"):
+        config = OmegaConf.load(project)
+        used = {*config.run, *config.model, *(key for section in config.datasets.values() for key in section)}
+        assert used <= listed, project.name
+    assert evlgen("keys", "model") == 0
+    words = capsys.readouterr().out
+    assert "model: evlgen" in words and "tome_r" in words and "max_iters" not in words
+
+
+def test_without_a_command_it_says_which_there_are(capsys):
+    assert evlgen() == 2
+    assert "COMMAND" in capsys.readouterr().err

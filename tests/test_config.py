@@ -1,0 +1,192 @@
+"""Run configs: defaults under the file under --options, and every unknown key refused with the nearest known."""
+
+import argparse
+import copy
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lavis_evlgen.config import ConfigError, EvlgenConfig, nearest, registry
+from tests.run_tools import ROOT, run_config, write_config
+
+PROJECTS = sorted(ROOT.glob("projects/**/*.yaml"))
+PARTS = {"vit_model": "facebook/dinov2-small", "connector_init": "bert-base-uncased", "llm_model": "some/llama"}
+
+NUMBERS = {
+    int: (
+        "max_iters", "iters_per_inner_epoch", "warmup_steps", "batch_size_train", "batch_size_eval", "num_beams",
+        "accum_grad_iters", "num_workers", "seed", "max_len", "min_len", "log_freq", "blind_shuffles",
+    ),
+    float: ("init_lr", "min_lr", "warmup_lr", "weight_decay", "beta2", "max_grad_norm"),
+    list: ("train_splits", "valid_splits", "test_splits", "metrics"),
+}  # fmt: skip
+
+
+def load(path, *options):
+    return EvlgenConfig(argparse.Namespace(cfg_path=str(path), options=list(options)))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return write_config(tmp_path, run_config(PARTS, tmp_path / "output"))
+
+
+@pytest.mark.parametrize("project", PROJECTS, ids=lambda path: path.stem)
+def test_every_project_loads_and_its_values_are_of_the_right_type(project):
+    cfg = load(project).to_dict()
+    run = cfg["run"]
+    for kind, keys in NUMBERS.items():
+        for key in set(keys) & set(run):
+            allowed = (int, float) if kind is float else kind
+            assert isinstance(run[key], allowed) and not isinstance(run[key], bool), f"run.{key}: {run[key]!r}"
+    assert run["amp"] in (False, True, "bf16", "fp16")
+    assert run["min_lr"] <= run["init_lr"] and run["warmup_lr"] <= run["init_lr"]
+    assert run["warmup_steps"] < run["max_iters"] and run["max_iters"] % run["iters_per_inner_epoch"] == 0
+    assert registry.get_lr_scheduler_class(run["lr_sched"]) is not None
+    assert isinstance(cfg["model"]["num_layers"], int) and cfg["model"]["freeze_vit"] is True
+    assert math.isfinite(sum(cfg["model"]["lr_scale"].values())) if cfg["model"].get("lr_scale") else True
+    for dataset in cfg["datasets"].values():
+        sizes = {processor["image_size"] for processor in dataset["vis_processor"].values()}
+        assert sizes == {cfg["model"]["image_size"]}, "the processors and the ViT must agree"
+        assert 0 <= dataset["max_bad_fraction"] <= 1
+
+
+def test_the_projects_are_there():
+    assert {"quickstart", "opt", "vicuna"} <= {path.stem for path in PROJECTS}
+
+
+def test_defaults_then_file_then_options(path):
+    default = load(path).to_dict()
+    assert default["model"]["bos"] == "before"  # of the model's type
+    assert default["datasets"]["scenes"]["kinds"] == {"single": 2, "pair": 3, "count": 1}  # of the data set
+    assert default["model"]["num_layers"] == 2 and default["run"]["max_iters"] == 4  # of the file
+    cfg = load(path, "model.num_layers=1", "run.max_iters=7", "datasets.scenes.kinds.pair=0", "run.init_lr=1e-3")
+    assert cfg.model_cfg.num_layers == 1 and cfg.run_cfg.max_iters == 7 and cfg.run_cfg.init_lr == 0.001
+    assert dict(cfg.datasets_cfg.scenes.kinds) == {"single": 2, "pair": 0, "count": 1}
+
+
+@pytest.mark.parametrize(
+    "in_file, option, expected",
+    [
+        (None, None, {"target": 29}),  # the default of this type
+        (19, None, 19),
+        ([3, 2], None, [3, 2]),
+        ({"target": 20}, None, {"target": 20}),
+        ({"r": 4, "inflection": 0.5}, None, {"r": 4, "inflection": 0.5}),  # not beside the default's target
+        ({"r": 4, "inflection": 0.5}, "model.tome_r.r=5", {"r": 5, "inflection": 0.5}),
+        ({"r": 4, "inflection": 0.5}, "model.tome_r=[1,0]", [1, 0]),
+        ([3, 2], "model.tome_r.target=9", {"target": 9}),
+        (None, "model.tome_r=7", 7),
+    ],
+)
+def test_a_merge_schedule_replaces_the_default_of_another_kind(tmp_path, in_file, option, expected):
+    config = run_config(PARTS, tmp_path / "output")
+    config["model"].pop("tome_r")
+    config["model"] |= {} if in_file is None else {"tome_r": in_file}
+    loaded = load(write_config(tmp_path, config), *filter(None, [option]))
+    assert loaded.to_dict()["model"]["tome_r"] == expected
+
+
+@pytest.mark.parametrize("option", ["datasets.scenes.sizes=[1,2]", "model.lr_scale=[1]", "run=3", "model=[a]"])
+def test_a_list_where_a_mapping_belongs(path, option):
+    with pytest.raises(ConfigError, match="run.yaml"):
+        load(path, option)
+
+
+def test_options_select_the_defaults_of_another_type(path):
+    kind = "evlgen_opt2.7b.yaml"
+    expected = yaml.safe_load((ROOT / "lavis_evlgen" / "configs" / "models" / kind).read_text())["model"]
+    cfg = load(path, "model.model_type=opt2.7b").model_cfg
+    untouched = [key for key in expected if key not in yaml.safe_load(path.read_text())["model"]]
+    assert len(untouched) > 5 and cfg.bos == "after" != load(path).model_cfg.bos
+    for key in untouched:
+        assert cfg.get(key) == expected[key], key
+
+
+BEYOND = [
+    ("run.max_iter=3", "unknown key run.max_iter; did you mean max_iters?"),
+    ("run.num_beam=3", "unknown key run.num_beam; did you mean num_beams?"),  # the task's
+    ("model.tome=3", "unknown key model.tome; did you mean tome_r?"),
+    ("model.lr_scale.conector=1", "unknown key model.lr_scale.conector; did you mean connector?"),
+    ("model.zzz=3", "unknown key model.zzz; known: "),
+    ("datasets.scenes.size=3", "unknown key datasets.scenes.size; did you mean sizes?"),
+    ("datasets.scene.sizes.train=3", "datasets: 'scene' is unknown; did you mean scenes?"),
+    ("datasets.scenes.vis_processor.trian.name=x", "datasets.scenes.vis_processor.trian; did you mean train?"),
+    ("datasets.scenes.vis_processor.train.flips=1", "vis_processor.train.flips; did you mean flip?"),
+    ("datasets.scenes.text_processor.eval.name=evlgen_captions", "did you mean evlgen_caption?"),
+    ("datasets.scenes.type=big", "datasets.scenes.type: 'big' is unknown; known: default"),
+    ("model.arch=evlgn", "model.arch: 'evlgn' is unknown; did you mean evlgen?"),
+    ("model.model_type=opt2.7", "model.model_type: 'opt2.7' is unknown; did you mean opt2.7b?"),
+    ("run.task=evlgen_caption", "run.task: 'evlgen_caption' is unknown; did you mean evlgen_captioning?"),
+    ("run.runner=runner_evlgn", "run.runner: 'runner_evlgn' is unknown; did you mean runner_evlgen?"),
+    ("runs.max_iters=3", "unknown key runs; did you mean run?"),
+    ("max_iters=3", "unknown key max_iters"),
+]
+
+
+@pytest.mark.parametrize("option, says", BEYOND, ids=[option for option, _ in BEYOND])
+def test_unknown_keys_in_options(path, option, says):
+    with pytest.raises(ConfigError) as error:
+        load(path, option)
+    assert says in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option, says", BEYOND, ids=[option for option, _ in BEYOND])
+def test_unknown_keys_in_the_file(tmp_path, option, says):
+    config = run_config(PARTS, tmp_path / "output")
+    *sections, key = option.partition("=")[0].replace("opt2.7", "opt2_7").split(".")
+    place = config
+    for section in sections:
+        place = place.setdefault(section, {})
+    place[key] = yaml.safe_load(option.partition("=")[2])
+    with pytest.raises(ConfigError) as error:
+        load(write_config(tmp_path, config))
+    assert says in str(error.value) and "run.yaml" in str(error.value)
+
+
+@pytest.mark.parametrize("section", ["run", "model", "datasets"])
+@pytest.mark.parametrize("how", ["missing", "empty", "misspelt"])
+def test_a_missing_section_is_named(tmp_path, section, how):
+    config = copy.deepcopy(run_config(PARTS, tmp_path / "output"))
+    body = config.pop(section)
+    config |= {"empty": {section: None}, "misspelt": {section + "s": body}, "missing": {}}[how]
+    with pytest.raises(ConfigError, match=f"section '{section}' is missing; a run config has run, model, datasets"):
+        load(write_config(tmp_path, config))
+
+
+@pytest.mark.parametrize("content", ["", "- a\n- b\n", "just words\n", "run: {max_iters: 3\n"])
+def test_a_file_that_is_no_config(tmp_path, content):
+    (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(ConfigError, match="run.yaml"):
+        load(tmp_path / "run.yaml")
+
+
+def test_a_missing_file_is_named_with_the_folder_it_was_sought_from(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load("projects/none.yaml")
+    assert "projects/none.yaml does not exist" in str(error.value) and str(Path.cwd()) in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["run.max_iters", "run.max_iters 3", "run={"])
+def test_options_that_are_no_assignment(path, option):
+    with pytest.raises(ConfigError, match="--options"):
+        load(path, option)
+
+
+def test_nearest_or_the_list():
+    assert nearest("max_iter", ["max_iters", "seed"]) == "; did you mean max_iters?"
+    assert nearest("q", ["seed", "amp"]) == "; known: amp, seed"
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_help_shows_examples(script, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    words = capsys.readouterr().out
+    assert end.value.code == 0
+    assert f"python {script} --cfg-path projects/evlgen/quickstart.yaml" in words and "evlgen keys" in words
