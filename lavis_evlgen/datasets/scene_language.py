@@ -30,9 +30,9 @@ def _single(scene: Scene) -> list[str]:
     (thing,) = scene.things
     told, ground = f"{thing.size} {_look(thing)}", scene.background
     return [
+        f"a {told} on {ground}",
         f"a {told} on a {ground} background",
         f"a {_SYNONYMS[thing.size]} {_look(thing)} on a {ground} background",
-        f"a {told} on {ground}",
         f"a {ground} background with a {told}",
         f"{_with_article(_look(thing))} that is {thing.size} on a {ground} background",
     ]
@@ -56,8 +56,8 @@ def _count(scene: Scene) -> list[str]:
     thing, number, ground = scene.things[0], NUMBERS[len(scene.things)], scene.background
     shapes = _plural(thing.shape)
     return [
-        f"{number} {thing.colour} {shapes} on a {ground} background",
         f"{number} {thing.colour} {shapes} on {ground}",
+        f"{number} {thing.colour} {shapes} on a {ground} background",
         f"a {ground} background with {number} {thing.colour} {shapes}",
         f"{number} {shapes} in {thing.colour} on a {ground} background",
         f"a group of {number} {thing.colour} {shapes} on a {ground} background",

@@ -63,8 +63,8 @@ class EVLGen(BaseModel):
         "prompt": "text put before every caption",
         "max_txt_len": "longest text in tokens, BOS and end token counted",
         "bos": "after (released): BOS between visual prompt and text; before: in front of the visual prompt",
-        "prompt_scale": "released: plain nn.Linear at the LLM; embedding: output starts at the size of the "
-        "LLM's embedding table",
+        "prompt_scale": "released: plain nn.Linear at the LLM; embedding: output starts at the size of the LLM's "
+        "embedding table; a number: that many times it",
         "lr_scale": f"learning-rate factor of each part: {', '.join(PARTS)}",
     }
 
@@ -74,7 +74,7 @@ class EVLGen(BaseModel):
         connector: nn.Module,
         language_model: LanguageModel,
         prompt: str = "",
-        prompt_scale: str = "released",
+        prompt_scale: str | float = "released",
         lr_scale: dict[str, float] | None = None,
     ):
         super().__init__()
@@ -86,21 +86,21 @@ class EVLGen(BaseModel):
         if unknown:
             raise ValueError(f"lr_scale: unknown part {sorted(unknown)[0]}; the parts are {', '.join(self.PARTS)}")
         self.lr_scale = {part: float((lr_scale or {}).get(part, 1.0)) for part in self.PARTS}
-        if prompt_scale not in ("released", "embedding"):
-            raise ValueError(f"prompt_scale: {prompt_scale!r} is not one of released, embedding")
-        if prompt_scale == "embedding":
-            self._scale_prompt_to_embeddings()
+        if prompt_scale != "released":
+            self._scale_prompt(1.0 if prompt_scale == "embedding" else prompt_scale)
 
     @torch.no_grad()
-    def _scale_prompt_to_embeddings(self):
-        """Start the visual prompt at the standard deviation of the LLM's embedding table, measured on noise."""
+    def _scale_prompt(self, factor: float):
+        """Start the visual prompt at `factor` standard deviations of the LLM's embedding table, measured on noise."""
+        if isinstance(factor, str) or not factor > 0:
+            raise ValueError(f"prompt_scale: {factor!r} is not released, embedding or a number above 0")
         if self.llm_proj.weight.is_meta:
             return
         with torch.random.fork_rng(devices=[]):
             noise = torch.randn(2, self.visual_encoder.num_tokens, self.visual_encoder.width)
             rms = self.connector.eval()(noise).tokens.float().pow(2).mean().sqrt()
         self.connector.train()
-        std = self.language_model.embedding_std() / (rms.item() * self.connector.width**0.5)
+        std = factor * self.language_model.embedding_std() / (rms.item() * self.connector.width**0.5)
         nn.init.normal_(self.llm_proj.weight, std=std)
         nn.init.zeros_(self.llm_proj.bias)
 

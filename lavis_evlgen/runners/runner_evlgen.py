@@ -15,17 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.loading import eval_loader, train_loader
-from lavis_evlgen.models.checkpoints import frozen_names, load_trainable, trainable_state
+from lavis_evlgen.models.checkpoints import frozen_names
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.bad_images import BadImages
 from lavis_evlgen.runners.progress import Progress, startup_table
 from lavis_evlgen.runners.reporting import Reporter
+from lavis_evlgen.runners.resuming import Resumable
 from lavis_evlgen.runners.schedule import adamw
 from lavis_evlgen.runners.steps import TrainingStep
 
 
 @registry.register_runner("runner_evlgen")
-class RunnerEvlgen(RunnerIter):
+class RunnerEvlgen(Resumable, RunnerIter):
     """Trains for `max_iters` optimizer steps; every `iters_per_inner_epoch` it evaluates and saves."""
 
     NUMBERS = (
@@ -304,46 +305,3 @@ class RunnerEvlgen(RunnerIter):
         if distributed.initialized() and self.device.type == "cuda" and step % 10:
             return False
         return distributed.any_rank(self._stop)
-
-    def _content(self, step: int) -> dict:
-        rng = distributed.gather_lists([state.rng_state()])
-        return {
-            "format": 1,
-            "model": trainable_state(self._model),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.step_fn.scaler_state(),
-            "step": step,
-            "rng": rng,
-            "best": self.best,
-            "world_size": distributed.world_size(),
-            "config": self.config.to_dict(),
-        }
-
-    def _save(self, step: int, name: str = state.LAST):
-        content = self._content(step)
-        if distributed.is_main():
-            state.write(self.output_dir / name, content)
-
-    def _load_model(self, weights: dict, source):
-        load_trainable(self._model, weights, str(source))
-
-    def _resume(self):
-        """Continue from `resume_ckpt_path`: model, optimizer, scaler, generators, and the place in the data."""
-        self._scaler_state = None
-        path = self.config.run_cfg.get("resume_ckpt_path")
-        if path == "auto":
-            path = state.find_last(self.output_dir)
-        if not path:
-            return
-        saved = state.read(path)
-        self._load_model(saved["model"], path)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self._scaler_state, self.start_step, self.best = saved["scaler"], saved["step"], saved["best"]
-        if saved["world_size"] == distributed.world_size():
-            state.set_rng_state(saved["rng"][distributed.rank()])
-        else:
-            logging.warning(
-                "resuming a run of %d ranks on %d: the data order goes on, dropout draws anew",
-                saved["world_size"], distributed.world_size(),
-            )  # fmt: skip
-        logging.info("resumed %s at step %d", path, self.start_step)

@@ -190,6 +190,8 @@ def test_the_prompt_starts_at_the_size_of_the_embeddings(llm):
     expected = model.language_model.embedding_std()
     got = model.visual_prompt(pictures(8)).tokens.std().item()
     assert got == pytest.approx(expected, rel=0.2)
+    tripled = tiny_evlgen(llm, prompt_scale=3).eval().visual_prompt(pictures(8)).tokens.std().item()
+    assert tripled == pytest.approx(3 * expected, rel=0.2)
     released = tiny_evlgen(llm, prompt_scale="released").eval().visual_prompt(pictures(8)).tokens.std().item()
     assert abs(released - expected) > 0.2 * expected
     assert model.train().connector.training
@@ -198,7 +200,7 @@ def test_the_prompt_starts_at_the_size_of_the_embeddings(llm):
 def test_unknown_parts_and_scales_are_refused():
     with pytest.raises(ValueError, match="unknown part vit; the parts are ln_vision, input_proj"):
         tiny_evlgen(lr_scale={"vit": 0.1})
-    with pytest.raises(ValueError, match="prompt_scale: 'big' is not one of released, embedding"):
+    with pytest.raises(ValueError, match="prompt_scale: 'big' is not released, embedding or a number above 0"):
         tiny_evlgen(prompt_scale="big")
     model = tiny_evlgen(lr_scale={"connector": 0.1})
     assert model.lr_scale == {"ln_vision": 1.0, "input_proj": 1.0, "connector": 0.1, "llm_proj": 1.0}
