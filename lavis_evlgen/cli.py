@@ -50,14 +50,14 @@ def _parser() -> argparse.ArgumentParser:
 def caption(args) -> int:
     """Print `path<TAB>caption` for each picture; exit code 1 when one could not be read."""
     import torch
-    from omegaconf import OmegaConf
 
     from lavis_evlgen.datasets import UnreadableImage
     from lavis_evlgen.datasets.image_files import open_image
+    from lavis_evlgen.tasks.captioning import decoding_of
 
     cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
     model, vis = _model_of_run(cfg, checkpoint, args.device)
-    run = OmegaConf.create(cfg["run"])
+    decoding = decoding_of(cfg["run"]) | ({"num_beams": args.num_beams} if args.num_beams else {})
     failed = 0
     for path in args.images:
         try:
@@ -68,14 +68,7 @@ def caption(args) -> int:
             continue
         samples = {"image": image} | ({} if args.prompt is None else {"prompt": args.prompt})
         with torch.inference_mode():
-            text = model.generate(
-                samples,
-                num_beams=args.num_beams or int(run.get("num_beams", 5)),
-                max_length=int(run.get("max_len", 30)),
-                min_length=int(run.get("min_len", 1)),
-                length_penalty=float(run.get("length_penalty", 1.0)),
-                repetition_penalty=float(run.get("repetition_penalty", 1.0)),
-            )[0]
+            text = model.generate(samples, **decoding)[0]
         print(f"{path}\t{text}")
     return int(failed > 0)
 
@@ -83,16 +76,17 @@ def caption(args) -> int:
 def _run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
     """(config, checkpoint) of a run folder. Raises WeightsError."""
     from lavis_evlgen.models.sources import WeightsError
+    from lavis_evlgen.runners.state import BEST, LAST
 
     card = folder / "run.json"
     if not card.is_file():
         raise WeightsError(f"--run: {folder} has no run.json; give the folder that train.py named at its end")
     if checkpoint is not None:
         return json.loads(card.read_text())["config"], Path(checkpoint)
-    for name in ("checkpoint_best.pth", "checkpoint_last.pth"):
+    for name in (BEST, LAST):
         if (folder / name).exists():
             return json.loads(card.read_text())["config"], folder / name
-    raise WeightsError(f"--run: {folder} has neither checkpoint_best.pth nor checkpoint_last.pth")
+    raise WeightsError(f"--run: {folder} has neither {BEST} nor {LAST}")
 
 
 def _model_of_run(cfg: dict, checkpoint: Path, device: str):

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lavis_evlgen.datasets import UnreadableImage
 from lavis_evlgen.models.freezing import DTYPES
 from lavis_evlgen.models.sources import WeightsError, resolve
-from lavis_evlgen.models.vision import LAVIS_VITS
+from lavis_evlgen.models.vision import LAVIS_VITS, build_empty
 
 
 @dataclass
@@ -72,7 +72,7 @@ def check_weights(model_cfg) -> Iterator[Finding]:
     llm_key = "llm_model" if model_cfg.get("llm_model") else "opt_model"
     for key in ("vit_model", "vit_path", "connector_init", llm_key, "pretrained"):
         source = model_cfg.get(key)
-        if not source or source == "random" or (key == "pretrained" and not source):
+        if not source or source == "random":
             continue
         if source in LAVIS_VITS:
             if not model_cfg.get("vit_path"):
@@ -97,8 +97,6 @@ def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
     counts = {}
     vit = model_cfg.get("vit_model")
     if vit in LAVIS_VITS:
-        from lavis_evlgen.models.vision import build_empty
-
         empty = build_empty(vit, model_cfg.get("image_size", 224))
         counts["vision encoder"] = _size(empty, model_cfg.get("vit_precision"))
     source = str(model_cfg.get("llm_model") or model_cfg.get("opt_model"))

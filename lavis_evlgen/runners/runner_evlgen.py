@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import random
 import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from lavis.common.registry import registry
 from lavis.runners.runner_iter import RunnerIter
@@ -288,10 +290,6 @@ class RunnerEvlgen(Resumable, RunnerIter):
 
     def _seed_everything(self):
         """Dropout differs between ranks; everything else is drawn from functions of the seed."""
-        import random
-
-        import numpy as np
-
         seed = self.seed + distributed.rank()
         random.seed(seed)
         np.random.seed(seed)

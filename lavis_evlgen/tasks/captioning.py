@@ -16,6 +16,17 @@ from lavis_evlgen.evaluation import caption_metrics
 from lavis_evlgen.evaluation.blind import score_with_blind
 
 
+def decoding_of(run) -> dict:
+    """Arguments of `EVLGen.generate` that the run section of a config asks for."""
+    return {
+        "num_beams": int(run.get("num_beams", 5)),
+        "max_length": int(run.get("max_len", 30)),
+        "min_length": int(run.get("min_len", 1)),
+        "length_penalty": float(run.get("length_penalty", 1.0)),
+        "repetition_penalty": float(run.get("repetition_penalty", 1.0)),
+    }
+
+
 @registry.register_task("evlgen_captioning")
 class EvlgenCaptionTask(BaseTask):
     """Captions a split and scores it: CIDEr, BLEU, ROUGE-L, METEOR, and what a model that does not look would get.
@@ -48,15 +59,8 @@ class EvlgenCaptionTask(BaseTask):
     @classmethod
     def setup_task(cls, cfg):
         run = cfg.run_cfg
-        decoding = {
-            "num_beams": int(run.get("num_beams", 5)),
-            "max_length": int(run.get("max_len", 30)),
-            "min_length": int(run.get("min_len", 1)),
-            "length_penalty": float(run.get("length_penalty", 1.0)),
-            "repetition_penalty": float(run.get("repetition_penalty", 1.0)),
-        }
         return cls(
-            decoding,
+            decoding_of(run),
             list(run.get("metrics", caption_metrics.METRICS)),
             run.get("tokenizer", "auto"),
             int(run.get("blind_shuffles", 5)),
