@@ -7,10 +7,14 @@ ranks see what one rank with twice the batch sees, and a resumed run goes on at 
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -105,11 +109,15 @@ class Mixture(Dataset):
         return self.datasets[samples[0][0]].collater([sample for _, sample in samples])
 
 
-def prepare_worker(_worker: int):
-    """Workers leave the cores to the model, and outlive the first SIGTERM: schedulers and torch's launcher send it
-    to the whole process group, and the main process still has a checkpoint to write. The second one ends them."""
+_EXITING = multiprocessing.RawValue("b", 0)  # 1 once the main process is on its way out
+atexit.register(setattr, _EXITING, "value", 1)
+
+
+def _prepare_worker(exiting, _worker: int):
+    """Workers leave the cores to the model, and outlive SIGTERM while the main process works: schedulers and torch's
+    launcher send it to the whole process group, and the main process still has a checkpoint to write."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(143) if exiting.value else None)
 
 
 def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_workers, pin_memory) -> DataLoader:
@@ -123,7 +131,7 @@ def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_wor
         num_workers=num_workers,
         collate_fn=mixture.collater,
         pin_memory=pin_memory,
-        worker_init_fn=prepare_worker,
+        worker_init_fn=partial(_prepare_worker, _EXITING),
         generator=torch.Generator(),  # else every loader draws from the generator of dropout
         prefetch_factor=4 if num_workers else None,
     )
@@ -138,7 +146,7 @@ def eval_loader(dataset, batch_size, rank, world, num_workers, pin_memory) -> Da
         num_workers=num_workers,
         collate_fn=getattr(dataset, "collater", None),
         pin_memory=pin_memory,
-        worker_init_fn=prepare_worker,
+        worker_init_fn=partial(_prepare_worker, _EXITING),
         generator=torch.Generator(),  # else every loader draws from the generator of dropout
     )
 

@@ -2,6 +2,8 @@
 
 import itertools
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -168,3 +170,17 @@ def test_evaluation_covers_every_row_once_over_ranks(size, world, batch):
         for sample in collated
     ]
     assert sorted(rows) == list(range(size))
+
+
+STOPPED_MIDWAY = """
+from lavis_evlgen.datasets.loading import train_loader
+from tests.datasets.test_loading import Rows
+batches = iter(train_loader([Rows(50, "a")], None, 4, 0, 0, 1, 0, 1, False))
+next(batches)
+raise SystemExit(7)  # `batches` is alive: its worker must not keep the process
+"""
+
+
+def test_a_worker_does_not_outlive_a_main_process_that_fails():
+    done = subprocess.run([sys.executable, "-c", STOPPED_MIDWAY], timeout=60)
+    assert done.returncode == 7
