@@ -79,4 +79,5 @@ def any_rank(flag: bool) -> bool:
     """True on every rank when it is true on one."""
     if not initialized():
         return flag
-    return any(gather_lists([flag]))
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0

@@ -43,7 +43,7 @@ def test_every_project_loads_and_its_values_are_of_the_right_type(project):
         for key in set(keys) & set(run):
             allowed = (int, float) if kind is float else kind
             assert isinstance(run[key], allowed) and not isinstance(run[key], bool), f"run.{key}: {run[key]!r}"
-    assert run["amp"] in (False, True, "bf16", "fp16")
+    assert run["amp"] in (False, True, "bf16", "fp16", "auto")
     assert run["min_lr"] <= run["init_lr"] and run["warmup_lr"] <= run["init_lr"]
     assert run["warmup_steps"] < run["max_iters"] and run["max_iters"] % run["iters_per_inner_epoch"] == 0
     assert registry.get_lr_scheduler_class(run["lr_sched"]) is not None

@@ -13,7 +13,8 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavis_evlgen.datasets import UnreadableImage
-from lavis_evlgen.models.freezing import DTYPES
+from lavis_evlgen.models.freezing import DTYPES, check_precision
+from lavis_evlgen.models.language import folder_and_file
 from lavis_evlgen.models.sources import WeightsError, resolve
 from lavis_evlgen.models.vision import LAVIS_VITS, build_empty
 
@@ -102,10 +103,8 @@ def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
     source = str(model_cfg.get("llm_model") or model_cfg.get("opt_model"))
     try:
         path = resolve(source, "model.llm_model")
-        kwargs = {}
-        if path.endswith(".gguf"):
-            kwargs, path = {"gguf_file": Path(path).name}, str(Path(path).parent)
-        config = AutoConfig.from_pretrained(path, **kwargs)
+        folder, kwargs = folder_and_file(path)
+        config = AutoConfig.from_pretrained(folder, **kwargs)
     except (OSError, ImportError):
         return counts
     with torch.device("meta"):
@@ -115,7 +114,7 @@ def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
 
 def _size(module: torch.nn.Module, precision: str | None) -> tuple[int, int]:
     parameters = sum(p.numel() for p in module.parameters())
-    return parameters, parameters * DTYPES[precision or "fp16"].itemsize
+    return parameters, parameters * DTYPES[check_precision(precision or "fp16", "precision")].itemsize
 
 
 def available_memory() -> tuple[str, int]:

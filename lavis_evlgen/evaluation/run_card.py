@@ -47,15 +47,18 @@ def run_card(
         "data": data,
         "scoring_tokenizer": scoring_tokenizer,
         "config": config,
-        "versions": versions(),
-        "commit": commit(),
-        "hardware": hardware(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **provenance(),
     }
     taken = sorted(set(extra) & set(card))
     if taken:
         raise ValueError(f"the run card already has the keys {', '.join(taken)}")
     return plain({**card, **extra})
+
+
+def provenance() -> dict[str, Any]:
+    """What every figure is kept with: versions, commit, hardware and date (UTC)."""
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    return {"versions": versions(), "commit": commit(), "hardware": hardware(), "date": now}
 
 
 def write_run_card(path: str | os.PathLike, card: Mapping) -> Path:

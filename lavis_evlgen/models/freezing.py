@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
 import torch
 from torch import nn
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PRECISIONS = (*DTYPES, "auto")
+BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 and ARM processors that multiply in bf16
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -14,6 +19,23 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 def check_precision(value: str, key: str) -> str:
-    if value not in DTYPES:
-        raise ValueError(f"{key}: {value!r} is not one of {', '.join(DTYPES)}")
-    return value
+    """fp32, fp16 or bf16; `auto` becomes what suits this machine. Raises ValueError that names `key`."""
+    if value not in PRECISIONS:
+        raise ValueError(f"{key}: {value!r} is not one of {', '.join(PRECISIONS)}")
+    return auto_precision() if value == "auto" else value
+
+
+def auto_precision() -> str:
+    """bf16 where the GPU (without one: the processor) has instructions for it, else fp32."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if BF16_FLAGS & processor_flags() else "fp32"
+
+
+@cache
+def processor_flags(path: str = "/proc/cpuinfo") -> frozenset[str]:
+    """Names of the processor's instruction sets as Linux gives them; empty where it does not."""
+    if not Path(path).exists():
+        return frozenset()
+    lines = (line.partition(":") for line in Path(path).read_text().splitlines())
+    return frozenset(next((value.split() for key, _, value in lines if key.strip() in ("flags", "Features")), []))

@@ -21,13 +21,20 @@ from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 def load_language_model(source: str, precision: str):
     """(model, tokenizer) from a hub id, a folder, or a .gguf file (de-quantised)."""
     path = resolve(source, "llm_model")
-    if not path.endswith(".gguf"):
+    folder, file = folder_and_file(path)
+    if not file:
         return _from_pretrained(path, precision)
-    file = Path(path)
     with gguf.one_parse():
-        model, tokenizer = _from_pretrained(str(file.parent), precision, gguf_file=file.name)
-        gguf.set_special_tokens(tokenizer, file)
+        model, tokenizer = _from_pretrained(folder, precision, **file)
+        gguf.set_special_tokens(tokenizer, Path(path))
     return model, tokenizer
+
+
+def folder_and_file(path: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes of a path: a folder or hub id, and for a .gguf file its name in the folder."""
+    if not path.endswith(".gguf"):
+        return path, {}
+    return str(Path(path).parent), {"gguf_file": Path(path).name}
 
 
 def _from_pretrained(path: str, precision: str, **kwargs):

@@ -68,7 +68,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, vit: nn.Module, width: int, num_tokens: int, protected: int, precision: str):
         super().__init__()
         self.precision = check_precision(precision, "vit_precision")
-        self.vit = freeze(_cast_matrices(vit, DTYPES[precision]))
+        self.vit = freeze(_cast_matrices(vit, DTYPES[self.precision]))
         self.width, self.num_tokens, self.protected = width, num_tokens, protected
 
     def train(self, mode: bool = True):

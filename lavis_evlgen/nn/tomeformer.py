@@ -84,13 +84,16 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, log_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         batch, tokens, width = x.shape
 
-        def heads(linear):
-            return linear(x).view(batch, tokens, self.num_heads, -1).transpose(1, 2)  # (B, H, T, d)
+        def heads(projected):
+            return projected.view(batch, tokens, self.num_heads, -1).transpose(1, 2)  # (B, H, T, d)
 
-        key = heads(self.key)
-        bias = None if log_sizes is None else log_sizes[:, None, None, :].to(key.dtype)  # (B, 1, 1, T)
+        # softmax ignores what all keys share, so the true gradient of this bias is 0; rounding leaves 1e-9 in its
+        # place, Adam would make full steps of that, and merging, which compares keys, would follow the noise
+        bias = self.key.bias.detach() + 0 * self.key.bias
+        key = heads(F.linear(x, self.key.weight, bias))
+        logit_bias = None if log_sizes is None else log_sizes[:, None, None, :].to(key.dtype)  # (B, 1, 1, T)
         mixed = F.scaled_dot_product_attention(
-            heads(self.query), key, heads(self.value), bias, self.dropout if self.training else 0.0
+            heads(self.query(x)), key, heads(self.value(x)), logit_bias, self.dropout if self.training else 0.0
         )
         return mixed.transpose(1, 2).reshape(batch, tokens, width), key.mean(1)
 

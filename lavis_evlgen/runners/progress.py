@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lavis_evlgen import distributed
 from lavis_evlgen.evaluation.plots import loss_plot
 
 
@@ -87,6 +88,14 @@ class Progress:
             value = value.detach().float()
             self.sums[key] = self.sums[key] + value if key in self.sums else value
 
+    def share(self):
+        """Average the window's values over ranks, which each counted their own; every rank calls it."""
+        if distributed.initialized() and self.sums:
+            means = distributed.sum_over_ranks(torch.stack(list(self.sums.values()))) / distributed.world_size()
+            self.sums = dict(zip(self.sums, means, strict=True))
+        if not distributed.is_main():
+            self._restart()
+
     def pause(self, seconds: float):
         """Time that was not training (evaluation, saving) does not count in images/s and ETA."""
         self.paused += seconds
@@ -110,9 +119,12 @@ class Progress:
             100 * row["data_wait"], row["peak_memory_gb"], _clock(eta),
         )  # fmt: skip
         self.write(row)
+        self._restart()
+        return row
+
+    def _restart(self):
         self.sums, self.count, self.waited, self.paused = {}, 0, 0.0, 0.0
         self.started = time.perf_counter()
-        return row
 
     def write(self, row: dict):
         """Append a row to log.jsonl and to TensorBoard."""

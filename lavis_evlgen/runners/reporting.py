@@ -10,6 +10,8 @@ import torch
 from lavis_evlgen import distributed
 from lavis_evlgen.evaluation.plots import caption_sheet
 from lavis_evlgen.evaluation.run_card import run_card, write_run_card
+from lavis_evlgen.runners.progress import part_rows
+from lavis_evlgen.runners.steps import amp_of
 
 COLLAPSED = 1e-3  # across-picture share under which a connector answers one prompt to every picture
 
@@ -33,7 +35,7 @@ class Reporter:
         device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "cpu"
         threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
         facts |= {
-            "device": f"{device}{threads}, {distributed.world_size()} process(es), amp {run.get('amp', False)}",
+            "device": f"{device}{threads}, {distributed.world_size()} process(es), amp {amp_of(run)}",
             "batch": f"{images_per_step} images a step ({run.batch_size_train} x {distributed.world_size()} ranks x "
             f"{runner.accum_grad_iters} accumulated)",
             "steps": f"{runner.start_step} -> {runner.max_iters}, evaluated every {runner.iters_per_inner_epoch}",
@@ -86,7 +88,12 @@ class Reporter:
             data={"name": name, "split": split, "size": size, "fingerprint": fingerprint},
             scoring_tokenizer=result.get("scoring_tokenizer"),
             metrics={k: v for k, v in result.items() if k not in ("unreadable", "scoring_tokenizer")},
-            model={"class": type(model).__name__, "trainable_parameters": trainable, "parameters": total},
+            model={
+                "class": type(model).__name__,
+                "trainable_parameters": trainable,
+                "parameters": total,
+                "precision": precisions(model),
+            },
             step=step,
             unreadable_images=len(result.get("unreadable", [])),
         )
@@ -112,6 +119,11 @@ class Reporter:
             for metric, reason in result.get("unscored", {}).items():
                 logging.info("%s was not scored: %s", metric, reason)
         logging.info("run folder: %s (run.json, loss.png, captions.png, log.jsonl, result/, checkpoints)", self.folder)
+
+
+def precisions(model) -> dict[str, str]:
+    """Number format of each part's weights, after `auto` has been resolved."""
+    return {part: ", ".join(dtypes) for part, *_, dtypes, _ in part_rows(model)}
 
 
 def summary(result: dict) -> str:

@@ -29,10 +29,12 @@ class Resumable:
             "config": self.config.to_dict(),
         }
 
-    def _save(self, step: int, name: str = state.LAST):
+    def _save(self, step: int, *names: str):
+        """Write the run as it stands under each of `names` (state.LAST, state.BEST); every rank calls it."""
         content = self._content(step)
-        if distributed.is_main():
-            state.write(self.output_dir / name, content)
+        for name in names:
+            if distributed.is_main():
+                state.write(self.output_dir / name, content)
 
     def _load_model(self, weights: dict, source):
         load_trainable(self._model, weights, str(source))

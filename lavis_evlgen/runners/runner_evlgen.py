@@ -53,7 +53,7 @@ class RunnerEvlgen(Resumable, RunnerIter):
         "batch_size_eval": "images per rank in evaluation",
         "accum_grad_iters": "micro-steps per optimizer step (1)",
         "num_workers": "data-loading processes per rank",
-        "amp": "autocast: false, bf16, fp16 (true means fp16, as in LAVIS)",
+        "amp": "autocast: false, bf16, fp16 (true means fp16, as in LAVIS), auto (bf16 where there is hardware for it)",
         "seed": "seed of weights, order, augmentation and dropout",
         "output_dir": "folder of runs, seen from where you stand",
         "run_name": "name of this run's folder (a time stamp)",
@@ -219,7 +219,7 @@ class RunnerEvlgen(Resumable, RunnerIter):
             if due:
                 self._evaluate_and_save(done)
             if self._should_stop(done):
-                self._save(done)
+                self._save(done, state.LAST)
                 logging.warning("SIGTERM: saved step %d in %s; stopping", done, self.output_dir)
                 distributed.stop()
                 raise SystemExit(143)
@@ -227,18 +227,20 @@ class RunnerEvlgen(Resumable, RunnerIter):
     def _log(self, step: int, lr: float):
         self.bad.share()
         self.step_fn.check_finite(step)
+        self.progress.share()
         if distributed.is_main():
             self.reporter.watch_collapse(self.progress.line(step, lr))
 
     def _evaluate_and_save(self, step: int):
         started = time.perf_counter()
+        names = [state.LAST]
         for split in self.valid_splits:
             result = self.eval_epoch(split, step)
             best, value = self.best["agg_metrics"], result["agg_metrics"]
             if split == self.valid_splits[0] and (best is None or value > best):
                 self.best = {"agg_metrics": value, "step": step}
-                self._save(step, state.BEST)
-        self._save(step)
+                names.append(state.BEST)
+        self._save(step, *names)
         self._model.train()
         if distributed.is_main():
             self.progress.draw(str(self.output_dir.name))

@@ -10,8 +10,15 @@ from torch import Tensor
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.models.freezing import auto_precision
 
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, True: torch.float16, False: None, None: None, "fp32": None}
+
+
+def amp_of(run):
+    """What `run.amp` asks for on this machine: a key of AMP, unless it is a mistake."""
+    amp = run.get("amp", False)
+    return auto_precision() if amp == "auto" else amp
 
 
 class NonFinite(RuntimeError):
@@ -27,9 +34,9 @@ class TrainingStep:
     """
 
     def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20):
-        amp = run.get("amp", False)
+        amp = amp_of(run)
         if amp not in AMP:
-            raise ConfigError(f"run.amp: {amp!r} is not one of false, bf16, fp16, true")
+            raise ConfigError(f"run.amp: {amp!r} is not one of false, bf16, fp16, true, auto")
         self.model, self.optimizer, self.device, self.patience = model, optimizer, device, patience
         self.accum = int(run.get("accum_grad_iters", 1))
         self.max_norm = float(run.get("max_grad_norm", 1.0) or 0.0)
@@ -75,8 +82,6 @@ class TrainingStep:
         shown = {"loss": loss.detach()}
         if "across_picture_share" in out:
             shown["across_picture_share"] = out["across_picture_share"]
-        for value in shown.values():
-            distributed.sum_over_ranks(value).div_(distributed.world_size())
         return shown
 
     def _update(self) -> Tensor:

@@ -23,7 +23,7 @@ def test_exactly_the_four_parts_learn(llm):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parts.add(model.part_of(name))
-            if "token_type" not in name:
+            if "token_type" not in name and not name.endswith("key.bias"):  # their gradients are 0
                 assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         else:
             assert name.startswith(("visual_encoder.", "language_model.")) and parameter.grad is None, name

@@ -61,16 +61,12 @@ def endless(parts, tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="session")
 def two_ranks(parts, tmp_path_factory) -> Runs:
-    """Ten steps without dropout, batch 2 on each of 2 ranks; one validation in the middle, one at the end.
-
-    Without merging, which is of single pictures, and a choice that rounding can tip: keys' biases have no gradient
-    but rounding errors, and Adam makes whole steps of them.
-    """
+    """Ten steps without dropout, batch 2 on each of 2 ranks; one validation in the middle, one at the end."""
     runs = Runs(
         parts, tmp_path_factory.mktemp("ranks"), max_iters=10, iters_per_inner_epoch=5, valid_splits=["val"],
         accum_grad_iters=2, batch_size_train=2, blind_shuffles=1,
     )  # fmt: skip
-    runs.config["model"] |= {"dropout": 0.0, "tome_r": 0}
+    runs.config["model"] |= {"dropout": 0.0}
     runs.config["datasets"]["scenes"] |= {"sizes": {"train": 14, "val": 5}, "captions_per_image": 5}
     return runs
 

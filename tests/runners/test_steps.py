@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.runners import steps
 from lavis_evlgen.runners.schedule import adamw
 from lavis_evlgen.runners.steps import NonFinite, TrainingStep
 from tests.run_tools import same_tensors
@@ -140,6 +141,12 @@ def test_autocast_on_the_cpu(amp, dtype):
     assert seen[0] == (dtype or torch.float32)
     assert all(parameter.dtype == torch.float32 for parameter in step.model.parameters())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("machine, dtype", [("bf16", torch.bfloat16), ("fp32", None)])
+def test_automatic_autocast_follows_the_machine(monkeypatch, machine, dtype):
+    monkeypatch.setattr(steps, "auto_precision", lambda: machine)
+    assert trainer(amp="auto").dtype == dtype
 
 
 def test_an_unknown_autocast_is_refused():

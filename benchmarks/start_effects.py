@@ -1,0 +1,83 @@
+"""What each key of the start does: the quickstart, one key at a time put back to its released value.
+
+    python benchmarks/start_effects.py --steps 120 --seeds 42
+
+Trains each variant on the CPU or GPU with train.py, skips what an earlier call has finished, and writes a Markdown
+table and benchmarks/results/start_effects.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from lavis_evlgen.evaluation.run_card import provenance, write_run_card
+
+ROOT = Path(__file__).resolve().parent.parent
+ONE_RATE = [f"model.lr_scale.{part}=1" for part in ("ln_vision", "input_proj", "connector", "llm_proj")]
+RELEASED = ["model.prompt_scale=released", "model.bos=after", *ONE_RATE]
+VARIANTS = {
+    "quickstart": [],
+    "`prompt_scale: embedding`": ["model.prompt_scale=embedding"],
+    "`prompt_scale: released`": ["model.prompt_scale=released"],
+    "`lr_scale`: 1 for every part": ONE_RATE,
+    "`bos: after`": ["model.bos=after"],
+    "`beta2: 0.999`": ["run.beta2=0.999"],
+    "all four released": [*RELEASED, "run.beta2=0.999"],
+}
+
+
+def train(number: int, options: list[str], seed: int, steps: int, folder: Path) -> dict:
+    """Train one variant (unless its card is there) and return its last validation."""
+    name = f"{number}_seed{seed}_{steps}"
+    card = folder / name / "run.json"
+    if not card.exists():
+        command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(ROOT / "projects/evlgen/quickstart.yaml")]
+        command += ["--options", *options, f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}"]
+        command += ["run.test_splits=[]", f"run.seed={seed}", f"run.output_dir={folder}", f"run.run_name={name}"]
+        subprocess.run(command, check=True)
+    metrics = json.loads(card.read_text())["metrics"]
+    log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    shares = [row["across_picture_share"] for row in log if "across_picture_share" in row]
+    return {
+        "seed": seed,
+        "loss_right": metrics["loss_right"],
+        "loss_shuffled": metrics["loss_shuffled"],
+        "cider": metrics["metrics"]["CIDEr"],
+        "blind_cider": metrics["blind"]["CIDEr"],
+        "least_across_picture_share": min(shares),
+    }
+
+
+def table(results: dict[str, list[dict]]) -> str:
+    """Means over seeds, as Markdown."""
+    lines = ["| start | loss, right | loss, shuffled | gap | CIDEr | blind CIDEr | least share |", "|---|" + "---|" * 6]
+    for name, runs in results.items():
+        mean = {key: sum(run[key] for run in runs) / len(runs) for key in runs[0]}
+        mean["gap"] = mean["loss_shuffled"] - mean["loss_right"]
+        columns = ("loss_right", "loss_shuffled", "gap", "cider", "blind_cider")
+        cells = [f"{mean[key]:.3f}" for key in columns] + [f"{mean['least_across_picture_share']:.4f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run (120)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42])
+    parser.add_argument("--folder", type=Path, default=Path("output/start_effects"), help="where the runs go")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/start_effects.json")
+    args = parser.parse_args()
+    folder = args.folder.absolute()
+    results = {}
+    for number, (name, options) in enumerate(VARIANTS.items()):
+        results[name] = [train(number, options, seed, args.steps, folder) for seed in args.seeds]
+    print(table(results))
+    write_run_card(args.out, {"steps": args.steps, "results": results, "options": VARIANTS, **provenance()})
+
+
+if __name__ == "__main__":
+    main()
