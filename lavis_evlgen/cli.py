@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from lavis_evlgen.launch import USER_ERRORS, config_errors
+from lavis_evlgen.launch import USER_ERRORS, config_errors, one_line
 
 
 def main(argv=None):
@@ -17,7 +16,7 @@ def main(argv=None):
         with config_errors():
             code = args.run_command(args)
     except USER_ERRORS as error:
-        print(f"evlgen {args.command}: {error}", file=sys.stderr)
+        print(f"evlgen {args.command}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(code)
 
@@ -28,11 +27,11 @@ def _parser() -> argparse.ArgumentParser:
 
     c = commands.add_parser("caption", help="caption pictures with the model of a run folder")
     c.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    c.add_argument("--run", required=True, metavar="DIR", help="run folder (run.json and a checkpoint)")
+    c.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint)")
     c.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
     c.add_argument("--prompt", help="text that captions begin with (default: the run's)")
-    c.add_argument("--num-beams", type=int, help="beams (default: the run's)")
-    c.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    c.add_argument("--num-beams", type=_positive, help="beams (default: the run's)")
+    c.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="default: cpu")
     c.set_defaults(run_command=caption)
 
     d = commands.add_parser("doctor", help="check data, weights and memory of a run config before training")
@@ -47,21 +46,30 @@ def _parser() -> argparse.ArgumentParser:
     return p
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def caption(args) -> int:
     """Print `path<TAB>caption` for each picture; exit code 1 when one could not be read."""
     import torch
 
+    from lavis_evlgen import distributed
     from lavis_evlgen.datasets import UnreadableImage
     from lavis_evlgen.datasets.image_files import open_image
     from lavis_evlgen.tasks.captioning import decoding_of
 
+    device = distributed.start(args.device)
     cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
-    model, vis = _model_of_run(cfg, checkpoint, args.device)
+    model, vis = _model_of_run(cfg, checkpoint, device)
     decoding = decoding_of(cfg["run"]) | ({"num_beams": args.num_beams} if args.num_beams else {})
     failed = 0
     for path in args.images:
         try:
-            image = vis(open_image(path))[None].to(args.device)
+            image = vis(open_image(path))[None].to(device)
         except UnreadableImage as error:
             print(f"evlgen caption: {error}", file=sys.stderr)
             failed += 1
@@ -74,27 +82,29 @@ def caption(args) -> int:
 
 
 def _run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
-    """(config, checkpoint) of a run folder. Raises WeightsError."""
+    """(config, checkpoint) of a run folder: a checkpoint holds the config it was trained with. Raises WeightsError."""
     from lavis_evlgen.models.sources import WeightsError
-    from lavis_evlgen.runners.state import BEST, LAST
+    from lavis_evlgen.runners import state
 
-    card = folder / "run.json"
-    if not card.is_file():
-        raise WeightsError(f"--run: {folder} has no run.json; give the folder that train.py named at its end")
-    if checkpoint is not None:
-        return json.loads(card.read_text())["config"], Path(checkpoint)
-    for name in (BEST, LAST):
-        if (folder / name).exists():
-            return json.loads(card.read_text())["config"], folder / name
-    raise WeightsError(f"--run: {folder} has neither {BEST} nor {LAST}")
+    known = [folder / name for name in (state.BEST, state.LAST) if (folder / name).exists()]
+    if checkpoint is None and not known:
+        raise WeightsError(
+            f"--run: {folder} has neither {state.BEST} nor {state.LAST}; give the folder that train.py named at its end"
+        )
+    path = Path(checkpoint) if checkpoint is not None else known[0]
+    config = state.read(path, "--checkpoint").get("config")
+    if config is None:
+        raise WeightsError(f"--checkpoint: {path} holds no config; give a checkpoint that train.py wrote")
+    return config, path
 
 
-def _model_of_run(cfg: dict, checkpoint: Path, device: str):
+def _model_of_run(cfg: dict, checkpoint: Path, device):
     """(model, evaluation image processor) as the run had them."""
     from lavis.common.registry import registry
     from omegaconf import OmegaConf
 
-    model_cfg = OmegaConf.create(cfg["model"])
+    # the run's own checkpoint holds all that trains: what it started from need not be there any more
+    model_cfg = OmegaConf.create({**cfg["model"], "pretrained": None, "finetuned": None, "load_finetuned": False})
     model = registry.get_model_class(model_cfg.arch).from_config(model_cfg)
     model.load_checkpoint(str(checkpoint))
     dataset = next(iter(cfg["datasets"].values()))

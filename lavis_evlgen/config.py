@@ -57,7 +57,18 @@ class EvlgenConfig(Config):
             under = merged.model.get(key)
             mappings = isinstance(under, DictConfig) and isinstance(value, DictConfig)
             merged.model[key] = OmegaConf.merge(under, value) if mappings and set(value) <= set(under) else value
+        self._image_size_once(merged, config)
         return merged
+
+    @staticmethod
+    def _image_size_once(merged: DictConfig, given: DictConfig):
+        """Image processors whose image_size nobody gave take the model's."""
+        side = merged.model.get("image_size")
+        for name, section in merged.datasets.items():
+            for stage, processor in (section.get("vis_processor") or {}).items():
+                place = f"datasets.{name}.vis_processor.{stage}.image_size"
+                if side is not None and "image_size" in processor and OmegaConf.select(given, place) is None:
+                    processor.image_size = side
 
     def _check_sections(self, config):
         for section in SECTIONS:
@@ -112,10 +123,9 @@ class EvlgenConfig(Config):
         task = registry.get_task_class(run.task)
         if hasattr(runner, "CONFIG_KEYS") and hasattr(task, "CONFIG_KEYS"):
             self._refuse_unknown(run, {**runner.CONFIG_KEYS, **task.CONFIG_KEYS}, "run.")
-        for key in (*getattr(runner, "NUMBERS", ()), *getattr(task, "NUMBERS", ())):
-            if isinstance(run.get(key, 0), bool) or not isinstance(run.get(key, 0), int | float):
-                raise ConfigError(f"{self.path}: run.{key}: {run[key]!r} is not a number")
         model_cls = registry.get_model_class(model.arch)
+        for section, name, cls in ((run, "run", runner), (run, "run", task), (model, "model", model_cls)):
+            self._check_values(section, name, cls)
         if hasattr(model_cls, "CONFIG_KEYS"):
             self._refuse_unknown(model, model_cls.CONFIG_KEYS, "model.")
         if hasattr(model_cls, "PARTS"):
@@ -126,6 +136,23 @@ class EvlgenConfig(Config):
                 self._refuse_unknown(section, {**keys, "type": ""}, f"datasets.{name}.")
             self._check_processors(name, section)
 
+    def _check_values(self, section, name: str, cls):
+        """Numbers within what the class allows, lists where it reads lists."""
+        for key, (least, most) in getattr(cls, "NUMBERS", {}).items():
+            value = section.get(key)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ConfigError(f"{self.path}: {name}.{key}: {value!r} is not a number")
+            whole = not isinstance(least, int) or value == int(value)
+            if not whole or value < least or (most is not None and value > most):
+                kind = "a whole number" if isinstance(least, int) else "a number"
+                limits = f"of at least {least:g}" + (f" and at most {most:g}" if most is not None else "")
+                raise ConfigError(f"{self.path}: {name}.{key}={value} must be {kind} {limits}")
+        for key in getattr(cls, "LISTS", ()):
+            if section.get(key) is not None and not OmegaConf.is_list(section[key]):
+                raise ConfigError(f"{self.path}: {name}.{key}={section[key]} is not a list; write [{section[key]}]")
+
     def _check_processors(self, dataset: str, section):
         for kind in ("vis_processor", "text_processor"):
             stages = section.get(kind) or {}
@@ -135,6 +162,10 @@ class EvlgenConfig(Config):
                 found = self._registered(f"{place}.name", processor.get("name"), "processor_name_mapping")
                 if hasattr(found, "CONFIG_KEYS"):
                     self._refuse_unknown(processor, {**found.CONFIG_KEYS, "name": ""}, f"{place}.")
+                side, wanted = processor.get("image_size"), self.config.model.get("image_size")
+                if side is not None and wanted is not None and side != wanted:
+                    words = f"{place}.image_size={side}, but model.image_size={wanted}; leave it out"
+                    raise ConfigError(f"{self.path}: {words}")
 
     def _refuse_unknown(self, section, known: dict, prefix: str):
         for key in section:

@@ -15,6 +15,8 @@ def start(device: str = "auto") -> torch.device:
 
     device: auto (CUDA where present), cuda, cpu. CPU ranks talk over gloo, CUDA ranks over nccl.
     """
+    if device not in ("auto", "cuda", "cpu"):
+        raise ValueError(f"run.device: {device!r} is not one of auto, cuda, cpu; CUDA_VISIBLE_DEVICES chooses a GPU")
     wants_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     if wants_cuda and not torch.cuda.is_available():
         raise RuntimeError("run.device=cuda, but torch sees no CUDA device; set run.device=cpu or auto")

@@ -96,6 +96,14 @@ def run(args, evaluate: bool = False):
     return runner
 
 
+def one_line(error: Exception) -> str:
+    """The message alone: what comes from a data worker carries the worker's whole stack trace."""
+    text = str(error)
+    if text.startswith("Caught ") and "Original Traceback" in text:
+        return text.strip().splitlines()[-1].partition(": ")[2]
+    return text
+
+
 def main(script: str, purpose: str, evaluate: bool = False, argv=None):
     """Entry of train.py and evaluate.py: errors that the user can mend are one line, exit code 2."""
     args = parser(script, purpose).parse_args(argv)
@@ -103,5 +111,5 @@ def main(script: str, purpose: str, evaluate: bool = False, argv=None):
         run(args, evaluate)
     except USER_ERRORS as error:
         distributed.stop()
-        print(f"{script}: {error}", file=sys.stderr)
+        print(f"{script}: {one_line(error)}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_evlgen import cli
 from lavis_evlgen.analysis import doctor
-from tests.run_tools import ROOT
+from tests.run_tools import ROOT, checkpoint
 from tests.tiny import tiny_llama
 
 
@@ -45,10 +46,10 @@ def test_caption_decodes_as_the_run_did(finished, drawn, tmp_path, capsys):
     for name, keys in {"plain": {}, "penalty": {"repetition_penalty": 3.0}, "short": {"max_len": 1}}.items():
         folder = tmp_path / name
         folder.mkdir()
-        card = json.loads((finished.output() / "run.json").read_text())
-        (folder / "checkpoint_last.pth").write_bytes((finished.output() / "checkpoint_last.pth").read_bytes())
-        card["config"]["run"] |= keys
-        (folder / "run.json").write_text(json.dumps(card))
+        content = checkpoint(finished.output())
+        content["config"]["run"] |= keys
+        content["config"]["model"]["pretrained"] = "/gone.pth"  # all that it held is in this checkpoint
+        torch.save(content, folder / "checkpoint_last.pth")
         assert evlgen("caption", paths[0], "--run", folder) == 0
         seen[name] = capsys.readouterr().out.rstrip("\n").split("\t", 1)[1]
     assert len(seen["short"]) < len(seen["plain"]) and seen["penalty"] != seen["plain"]
@@ -66,17 +67,11 @@ def test_a_bad_picture_is_named_and_the_others_are_captioned(finished, drawn, tm
 
 
 @pytest.mark.parametrize(
-    "card, checkpoint, says",
-    [
-        (False, None, "has no run.json"),
-        (True, None, "neither checkpoint_best.pth nor"),
-        (True, "x.pth", "x.pth does not exist"),
-    ],
+    "file, says",
+    [(None, "neither checkpoint_best.pth nor"), ("x.pth", "x.pth does not exist"), (__file__, "cannot be read")],
 )
-def test_caption_needs_a_run_folder(finished, drawn, tmp_path, card, checkpoint, says, capsys):
-    if card:
-        (tmp_path / "run.json").write_bytes((finished.output() / "run.json").read_bytes())
-    chosen = ["--checkpoint", checkpoint] if checkpoint else []
+def test_caption_needs_a_checkpoint(drawn, tmp_path, file, says, capsys):
+    chosen = ["--checkpoint", file] if file else []
     assert evlgen("caption", drawn[0][0], "--run", tmp_path, *chosen) == 2
     words = capsys.readouterr().err.splitlines()
     assert says in words[-1] and words[-1].startswith("evlgen caption: ")

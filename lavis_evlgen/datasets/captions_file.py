@@ -16,6 +16,7 @@ from lavis_evlgen.datasets.errors import DataError
 
 COLUMNS = ("image", "caption", "image_id", "split")
 _OPTIONAL = ("image_id", "split")
+_MOST_LINES = 10  # of one row of a table; more is a quote that was not meant
 
 
 class CaptionRow(NamedTuple):
@@ -43,10 +44,21 @@ class CaptionsFile:
             self.problems.append(f"{where}: no image name")
         elif not isinstance(caption, str) or not any(mark.isalnum() for mark in caption):
             self.problems.append(f"{where}: no caption for {image}")
+        elif not (_encodes(caption) and _encodes(image)):
+            self.problems.append(f"{where}: half of a surrogate pair in its text")
         elif image_id is not None and not isinstance(image_id, (int, str)):
             self.problems.append(f"{where}: the image id of {image} is neither number nor text: {image_id!r}")
         else:
             self.rows.append(CaptionRow(image.strip(), caption.strip(), image_id, split))
+
+
+def _encodes(text: str) -> bool:
+    """Whether the text can be written: JSON may hold a lone surrogate, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_captions_file(path, columns: dict[str, str] | None = None) -> CaptionsFile:
@@ -130,6 +142,9 @@ def _read_coco(path, images: list[dict], annotations: list[dict]) -> CaptionsFil
             f"the annotations of {path} have no `caption` but {_names(annotations[0])}; "
             "COCO's captions are in captions_*.json"
         )
+    for kind, rows in (("image", images), ("annotation", annotations)):
+        if odd := next((row for row in rows if not isinstance(row, dict)), None):
+            raise DataError(f"{path} is broken: an {kind} is not an object but {odd!r:.40}")
     names: dict = {}
     for image in images:
         name = image.get("file_name")
@@ -161,23 +176,31 @@ def _read_karpathy(path, images: list[dict]) -> CaptionsFile:
 
 
 def _read_table(path, text: str, columns: dict) -> CaptionsFile:
-    first_line = text.partition("\n")[0]
+    first_line = text.lstrip().partition("\n")[0]
     delimiter = next((mark for mark in "\t|;" if mark in first_line), ",")
     quoted = delimiter in ",;"  # in TSV a caption may open with a quote mark, which would swallow whole lines
     quoting = csv.QUOTE_MINIMAL if quoted else csv.QUOTE_NONE
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
-    problems, records = [], []
+    # strict: a quote that is never closed would take all that follows into one caption
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+    problems, records, last = [], [], 0
     try:
-        header = [name.strip() for name in next(reader)]
+        header = [name.strip() for name in next(cells for cells in reader if cells)]
         for cells in reader:
             where = f"line {reader.line_num}"
+            if reader.line_num - last > _MOST_LINES and last:
+                raise DataError(
+                    f"{path} line {last + 1}: a quote opens a row that ends only in line {reader.line_num}, and would "
+                    'take the lines between into one caption; close it, or double the quote marks of the text ("")'
+                )
+            last = reader.line_num
             if len(cells) == len(header):
                 cells = cells if quoted else [_unquote(cell) for cell in cells]
                 records.append((where, dict(zip(header, cells, strict=True))))
             elif cells:
                 problems.append(f"{where}: {len(cells)} fields, but the header has {len(header)}")
     except csv.Error as error:
-        raise DataError(f"{path} line {reader.line_num} is not valid CSV: {error}") from None
+        place = f"{path} line {last + 1}" + (f" to {reader.line_num}" if reader.line_num > last + 1 else "")
+        raise DataError(f"{place} is not valid CSV: {error}; look for quote marks that are not closed") from None
     _check_columns(path, header, columns)
     found = _read_records(path, "TSV" if delimiter == "\t" else "CSV", records, columns)
     found.problems[:0] = problems

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from threading import Lock
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from lavis_evlgen.datasets.errors import UnreadableImage
 
@@ -20,7 +20,9 @@ def open_image(path) -> Image.Image:
     try:
         with _whole_files_only(), Image.open(path) as image:
             image.load()
-            return _to_rgb(image)
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except UnreadableImage as error:
+        raise UnreadableImage(path, error.reason) from None
     except MemoryError:
         raise
     except UnidentifiedImageError:
@@ -59,9 +61,15 @@ def _check_file(path):
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bits to white instead of scaling them to 8
-        high_byte = np.asarray(image).astype(np.uint16) >> 8
-        return Image.fromarray(high_byte.astype(np.uint8)).convert("RGB")
+    """Upright RGB of 8 bits; what is transparent becomes white, and 16 bits are scaled, where Pillow would clip."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            raise UnreadableImage("", f"Pillow mode {image.mode}, whose range is not known; save it with 8 bits")
+        return Image.fromarray((values.astype(np.uint16) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        picture = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return image.convert("RGB")
 
 

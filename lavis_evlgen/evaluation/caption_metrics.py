@@ -43,6 +43,15 @@ class CaptionScores:
     unscored: dict[str, str] = field(default_factory=dict)
 
 
+def score_names(metrics: Sequence[str]) -> list[str]:
+    """The names that scores of `metrics` will have on this machine: METEOR only where Java is found."""
+    names = []
+    for metric in metrics:
+        if metric != "METEOR" or find_java():
+            names += [f"BLEU-{n}" for n in range(1, 5)] if metric == "BLEU" else [metric]
+    return names
+
+
 def score_captions(
     predictions: Mapping[Hashable, str],
     references: Mapping[Hashable, Sequence[str]],

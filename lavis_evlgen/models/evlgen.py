@@ -33,11 +33,12 @@ class EVLGen(BaseModel):
         name: str(CONFIGS / f"evlgen_{name}.yaml")
         for name in ("opt2.7b", "opt6.7b", "vicuna7b", "vicuna13b", "quickstart")
     }
+    NUMBERS = {"image_size": (14, None), "num_layers": (1, None), "max_txt_len": (3, None), "dropout": (0.0, 0.99)}
     PARTS = ("ln_vision", "input_proj", "connector", "llm_proj")
     CONFIG_KEYS = {
         "arch": "the model class in LAVIS's registry: evlgen",
         "model_type": "which default config: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart",
-        "load_pretrained": "LAVIS's switch; true when `pretrained` is to be loaded",
+        "load_pretrained": "LAVIS's switch; false: leave `pretrained` aside (true)",
         "load_finetuned": "LAVIS's switch; load `finetuned` in place of `pretrained`",
         "pretrained": "checkpoint with the trainable weights to start from; empty: an untrained connector",
         "finetuned": "checkpoint loaded when load_finetuned is true",
@@ -82,6 +83,7 @@ class EVLGen(BaseModel):
         self.ln_vision = nn.LayerNorm(vision.width)
         self.llm_proj = nn.Linear(connector.width, language_model.width)
         self.prompt = prompt or ""
+        language_model.check_prompt(self.prompt)
         unknown = set(lr_scale or {}) - set(self.PARTS)
         if unknown:
             raise ValueError(f"lr_scale: unknown part {sorted(unknown)[0]}; the parts are {', '.join(self.PARTS)}")
@@ -221,7 +223,12 @@ class EVLGen(BaseModel):
         load_checkpoint_file(self, url_or_filename)
 
     def load_checkpoint_from_config(self, cfg, **kwargs):
-        path = cfg.get("finetuned") if cfg.get("load_finetuned", False) else cfg.get("pretrained")
+        if cfg.get("load_finetuned", False):
+            path = cfg.get("finetuned")
+            if not path:
+                raise ValueError("load_finetuned is true, but finetuned names no checkpoint")
+        else:
+            path = cfg.get("pretrained") if cfg.get("load_pretrained", True) else None
         if path:
             self.load_checkpoint(path)
         else:

@@ -70,6 +70,20 @@ class LanguageModel(nn.Module):
         return self
 
     @property
+    def text_limit(self) -> int:
+        """Most ids of prompt and caption: as released, max_txt_len counts the BOS that stands in the text."""
+        return self.max_txt_len - (self.text.bos_id is not None)
+
+    def check_prompt(self, prompt: str):
+        """Raises ValueError for a prompt that leaves no room for a caption: there would be nothing to learn."""
+        length = len(self.text.encode(prompt.rstrip()))
+        if length >= self.text_limit:
+            raise ValueError(
+                f"prompt: {prompt!r} is {length} tokens, and max_txt_len={self.max_txt_len} has room for "
+                f"{self.text_limit} of prompt and caption together; raise it or shorten the prompt"
+            )
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.embed[0].weight.dtype
 
@@ -120,9 +134,10 @@ class LanguageModel(nn.Module):
         self, visual: Tensor, texts: list[str], prompts: list[str], mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """visual (B, P, D_l), mask (B, P) | None -> per sample: summed cross-entropy (B,) in nats, tokens (B,)."""
-        # as released, max_txt_len counts the BOS that stands in the text
-        limit = self.max_txt_len - (self.text.bos_id is not None)
-        pairs = [self.text.caption(p, t, limit) for p, t in zip(prompts, texts, strict=True)]
+        pairs = [self.text.caption(p, t, self.text_limit) for p, t in zip(prompts, texts, strict=True)]
+        for prompt, (_, labels) in zip(prompts, pairs, strict=True):
+            if all(label == IGNORE for label in labels):
+                self.check_prompt(prompt)
         ragged = mask is not None
         embeds, mask, start = self._assemble(visual, mask, [ids for ids, _ in pairs])
         extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows

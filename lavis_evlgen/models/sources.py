@@ -51,11 +51,17 @@ def load_from_hub(call, source: str, what: str, **kwargs):
     """Run a `from_pretrained`, turning a failed look-up into one message that names the key and the mend."""
     try:
         return call(source, **kwargs)
+    except (ValueError, ImportError, KeyError) as error:  # a folder of another kind of model, or a broken config
+        raise WeightsError(f"{what}: {source!r} is no model of the kind needed: {_first_line(error)}") from error
     except OSError as error:
         raise WeightsError(
             f"{what}: cannot load {source!r}: not a folder here, and the hub did not give it. Put the weights in a "
-            f"folder and set {what} to it, or check the id and the network. ({str(error).splitlines()[0]})"
+            f"folder and set {what} to it, or check the id and the network. ({_first_line(error)})"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def read_state_dict(path: str, what: str) -> dict[str, torch.Tensor]:
@@ -76,6 +82,6 @@ def read_state_dict(path: str, what: str) -> dict[str, torch.Tensor]:
     except Exception as error:  # torch raises a family of unpickling errors
         raise WeightsError(
             f"{what}: {file} is not a file of plain tensors (it is broken, or a pickle that would run code): "
-            f"{str(error).splitlines()[0][:120]}"
+            f"{_first_line(error)}"
         ) from error
     return state

@@ -92,6 +92,8 @@ class HuggingFaceViT(nn.Module):
         super().__init__()
         model = getattr(model, "vision_model", model)  # CLIP, SigLIP: the vision half
         config = getattr(model.config, "vision_config", model.config)
+        if not hasattr(config, "patch_size"):
+            raise ValueError(f"vit_model: {type(model).__name__} is no vision transformer: it has no patch size")
         self.layer = layer
         self.resize = {}
         if getattr(config, "image_size", image_size) != image_size and config.model_type != "dinov2":
@@ -162,6 +164,8 @@ def load_vision_encoder(
     else:
         config = load_from_hub(AutoConfig.from_pretrained, source, "vit_model")
         # not AutoModel: in older releases it imports every architecture, and one needs a newer timm than LAVIS
+        if type(config) not in MODEL_MAPPING:
+            raise WeightsError(f"vit_model: {source} holds a {type(config).__name__}, which has no model of its own")
         model_class = MODEL_MAPPING[type(config)]
         model = load_from_hub(model_class.from_pretrained, source, "vit_model", torch_dtype=torch.float32)
     return wrap_hugging_face(model, image_size, precision, vit_layer)

@@ -30,9 +30,11 @@ def prefix_lm_loss(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tens
 def across_picture_share(prompt: Tensor) -> Tensor:
     """Share of the visual prompt's power that is variance across pictures, in [0, 1] (scalar); 0 = collapsed.
 
-    prompt (B, P, D). Variance over the batch at each position and channel, against the mean square: a connector
-    that answers (nearly) the same prompt to every picture has (nearly) 0, whether or not its tokens differ.
+    prompt (B, P, D); NaN for B = 1. Variance over the batch at each position and channel, against the mean square:
+    a connector that answers (nearly) the same prompt to every picture has (nearly) 0, whether or not its tokens differ.
     """
     prompt = prompt.float()
+    if len(prompt) < 2:
+        return prompt.new_tensor(float("nan"))
     across = prompt.var(dim=0, unbiased=False).mean()
     return across / prompt.square().mean().clamp_min(torch.finfo(torch.float32).tiny)

@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from lavis_evlgen import distributed
+from lavis_evlgen.runners.progress import read_json_lines
 
 
 class TooManyBadImages(RuntimeError):
@@ -24,8 +25,8 @@ class BadImages:
         self.allowed = sum(getattr(d, "max_bad_fraction", 0.0) * getattr(d, "num_images", len(d)) for d in datasets)
         self.found: dict[str, str] = {}
         self.new: list[dict] = []
-        if resumed and self.file.exists():
-            known = map(json.loads, self.file.read_text().splitlines())
+        if resumed:
+            known = [entry for entry in read_json_lines(self.file) if "split" not in entry]
             self.found = {entry["image"]: entry["reason"] for entry in known}
         elif distributed.is_main():
             self.file.unlink(missing_ok=True)
@@ -59,3 +60,26 @@ class BadImages:
                 f"({self.allowed:g}); the first is {image} ({reason}). Mend or remove them (all are named in "
                 f"{self.file}), or raise datasets.NAME.max_bad_fraction"
             )
+
+
+def check_unreadable(folder: Path, split: str, dataset, entries: list[dict]):
+    """Name the unreadable pictures of an evaluation in bad_images.jsonl and the log; the scores leave them out.
+
+    Every rank calls it with all ranks' entries. Raises TooManyBadImages above the data set's `max_bad_fraction`.
+    """
+    if not entries:
+        return
+    file, total = folder / "bad_images.jsonl", getattr(dataset, "num_images", len(dataset))
+    first = f"{entries[0]['image']} ({entries[0]['reason']})"
+    if distributed.is_main():
+        listed = {(entry["image"], entry.get("split")) for entry in read_json_lines(file)}
+        with open(file, "a") as out:
+            fresh = [{**entry, "split": split} for entry in entries if (entry["image"], split) not in listed]
+            out.writelines(json.dumps(entry) + "\n" for entry in fresh)
+        words = f"{len(entries)} of {total} images are unreadable, first {first}; all are named in {file}"
+        logging.warning("%s: %s", split, words)
+    if len(entries) > getattr(dataset, "max_bad_fraction", 0.0) * total:
+        raise TooManyBadImages(
+            f"{split}: {len(entries)} of {total} images are unreadable, more than max_bad_fraction allows; the first "
+            f"is {first}. Mend or remove them (all are named in {file}), or raise datasets.NAME.max_bad_fraction"
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import math
 import resource
 import time
 from pathlib import Path
@@ -15,6 +16,18 @@ from rich.table import Table
 
 from lavis_evlgen import distributed
 from lavis_evlgen.evaluation.plots import loss_plot
+
+COUNTERS = ("skipped_steps",)  # values that count up over the run: a window shows the last, not the mean
+
+
+def read_json_lines(file: Path) -> list[dict]:
+    """The rows of a .jsonl file that a run appends to; a last line that a crash cut short is left out."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines[:-1]]
+    try:
+        return rows + [json.loads(line) for line in lines[-1:]]
+    except json.JSONDecodeError:
+        return rows
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -77,8 +90,8 @@ class Progress:
     def resume_at(self, step: int):
         """Drop log lines after `step`: those steps will be run again (0: all, of an earlier run in this folder)."""
         if self.file.exists():
-            kept = [line for line in self.file.read_text().splitlines() if json.loads(line)["step"] <= step]
-            self.file.write_text("".join(line + "\n" for line in kept))
+            kept = [row for row in read_json_lines(self.file) if row["step"] <= step]
+            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def update(self, waited: float, **values: torch.Tensor):
         """Add one step's values (tensors on the device; nothing is read) and its wait for data in seconds."""
@@ -86,7 +99,7 @@ class Progress:
         self.count += 1
         for key, value in values.items():
             value = value.detach().float()
-            self.sums[key] = self.sums[key] + value if key in self.sums else value
+            self.sums[key] = self.sums[key] + value if key in self.sums and key not in COUNTERS else value
 
     def share(self):
         """Average the window's values over ranks, which each counted their own; every rank calls it."""
@@ -102,7 +115,8 @@ class Progress:
 
     def line(self, step: int, lr: float) -> dict:
         """Close the window at `step`: log, append to log.jsonl and TensorBoard, start a new window."""
-        row = {"step": step, **{k: (v / self.count).item() for k, v in self.sums.items()}, "lr": lr}
+        means = {k: (v if k in COUNTERS else v / self.count).item() for k, v in self.sums.items()}
+        row = {"step": step, **means, "lr": lr}
         elapsed = max(time.perf_counter() - self.started - self.paused, 1e-9)
         self.seconds_per_step = elapsed / self.count
         row |= {
@@ -127,7 +141,8 @@ class Progress:
         self.started = time.perf_counter()
 
     def write(self, row: dict):
-        """Append a row to log.jsonl and to TensorBoard."""
+        """Append a row to log.jsonl (null where a number is not finite) and to TensorBoard."""
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with open(self.file, "a") as file:
             file.write(json.dumps(row) + "\n")
         if self.writer is not None:
@@ -137,7 +152,7 @@ class Progress:
             self.writer.flush()
 
     def history(self) -> list[dict]:
-        return [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.exists() else []
+        return read_json_lines(self.file)
 
     def draw(self, title: str):
         """loss.png of the run so far."""

@@ -45,7 +45,7 @@ class Reporter:
         return facts
 
     def watch_collapse(self, row: dict):
-        """Warn once when the prompt no longer depends on the picture."""
+        """Warn once when the prompt no longer depends on the picture (NaN, of one picture, does not say)."""
         share = row.get("across_picture_share")
         if share is not None and share < COLLAPSED and not self.warned:
             self.warned = True
@@ -95,13 +95,18 @@ class Reporter:
                 "precision": precisions(model),
             },
             step=step,
-            unreadable_images=len(result.get("unreadable", [])),
+            unreadable_images={split: len(result.get("unreadable", [])), "train": len(self._bad_in_training())},
         )
         write_run_card(self.folder / "result" / f"{split}_{step}.card.json", card)
         write_run_card(self.folder / "run.json", card)
 
+    def _bad_in_training(self) -> dict:
+        return self.runner.bad.found if hasattr(self.runner, "bad") else {}
+
     def _sheet(self, dataset, rows: list[dict]):
         rows = rows[: int(self.runner.config.run_cfg.get("sheet_pictures", 12))]
+        if not rows:
+            return
         images = [dataset.pil_image(int(row["instance_id"])) for row in rows]
         caption_sheet(
             self.folder / "captions.png",

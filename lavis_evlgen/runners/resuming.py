@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from lavis_evlgen import distributed
+from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.checkpoints import load_trainable, trainable_state
 from lavis_evlgen.runners import state
 
@@ -12,16 +13,19 @@ from lavis_evlgen.runners import state
 class Resumable:
     """Mixin of a runner: what is in its checkpoints, and how a run goes on from one.
 
-    Reads and sets the runner's `start_step`, `best`, `_scaler_state`.
+    Reads and sets the runner's `start_step`, `best`, `_step_state`, `_unevaluated`.
     """
 
     def _content(self, step: int) -> dict:
         rng = distributed.gather_lists([state.rng_state()])
+        images = int(self.config.run_cfg.batch_size_train) * distributed.world_size() * self.accum_grad_iters
         return {
             "format": 1,
             "model": trainable_state(self._model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.step_fn.scaler_state(),
+            "skipped_steps": self.step_fn.skipped.item(),
+            "images_per_step": images,
             "step": step,
             "rng": rng,
             "best": self.best,
@@ -29,9 +33,12 @@ class Resumable:
             "config": self.config.to_dict(),
         }
 
-    def _save(self, step: int, *names: str):
-        """Write the run as it stands under each of `names` (state.LAST, state.BEST); every rank calls it."""
-        content = self._content(step)
+    def _save(self, step: int, *names: str, unevaluated: bool = False):
+        """Write the run as it stands under each of `names` (state.LAST, state.BEST); every rank calls it.
+
+        unevaluated: the evaluation due at this step is still to come.
+        """
+        content = {**self._content(step), "unevaluated": unevaluated}
         for name in names:
             if distributed.is_main():
                 state.write(self.output_dir / name, content)
@@ -39,18 +46,24 @@ class Resumable:
     def _load_model(self, weights: dict, source):
         load_trainable(self._model, weights, str(source))
 
-    def _resume(self):
-        """Continue from `resume_ckpt_path`: model, optimizer, scaler, generators, and the place in the data."""
-        self._scaler_state = None
+    def _resume(self, images: int):
+        """Continue from `resume_ckpt_path`: model, optimizer, scaler, generators, and the place in the data.
+
+        images: pictures of one optimizer step; the place in the data is counted in these.
+        """
+        self._step_state, self._unevaluated = {}, False
         path = self.config.run_cfg.get("resume_ckpt_path")
         if path == "auto":
             path = state.find_last(self.output_dir)
         if not path:
+            self._refuse_used_folder()
             return
         saved = state.read(path)
+        self._check_saved(saved, path, images)
         self._load_model(saved["model"], path)
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self._scaler_state, self.start_step, self.best = saved["scaler"], saved["step"], saved["best"]
+        load_optimizer(self.optimizer, saved["optimizer"])
+        self.start_step, self.best = saved["step"], saved["best"]
+        self._step_state, self._unevaluated = saved, saved.get("unevaluated", False)
         if saved["world_size"] == distributed.world_size():
             state.set_rng_state(saved["rng"][distributed.rank()])
         else:
@@ -59,3 +72,51 @@ class Resumable:
                 saved["world_size"], distributed.world_size(),
             )  # fmt: skip
         logging.info("resumed %s at step %d", path, self.start_step)
+
+    def _refuse_used_folder(self):
+        used = [name for name in (state.LAST, state.BEST) if (self.output_dir / name).exists()]
+        if used:
+            raise ConfigError(
+                f"{self.output_dir} holds the {used[0]} of another run: go on with it by run.resume_ckpt_path=auto, "
+                "or give this run another run.run_name"
+            )
+
+    def _check_saved(self, saved: dict, path, images: int):
+        """Refuse what cannot go on; name every setting that is not what the checkpoint was made with."""
+        if saved["step"] > self.max_iters:
+            raise ConfigError(f"run.max_iters={self.max_iters}, but {path} is of step {saved['step']}; raise it")
+        if saved.get("images_per_step", images) != images:
+            raise ConfigError(
+                f"{path} was trained with {saved['images_per_step']} images a step, this run has {images}, and would "
+                "lose its place in the data: keep run.batch_size_train x ranks x run.accum_grad_iters, or start a new "
+                f"run from these weights with model.pretrained={path}"
+            )
+        now = flat(self.config.to_dict())
+        then = flat(saved.get("config", now))
+        changed = [key for key in sorted(now | then) if now.get(key) != then.get(key) and key not in MAY_CHANGE]
+        if changed:
+            words = ", ".join(f"{key}: {then.get(key)} -> {now.get(key)}" for key in changed)
+            logging.warning("resumed with other settings than %s was made with: %s", path, words)
+
+
+# settings that say where and how fast, not what
+MAY_CHANGE = {
+    f"run.{key}" for key in ("resume_ckpt_path", "output_dir", "run_name", "num_workers", "device", "log_freq")
+}
+
+
+def flat(config: dict, prefix: str = "") -> dict:
+    """{"run.seed": 42, ...}: nested keys joined by dots."""
+    items = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        items |= flat(value, name + ".") if isinstance(value, dict) else {name: value}
+    return items
+
+
+def load_optimizer(optimizer, saved: dict):
+    """Load the moments; betas, weight decay and rate factors stay those of the config, not of the checkpoint."""
+    own = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)

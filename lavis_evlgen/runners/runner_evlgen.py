@@ -19,7 +19,8 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.loading import eval_loader, train_loader
 from lavis_evlgen.models.checkpoints import frozen_names
 from lavis_evlgen.runners import state
-from lavis_evlgen.runners.bad_images import BadImages
+from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
+from lavis_evlgen.runners.checks import check_evaluation, check_splits, sets_with
 from lavis_evlgen.runners.progress import Progress, startup_table
 from lavis_evlgen.runners.reporting import Reporter
 from lavis_evlgen.runners.resuming import Resumable
@@ -31,11 +32,15 @@ from lavis_evlgen.runners.steps import TrainingStep
 class RunnerEvlgen(Resumable, RunnerIter):
     """Trains for `max_iters` optimizer steps; every `iters_per_inner_epoch` it evaluates and saves."""
 
-    NUMBERS = (
-        "max_iters", "iters_per_inner_epoch", "init_lr", "min_lr", "warmup_lr", "warmup_steps", "weight_decay", "beta2",
-        "max_grad_norm", "batch_size_train", "batch_size_eval", "accum_grad_iters", "num_workers", "seed", "log_freq",
-        "sheet_pictures",
-    )  # fmt: skip
+    # least and most a number may be; whole numbers where the least is one
+    NUMBERS = {
+        "max_iters": (1, None), "iters_per_inner_epoch": (1, None), "init_lr": (0.0, None), "min_lr": (0.0, None),
+        "warmup_lr": (0.0, None), "warmup_steps": (0, None), "weight_decay": (0.0, None), "beta2": (0.0, 1.0),
+        "max_grad_norm": (0.0, None), "batch_size_train": (1, None), "batch_size_eval": (1, None),
+        "accum_grad_iters": (1, None), "num_workers": (0, None), "seed": (0, None), "log_freq": (1, None),
+        "sheet_pictures": (0, None),
+    }  # fmt: skip
+    LISTS = ("train_splits", "valid_splits", "test_splits")
     CONFIG_KEYS = {
         "runner": "runner_evlgen",
         "task": "what evaluation does: evlgen_captioning, or a LAVIS task",
@@ -74,6 +79,9 @@ class RunnerEvlgen(Resumable, RunnerIter):
 
     def __init__(self, cfg, task, model, datasets, job_id):
         run = cfg.run_cfg
+        if run.get("evaluate"):
+            check_evaluation(run, cfg.model_cfg)
+        check_splits(run, datasets, task)
         self._folder = self._run_folder(run, job_id)
         super().__init__(cfg, task, model, datasets, job_id)
         self._device = distributed.start(run.get("device", "auto"))
@@ -148,22 +156,10 @@ class RunnerEvlgen(Resumable, RunnerIter):
             )
         return self._lr_sched
 
-    def _split(self, split: str) -> dict:
-        """{data set name: dataset} of a split; an error that lists what there is when there is none."""
-        found = {name: splits[split] for name, splits in self.datasets.items() if split in splits}
-        if not found:
-            known = sorted({s for splits in self.datasets.values() for s in splits})
-            raise ConfigError(f"no data set has the split {split!r}; there are {', '.join(known)}")
-        return found
-
     def _train_data(self):
         """Training sets and their ratios."""
-        data, ratios = self._split("train"), self.config.run_cfg.get("train_dataset_ratios")
-        if ratios is None:
-            return data, None
-        if set(ratios) != set(data):
-            raise ConfigError(f"run.train_dataset_ratios names {sorted(ratios)}, the training sets are {sorted(data)}")
-        return data, [float(ratios[name]) for name in data]
+        data, ratios = sets_with(self.datasets, "train"), self.config.run_cfg.get("train_dataset_ratios")
+        return data, None if ratios is None else [float(ratios[name]) for name in data]
 
     def _train_loader(self, data, ratios):
         run = self.config.run_cfg
@@ -183,7 +179,6 @@ class RunnerEvlgen(Resumable, RunnerIter):
         """Train, evaluate and save as configured; with `evaluate: true` only evaluate."""
         if self.evaluate_only:
             return self.evaluate()
-        signal.signal(signal.SIGTERM, self._on_sigterm)
         run = self.config.run_cfg
         data, ratios = self._train_data()
         images = int(run.batch_size_train) * distributed.world_size() * self.accum_grad_iters
@@ -191,7 +186,8 @@ class RunnerEvlgen(Resumable, RunnerIter):
             self.output_dir, self.max_iters, images, self.device, run.get("tensorboard", True) and distributed.is_main()
         )
         self._seed_everything()
-        self._resume()
+        self._resume(images)
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         if distributed.is_main():
             self.progress.resume_at(self.start_step)
         self.bad = BadImages(self.output_dir, list(data.values()), resumed=self.start_step > 0)
@@ -199,12 +195,15 @@ class RunnerEvlgen(Resumable, RunnerIter):
         if distributed.is_main():
             logging.info("\n%s", startup_table(self._model, self.reporter.facts(data, images)))
         self._loop(iter(self._train_loader(data, ratios)))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved: there is nothing to wait for
         self._finish()
 
     def _loop(self, batches):
         step_fn = TrainingStep(self.model, self.optimizer, self.device, self.config.run_cfg)
-        step_fn.load_scaler(self._scaler_state)
+        step_fn.load_state(self._step_state)
         self.step_fn = step_fn
+        if self._unevaluated:  # the run was cut off in the evaluation at the step it resumes from
+            self._evaluate_and_save(self.start_step)
         self._model.train()
         self.progress.started = time.perf_counter()
         for step in range(self.start_step, self.max_iters):
@@ -233,6 +232,7 @@ class RunnerEvlgen(Resumable, RunnerIter):
 
     def _evaluate_and_save(self, step: int):
         started = time.perf_counter()
+        self._save(step, state.LAST, unevaluated=True)  # whatever becomes of the evaluation
         names = [state.LAST]
         for split in self.valid_splits:
             result = self.eval_epoch(split, step)
@@ -251,10 +251,7 @@ class RunnerEvlgen(Resumable, RunnerIter):
     def eval_epoch(self, split_name, cur_epoch, skip_reload=True):
         """Evaluate one split: its metrics on every rank; files are written by the main one."""
         run = self.config.run_cfg
-        data = self._split(split_name)
-        if len(data) > 1:
-            raise ConfigError(f"evaluation of {split_name}: {', '.join(data)} all have it; keep one")
-        name, dataset = next(iter(data.items()))
+        name, dataset = next(iter(sets_with(self.datasets, split_name).items()))
         loader = eval_loader(
             dataset,
             int(run.get("batch_size_eval", run.get("batch_size_train", 1))),
@@ -267,6 +264,7 @@ class RunnerEvlgen(Resumable, RunnerIter):
         self.task.before_evaluation(model=self._model, dataset=dataset)
         rows = self.task.evaluation(self._model, loader, cuda_enabled=self.device.type == "cuda")
         rows = distributed.gather_lists(rows)
+        check_unreadable(self.output_dir, split_name, dataset, [row["bad"] for row in rows if "bad" in row])
         result = None
         if distributed.is_main():
             result = self.task.after_evaluation(val_result=rows, split_name=split_name, epoch=cur_epoch)
@@ -281,11 +279,15 @@ class RunnerEvlgen(Resumable, RunnerIter):
 
     def _finish(self):
         """Test with the best weights (the last ones where nothing was validated), and say where things are."""
-        best = self.output_dir / state.BEST
-        if self.test_splits and self.best["step"] and best.exists():
-            self._load_model(state.read(best)["model"], best)
+        best, step = self.output_dir / state.BEST, self.max_iters
+        if self.test_splits and self.best["step"]:
+            if best.exists():
+                self._load_model(state.read(best)["model"], best)
+                step = self.best["step"]
+            else:
+                logging.warning("%s is gone: testing the last weights, of step %d", best, step)
         for split in self.test_splits:
-            self.eval_epoch(split, self.best["step"] or self.max_iters)
+            self.eval_epoch(split, step)
         if distributed.is_main():
             self.reporter.close()
         distributed.barrier()

@@ -46,9 +46,17 @@ def write(path: Path, content: dict):
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    if path.name == LAST and path.exists():
+    if path.name == LAST and path.exists() and not _of_step(path, content["step"]):
         os.replace(path, path.with_name(PREVIOUS))
     os.replace(temporary, path)
+
+
+def _of_step(path: Path, step: int) -> bool:
+    """Whether the checkpoint at `path` is of this step: it is then replaced, not kept beside its successor."""
+    try:
+        return torch.load(path, map_location="meta", weights_only=True, mmap=True)["step"] == step
+    except Exception:  # broken, or of another kind: keep it
+        return False
 
 
 def find_last(folder: Path) -> Path | None:
@@ -59,22 +67,22 @@ def find_last(folder: Path) -> Path | None:
     return None
 
 
-def read(path: str | Path) -> dict:
-    """A run checkpoint, read without running pickled code. Raises WeightsError."""
+def read(path: str | Path, key: str = "run.resume_ckpt_path") -> dict:
+    """A run checkpoint, read without running pickled code; `key` named it. Raises WeightsError."""
     path = Path(path)
     if not path.is_file():
-        raise WeightsError(f"run.resume_ckpt_path: {path} does not exist (seen from {Path.cwd()})")
+        raise WeightsError(f"{key}: {path} does not exist (seen from {Path.cwd()})")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise WeightsError(
-            f"run.resume_ckpt_path: {path} cannot be read ({str(error).splitlines()[0][:120]}); "
+            f"{key}: {path} cannot be read ({str(error).splitlines()[0][:120]}); "
             f"the checkpoint before it may be in {path.with_name(PREVIOUS)}"
         ) from error
     missing = {"model", "optimizer", "step", "rng"} - set(content)
     if missing:
         raise WeightsError(
-            f"run.resume_ckpt_path: {path} has no {', '.join(sorted(missing))}: it holds weights, not a run; "
+            f"{key}: {path} has no {', '.join(sorted(missing))}: it holds weights, not a run; "
             "start a new run from it with model.pretrained instead"
         )
     return content

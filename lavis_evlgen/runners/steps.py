@@ -49,9 +49,11 @@ class TrainingStep:
     def scaler_state(self) -> dict | None:
         return self.scaler.state_dict() if self.scaler.is_enabled() else None
 
-    def load_scaler(self, saved: dict | None):
-        if saved and self.scaler.is_enabled():
-            self.scaler.load_state_dict(saved)
+    def load_state(self, saved: dict):
+        """Go on with the loss scale and the count of skipped steps of a checkpoint ({}: a new run)."""
+        self.skipped += saved.get("skipped_steps", 0)
+        if saved.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
 
     def __call__(self, batches) -> tuple[dict[str, Tensor], float, list[dict]]:
         waited, bad, values = 0.0, [], {}

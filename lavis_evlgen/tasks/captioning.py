@@ -35,7 +35,12 @@ class EvlgenCaptionTask(BaseTask):
     right and under another sample's visual prompt.
     """
 
-    NUMBERS = ("num_beams", "max_len", "min_len", "length_penalty", "repetition_penalty", "blind_shuffles")
+    NUMBERS = {
+        "num_beams": (1, None), "max_len": (1, None), "min_len": (0, None), "length_penalty": (-10.0, None),
+        "repetition_penalty": (0.01, None), "blind_shuffles": (1, None),
+    }  # fmt: skip
+    LISTS = ("metrics",)
+    LEAST_PICTURES = 2  # on one rank: a single picture cannot be shuffled
     CONFIG_KEYS = {
         "num_beams": "beams of the search (5)",
         "max_len": "most new tokens of a caption (30)",
@@ -51,7 +56,11 @@ class EvlgenCaptionTask(BaseTask):
     def __init__(self, decoding: dict, metrics=caption_metrics.METRICS, tokenizer="auto", shuffles=5, agg="CIDEr"):
         super().__init__()
         caption_metrics.check_metrics(metrics)
-        caption_metrics.check_tokenizer(tokenizer)  # now, rather than after the first thousand steps
+        # now, rather than after the first thousand steps
+        caption_metrics.check_tokenizer(tokenizer)
+        known = caption_metrics.score_names(metrics)
+        if agg not in known:
+            raise ConfigError(f"run.agg_metric={agg} will not be scored here; run.metrics gives {', '.join(known)}")
         self.decoding, self.metrics, self.tokenizer = decoding, tuple(metrics), tokenizer
         self.shuffles, self.agg = shuffles, agg
         self.references: dict = {}
@@ -121,8 +130,6 @@ class EvlgenCaptionTask(BaseTask):
         for row in rows:
             row["references"] = references[row["image_id"]]
             row["scores"] = scores.per_sample[row["image_id"]]
-        if self.agg not in scores.scores:
-            raise ConfigError(f"run.agg_metric={self.agg} is not among the metrics {sorted(scores.scores)}")
         return {
             "metrics": scores.scores,
             "blind": blind.mean,

@@ -60,7 +60,7 @@ def test_run_card(finished):
     trainable = sum(tensor.numel() for name, tensor in checkpoint(finished.output())["model"].items())
     assert card["model"]["trainable_parameters"] == trainable < card["model"]["parameters"]
     assert card["config"]["run"]["max_iters"] == 4 and card["config"]["model"]["tome_r"] == 4
-    assert card["unreadable_images"] == 0 and card["versions"]["torch"]
+    assert card["unreadable_images"] == {"test": 0, "train": 0} and card["versions"]["torch"]
     assert read(finished.output() / "result" / "val_2.card.json")["step"] == 2
 
 
@@ -117,16 +117,20 @@ def test_evaluate_gives_the_same_test_metrics(finished, tmp_path, capsys):
     assert untrained["loss_right"] != expected["loss_right"]
 
 
-def test_a_new_run_in_an_old_folder_starts_with_empty_hands(runs):
+def test_a_folder_that_holds_a_run_takes_no_other(runs, capsys):
     runs.train("run.valid_splits=[val]", "run.iters_per_inner_epoch=2")
-    assert (runs.output() / state.BEST).exists()
-    best = checkpoint(runs.output(), state.BEST)["model"]
-    runner = runs.train("run.max_iters=3", "run.test_splits=[test]", "run.seed=1")
-    assert list(losses(runs.output())) == [1, 2, 3]
-    assert not any("val_loss_right" in row for row in log(runs.output()))
-    own = checkpoint(runs.output())["model"]
-    tested = {name: runner.model.state_dict()[name] for name in own}
-    assert same_tensors(tested, own) and not same_tensors(tested, best)
+    before = checkpoint(runs.output(), state.BEST)
+    assert runs.command("run.max_iters=3", "run.seed=1") == 2
+    says = capsys.readouterr().err.splitlines()[-1]
+    assert "holds the checkpoint_last.pth of another run" in says and "run.resume_ckpt_path=auto" in says
+    assert same_tensors(checkpoint(runs.output(), state.BEST), before)
+
+
+def test_the_test_phase_says_which_weights_it_used_when_the_best_are_gone(runs):
+    runs.train("run.valid_splits=[val]", "run.iters_per_inner_epoch=2")
+    (runs.output() / state.BEST).unlink()
+    runs.train("run.resume_ckpt_path=auto", "run.test_splits=[test]")
+    assert [file.name for file in (runs.output() / "result").glob("test_?.json")] == ["test_4.json"]
 
 
 def test_training_that_diverges_ends_with_one_line(runs, capsys):

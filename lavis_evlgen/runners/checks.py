@@ -1,0 +1,69 @@
+"""What a run will need later, checked before it starts: a mistake must not cost the training up to it."""
+
+from __future__ import annotations
+
+import logging
+
+from lavis_evlgen import distributed
+from lavis_evlgen.config import ConfigError
+
+
+def sets_with(datasets: dict, split: str) -> dict:
+    """{data set name: its split} of the sets that have `split`; an error that lists what there is when none has."""
+    found = {name: splits[split] for name, splits in datasets.items() if split in splits}
+    if not found:
+        known = sorted({s for splits in datasets.values() for s in splits})
+        raise ConfigError(f"no data set has the split {split!r}; there are {', '.join(known)}")
+    return found
+
+
+def check_splits(run, datasets: dict, task):
+    """Every split that will be read is there, scored splits once and large enough, ratios name the training sets."""
+    scored = list(run.get("test_splits") or [])
+    if not run.get("evaluate"):
+        scored = [*(run.get("valid_splits") or []), *scored]
+        train = sets_with(datasets, "train")
+        _check_ratios(run.get("train_dataset_ratios"), train)
+        for name, dataset in train.items():
+            check_files(name, dataset)
+    for split in scored:
+        found = sets_with(datasets, split)
+        if len(found) > 1:
+            raise ConfigError(f"evaluation of {split}: {', '.join(found)} all have it; keep one")
+        name, dataset = next(iter(found.items()))
+        check_files(name, dataset)
+        on_one_rank = -(-len(dataset) // distributed.world_size())
+        if on_one_rank < getattr(task, "LEAST_PICTURES", 1):
+            raise ConfigError(
+                f"{name}: {split} has {len(dataset)} pictures for {distributed.world_size()} ranks; scoring needs "
+                f"{task.LEAST_PICTURES} on one rank: give it more pictures, or take it out of the run's splits"
+            )
+
+
+def check_files(name: str, dataset):
+    """Files that are not there are known before training; what else is unreadable shows when it is read."""
+    missing = dataset.missing_files() if hasattr(dataset, "missing_files") else []
+    if len(missing) > getattr(dataset, "max_bad_fraction", 0.0) * getattr(dataset, "num_images", len(dataset)):
+        raise ConfigError(
+            f"{name} {dataset.split}: {len(missing)} of {dataset.num_images} images are not there, more than "
+            f"max_bad_fraction={dataset.max_bad_fraction:g} allows; the first is {missing[0]}. Check "
+            f"datasets.{name}.images, or raise datasets.{name}.max_bad_fraction"
+        )
+
+
+def _check_ratios(ratios, data: dict):
+    if ratios is not None and set(ratios) != set(data):
+        raise ConfigError(f"run.train_dataset_ratios names {sorted(ratios)}, the training sets are {sorted(data)}")
+
+
+def check_evaluation(run, model):
+    """An evaluation needs splits, and weights; a run's checkpoint goes to model.pretrained."""
+    if run.get("resume_ckpt_path"):
+        raise ConfigError(
+            "run.resume_ckpt_path continues training; to evaluate a checkpoint set model.pretrained="
+            f"{run.resume_ckpt_path} in its place"
+        )
+    if not run.get("test_splits"):
+        raise ConfigError("run.test_splits is empty: there is nothing to evaluate; set e.g. run.test_splits=[test]")
+    if not (model.get("pretrained") or model.get("finetuned")):
+        logging.warning("model.pretrained is not set: this evaluates an untrained connector")
