@@ -137,14 +137,15 @@ def _read_json_object(path, content: dict) -> CaptionsFile:
 
 def _read_coco(path, images: list[dict], annotations: list[dict]) -> CaptionsFile:
     found = CaptionsFile(str(path), "COCO JSON")
+    for kind, rows in (("image", images), ("annotation", annotations)):
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, dict):
+                raise DataError(f"{path} is broken: {kind} {number} is not an object but {row!r:.40}")
     if annotations and not any("caption" in row for row in annotations):
         raise DataError(
             f"the annotations of {path} have no `caption` but {_names(annotations[0])}; "
             "COCO's captions are in captions_*.json"
         )
-    for kind, rows in (("image", images), ("annotation", annotations)):
-        if odd := next((row for row in rows if not isinstance(row, dict)), None):
-            raise DataError(f"{path} is broken: an {kind} is not an object but {odd!r:.40}")
     names: dict = {}
     for image in images:
         name = image.get("file_name")
@@ -185,9 +186,10 @@ def _read_table(path, text: str, columns: dict) -> CaptionsFile:
     problems, records, last = [], [], 0
     try:
         header = [name.strip() for name in next(cells for cells in reader if cells)]
+        last = reader.line_num
         for cells in reader:
             where = f"line {reader.line_num}"
-            if reader.line_num - last > _MOST_LINES and last:
+            if reader.line_num - last > _MOST_LINES:
                 raise DataError(
                     f"{path} line {last + 1}: a quote opens a row that ends only in line {reader.line_num}, and would "
                     'take the lines between into one caption; close it, or double the quote marks of the text ("")'

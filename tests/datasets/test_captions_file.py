@@ -91,6 +91,12 @@ def test_coco_counts_orphans_and_bare_images(tmp_path):
         ('{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"bbox": []}]}', r"captions_\*"),
         ('{"images": [{"id": 1, "file_name": "a"}, {"id": 1}], "annotations": []}', "to two images"),
         ("image,caption\x00\xff", "has no column 'caption'"),
+        ('{"images": [7, {"id": 1}], "annotations": [{"caption": "a"}]}', "expected COCO"),
+        ('{"images": [{"id": 1}, 7], "annotations": [{"caption": "a"}]}', "image 2 is not an object but 7"),
+        ('{"images": [{"id": 1}], "annotations": [{"caption": "a"}, null]}', "annotation 2 is not an object but None"),
+        ('image,caption\na.jpg,a cat\np.jpg,"a dog\n' + "b.jpg,a bird\n" * 1000, "line 3 to .* quote marks"),
+        ('image,caption\np.jpg,"a dog\n' + "b.jpg,a bird\n" * 20 + 'c.jpg,"a bar"\n', "line 2.* not closed"),
+        ('image,caption\na.jpg,a cat\np.jpg,"a' + "\nb.jpg,a bird" * 20 + '"\n', "line 3: a quote opens a row"),
     ],
 )
 def test_a_file_that_is_no_captions_file(tmp_path, text, words):
@@ -99,6 +105,18 @@ def test_a_file_that_is_no_captions_file(tmp_path, text, words):
     with pytest.raises(DataError, match=words) as error:
         read_captions_file(path)
     assert str(path) in str(error.value)
+
+
+def test_a_caption_may_span_lines_and_a_table_may_begin_with_empty_ones(tmp_path):
+    (tmp_path / "c.csv").write_text('\n\nimage,caption\na.jpg,"two\nlines"\nb.jpg,"a ""big"" dog"\n')
+    found = read_captions_file(tmp_path / "c.csv")
+    assert [row.caption for row in found.rows] == ["two\nlines", 'a "big" dog'] and not found.problems
+
+
+def test_half_a_surrogate_pair_is_a_problem_of_its_row(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"image": "a", "caption": "a \\ud83d b"}\n{"image": "b", "caption": "c"}')
+    found = read_captions_file(tmp_path / "c.jsonl")
+    assert [row.image for row in found.rows] == ["b"] and "line 1: half of a surrogate pair" in found.problems[0]
 
 
 def test_missing_or_binary_file(tmp_path):

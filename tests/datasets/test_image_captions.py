@@ -132,14 +132,42 @@ def test_too_many_pixels_are_refused(pictures, monkeypatch):
         open_image(pictures / "0.jpg")
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16", "I"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / "x.tif"
-    Image.new(mode, (8, 8), 25700 if mode == "I;16" else 0).save(path)
+    Image.new(mode, (8, 8), 25700 if mode.startswith("I") else 0).save(path)
     image = open_image(path)
     assert image.mode == "RGB"
-    if mode == "I;16":
+    if mode.startswith("I"):
         assert image.getpixel((0, 0)) == (100, 100, 100)  # scaled to 8 bits, not clipped to white
+
+
+@pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 1 << 20), ("I", -1)])
+def test_numbers_of_no_known_range_are_unreadable(tmp_path, mode, value):
+    path = tmp_path / "x.tif"
+    Image.new(mode, (8, 8), value).save(path)
+    with pytest.raises(UnreadableImage, match=f"Pillow mode {mode}") as error:
+        open_image(path)
+    assert error.value.path == str(path)
+
+
+def test_photos_stand_upright(tmp_path):
+    image = Image.new("RGB", (60, 30), "white")
+    image.paste("red", (0, 0, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side: turn by 90 degrees clockwise
+    image.save(tmp_path / "x.png", exif=exif)
+    upright = open_image(tmp_path / "x.png")
+    assert upright.size == (30, 60) and upright.getpixel((15, 5)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 8))
+    image.convert(mode).save(tmp_path / "x.png")
+    opened = open_image(tmp_path / "x.png")
+    assert opened.getpixel((6, 4)) == (255, 255, 255) and opened.getpixel((1, 4)) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

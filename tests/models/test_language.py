@@ -161,6 +161,12 @@ def test_the_longest_text_counts_its_bos(bos):
     assert tokens.tolist() == [5, 1]  # BOS and five tokens; an empty caption still has its end
 
 
+def test_a_prompt_that_leaves_no_room_for_a_caption_is_refused():
+    lm = tiny_language_model(max_txt_len=6)
+    with pytest.raises(ValueError, match="prompt: 'dog dog.* tokens, and max_txt_len=6 has room for 5"):
+        lm.loss(soft_prompts(1), ["a cat"], ["dog " * 20])
+
+
 class ScaledLogits(LlamaForCausalLM):
     """A head that does more than a product, as Cohere's and Granite's do."""
 
