@@ -115,6 +115,8 @@ def _model_of_run(cfg: dict, checkpoint: Path, device):
 
 def doctor(args) -> int:
     """Print a line for each check; exit code 1 when one failed."""
+    from lavis.common.registry import registry
+
     from lavis_evlgen.analysis.doctor import check_images, check_memory, check_weights
     from lavis_evlgen.config import EvlgenConfig
 
@@ -123,7 +125,11 @@ def doctor(args) -> int:
     findings = [*check_weights(cfg.model_cfg), check_memory(cfg.model_cfg)]
     for finding in findings:
         _show(finding)
-    for name, splits in _datasets(cfg).items():
+    task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
+    datasets = task.build_datasets(cfg)
+    findings.append(_check_splits(cfg.run_cfg, datasets, task))
+    _show(findings[-1])
+    for name, splits in datasets.items():
         for split, dataset in splits.items():
             findings.append(check_images(name, split, dataset, args.limit, print))
             _show(findings[-1])
@@ -132,10 +138,18 @@ def doctor(args) -> int:
     return int(failed > 0)
 
 
-def _datasets(cfg) -> dict:
-    from lavis.common.registry import registry
+def _check_splits(run, datasets: dict, task):
+    """What train.py refuses before its first step."""
+    from lavis_evlgen.analysis.doctor import Finding
+    from lavis_evlgen.config import ConfigError
+    from lavis_evlgen.runners.checks import check_splits
 
-    return registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg).build_datasets(cfg)
+    try:
+        check_splits(run, datasets, task)
+    except ConfigError as error:
+        return Finding(False, "splits", str(error))
+    splits = [str(split) for key in ("train_splits", "valid_splits", "test_splits") for split in run.get(key) or []]
+    return Finding(True, "splits", f"{', '.join(splits)} are there and large enough")
 
 
 def _show(finding):

@@ -102,10 +102,10 @@ def test_doctor_counts_pictures(runs, capsys):
     counts = "2 found and readable, 1 missing, 1 unreadable (at most 2 tolerated)"
     assert f"ok    data image_captions train: {counts}" in words
     assert "2.png: no such file" in words and "3.png: the file is empty (0 bytes)" in words
-    assert "all 5 checks passed" in words
+    assert "all 6 checks passed" in words
     assert evlgen("doctor", path, "--options", "datasets.image_captions.max_bad_fraction=0.4") == 1
     words = capsys.readouterr().out
-    assert "FAIL  data image_captions train: 2 found" in words and "1 of 5 checks failed" in words
+    assert "FAIL  data image_captions train: 2 found" in words and "1 of 6 checks failed" in words
     assert evlgen("doctor", path, "--limit", 2) == 0
     assert "2 found and readable, 0 missing, 0 unreadable; 2 not looked at" in capsys.readouterr().out
 

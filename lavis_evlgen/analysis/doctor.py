@@ -132,6 +132,8 @@ def check_memory(model_cfg, trainable: int = 110_000_000) -> Finding:
     need = sum(size for _, size in counts.values()) + trainable * 16
     where, free = available_memory()
     parts = ", ".join(f"{name} {n / 1e6:.0f}M = {size / 1e9:.1f} GB" for name, (n, size) in counts.items())
-    seen = f"{parts or 'sizes unknown before download'}; with up to {trainable / 1e6:.0f}M trainable parameters "
+    unknown = [name for name in ("vision encoder", "language model") if name not in counts]
+    parts = "; ".join(filter(None, [parts, f"not counted: {', '.join(unknown)}" if unknown else ""]))
+    seen = f"{parts}; with up to {trainable / 1e6:.0f}M trainable parameters "
     seen += f"{need / 1e9:.1f} GB before activations; {where} has {free / 1e9:.1f} GB free"
     return Finding(need < free, "memory", seen)
