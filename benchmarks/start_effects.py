@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 from lavis_evlgen.evaluation.run_card import provenance, write_run_card
+from lavis_evlgen.runners.progress import read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_RATE = [f"model.lr_scale.{part}=1" for part in ("ln_vision", "input_proj", "connector", "llm_proj")]
@@ -40,7 +41,7 @@ def train(number: int, options: list[str], seed: int, steps: int, folder: Path) 
         command += ["run.test_splits=[]", f"run.seed={seed}", f"run.output_dir={folder}", f"run.run_name={name}"]
         subprocess.run(command, check=True)
     metrics = json.loads(card.read_text())["metrics"]
-    log = [json.loads(line) for line in (folder / name / "log.jsonl").read_text().splitlines()]
+    log = read_json_lines(folder / name / "log.jsonl")
     shares = [row["across_picture_share"] for row in log if "across_picture_share" in row]
     return {
         "seed": seed,

@@ -18,14 +18,13 @@ class Resumable:
 
     def _content(self, step: int) -> dict:
         rng = distributed.gather_lists([state.rng_state()])
-        images = int(self.config.run_cfg.batch_size_train) * distributed.world_size() * self.accum_grad_iters
         return {
             "format": 1,
             "model": trainable_state(self._model),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.step_fn.scaler_state(),
             "skipped_steps": self.step_fn.skipped.item(),
-            "images_per_step": images,
+            "images_per_step": self.images_per_step,
             "step": step,
             "rng": rng,
             "best": self.best,
@@ -46,11 +45,8 @@ class Resumable:
     def _load_model(self, weights: dict, source):
         load_trainable(self._model, weights, str(source))
 
-    def _resume(self, images: int):
-        """Continue from `resume_ckpt_path`: model, optimizer, scaler, generators, and the place in the data.
-
-        images: pictures of one optimizer step; the place in the data is counted in these.
-        """
+    def _resume(self):
+        """Continue from `resume_ckpt_path`: model, optimizer, scaler, generators, and the place in the data."""
         self._step_state, self._unevaluated = {}, False
         path = self.config.run_cfg.get("resume_ckpt_path")
         if path == "auto":
@@ -59,11 +55,12 @@ class Resumable:
             self._refuse_used_folder()
             return
         saved = state.read(path)
-        self._check_saved(saved, path, images)
+        self._check_saved(saved, path)
         self._load_model(saved["model"], path)
         load_optimizer(self.optimizer, saved["optimizer"])
         self.start_step, self.best = saved["step"], saved["best"]
-        self._step_state, self._unevaluated = saved, saved.get("unevaluated", False)
+        self._step_state = {key: saved[key] for key in ("scaler", "skipped_steps") if key in saved}
+        self._unevaluated = saved.get("unevaluated", False)
         if saved["world_size"] == distributed.world_size():
             state.set_rng_state(saved["rng"][distributed.rank()])
         else:
@@ -81,10 +78,11 @@ class Resumable:
                 "or give this run another run.run_name"
             )
 
-    def _check_saved(self, saved: dict, path, images: int):
+    def _check_saved(self, saved: dict, path):
         """Refuse what cannot go on; name every setting that is not what the checkpoint was made with."""
         if saved["step"] > self.max_iters:
             raise ConfigError(f"run.max_iters={self.max_iters}, but {path} is of step {saved['step']}; raise it")
+        images = self.images_per_step  # the place in the data is counted in these
         if saved.get("images_per_step", images) != images:
             raise ConfigError(
                 f"{path} was trained with {saved['images_per_step']} images a step, this run has {images}, and would "

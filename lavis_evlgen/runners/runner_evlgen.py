@@ -116,6 +116,11 @@ class RunnerEvlgen(Resumable, RunnerIter):
         return self._device
 
     @property
+    def images_per_step(self) -> int:
+        """Pictures of one optimizer step, over ranks and micro-steps."""
+        return int(self.config.run_cfg.batch_size_train) * distributed.world_size() * self.accum_grad_iters
+
+    @property
     def evaluate_only(self) -> bool:
         return bool(self.config.run_cfg.get("evaluate", False))
 
@@ -181,19 +186,19 @@ class RunnerEvlgen(Resumable, RunnerIter):
             return self.evaluate()
         run = self.config.run_cfg
         data, ratios = self._train_data()
-        images = int(run.batch_size_train) * distributed.world_size() * self.accum_grad_iters
+        tensorboard = run.get("tensorboard", True) and distributed.is_main()
         self.progress = Progress(
-            self.output_dir, self.max_iters, images, self.device, run.get("tensorboard", True) and distributed.is_main()
+            self.output_dir, self.max_iters, self.images_per_step, self.device, tensorboard
         )
         self._seed_everything()
-        self._resume(images)
+        self._resume()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         if distributed.is_main():
             self.progress.resume_at(self.start_step)
         self.bad = BadImages(self.output_dir, list(data.values()), resumed=self.start_step > 0)
         self.reporter = Reporter(self)
         if distributed.is_main():
-            logging.info("\n%s", startup_table(self._model, self.reporter.facts(data, images)))
+            logging.info("\n%s", startup_table(self._model, self.reporter.facts(data, self.images_per_step)))
         self._loop(iter(self._train_loader(data, ratios)))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved: there is nothing to wait for
         self._finish()
@@ -232,7 +237,8 @@ class RunnerEvlgen(Resumable, RunnerIter):
 
     def _evaluate_and_save(self, step: int):
         started = time.perf_counter()
-        self._save(step, state.LAST, unevaluated=True)  # whatever becomes of the evaluation
+        if self.valid_splits:  # whatever becomes of the evaluation
+            self._save(step, state.LAST, unevaluated=True)
         names = [state.LAST]
         for split in self.valid_splits:
             result = self.eval_epoch(split, step)
