@@ -1,8 +1,9 @@
 """What a scene shows: sampled from (seed, split, index) alone, the same on every machine and Python version.
 
-A scene is one object, two objects in a relation, or two to four of the same. Which shapes and colours meet,
-in which relation or number, is its combination; every combination belongs to one split for good, whatever the
-seed, so that validation asks for combinations that training never showed.
+A scene is one object, two objects in a relation, or two to four of the same. What its caption has to tell (of
+one object everything; of two the shapes, colours and relation; of more the shape, colour and number) is its
+combination; every combination belongs to one split for good, whatever the seed, so that validation asks for
+combinations that training never showed.
 """
 
 import hashlib
@@ -47,8 +48,10 @@ class Scene(NamedTuple):
     @property
     def combination(self) -> tuple:
         looks = [(thing.shape, thing.colour) for thing in self.things]
-        if self.kind != "pair":
-            return (self.kind, looks[0], len(looks))
+        if self.kind == "single":
+            return ("single", looks[0], self.things[0].size, self.background)
+        if self.kind == "count":
+            return ("count", looks[0], len(looks))
         first, second = sorted(looks)
         return ("pair", first, second, self.relation if looks[0] == first else INVERSE[self.relation])
 
@@ -88,7 +91,7 @@ def combinations_of(kind: str, split: str) -> tuple[tuple, ...]:
     """All combinations of a kind that belong to a split, in a fixed order; no two splits share one."""
     looks = sorted((shape, colour) for shape in SHAPES for colour in COLOURS)
     if kind == "single":
-        found = [("single", look, 1) for look in looks]
+        found = [("single", look, size, background) for look in looks for size in SIZES for background in BACKGROUNDS]
     elif kind == "count":
         found = [("count", look, count) for look in looks for count in (2, 3, 4)]
     else:
@@ -105,10 +108,10 @@ def sample_scene(seed: int, split: str, index: int, kinds: dict[str, float]) -> 
     dice = Dice("scene", seed, split, index)
     kind = dice.weighted(kinds)
     combination = dice.pick(combinations_of(kind, split))
-    background = dice.pick(BACKGROUNDS)
+    background = combination[3] if kind == "single" else dice.pick(BACKGROUNDS)
     relation = ""
     if kind == "single":
-        things = (_place_one(dice, combination[1]),)
+        things = (_place_one(dice, *combination[1:3]),)
     elif kind == "count":
         things = _place_many(dice, *combination[1:])
     else:
@@ -121,8 +124,7 @@ def _free(dice: Dice, side: float) -> float:
     return dice.uniform(MARGIN + side / 2, 1 - MARGIN - side / 2)
 
 
-def _place_one(dice: Dice, look: tuple[str, str]) -> Thing:
-    size = dice.pick(tuple(SIZES))
+def _place_one(dice: Dice, look: tuple[str, str], size: str) -> Thing:
     side = dice.uniform(*SIZES[size])
     return Thing(*look, size, _free(dice, side), _free(dice, side), side)
 

@@ -3,6 +3,7 @@ import os
 import random
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +81,17 @@ def test_combinations_belong_to_one_split():
     for kind in specs.KINDS:
         found = [set(specs.combinations_of(kind, split)) for split in specs.SHARES]
         assert sum(map(len, found)) == len(set.union(*found)) and all(found)
+
+
+def test_a_single_is_new_only_as_a_whole():
+    """Every two words of a held-out caption have met in training, the four of them never."""
+    train = {(*look, size, background) for _, look, size, background in specs.combinations_of("single", "train")}
+    for split in ("val", "test"):
+        for _, look, size, background in specs.combinations_of("single", split):
+            held_out = (*look, size, background)
+            assert held_out not in train
+            for one, other in combinations(range(4), 2):
+                assert any((told[one], told[other]) == (held_out[one], held_out[other]) for told in train)
 
 
 @pytest.mark.parametrize("captions_per_image", [1, CAPTIONS_PER_SCENE])
