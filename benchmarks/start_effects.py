@@ -14,8 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lavis_evlgen.evaluation.run_card import provenance, write_run_card
-from lavis_evlgen.runners.progress import read_json_lines
+from lavis_evlgen.evaluation.run_card import provenance, read_json_lines, write_run_card
 
 ROOT = Path(__file__).resolve().parent.parent
 ONE_RATE = [f"model.lr_scale.{part}=1" for part in ("ln_vision", "input_proj", "connector", "llm_proj")]

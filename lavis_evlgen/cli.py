@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     d.add_argument("--limit", type=int, help="look at this many pictures of each split (default: all)")
     d.set_defaults(run_command=doctor)
 
+    m = commands.add_parser("compare", help="runs side by side: a table and a picture of loss and CIDEr against cost")
+    m.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    m.add_argument("--out", type=Path, default=Path("compare.png"), metavar="PNG", help="the picture (compare.png)")
+    m.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    m.set_defaults(run_command=compare)
+
     k = commands.add_parser("keys", help="every config key and what it does")
     k.add_argument("section", nargs="?", choices=("run", "model", "datasets"), help="only this section")
     k.set_defaults(run_command=keys)
@@ -156,6 +162,21 @@ def _show(finding):
     print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.seen}")
     for line in finding.details:
         print(f"        {line}")
+
+
+def compare(args) -> int:
+    """Print the table, what makes scores not comparable, and where the picture is."""
+    from lavis_evlgen.analysis.compare import markdown, read_runs, show, table_rows, unlike
+    from lavis_evlgen.evaluation.plots import comparison_plot
+
+    runs = read_runs(args.runs)
+    rows = table_rows(runs)
+    print(markdown(rows) if args.markdown else show(rows))
+    for difference in unlike(runs):
+        print(f"note: {difference}")
+    path = comparison_plot(args.out, {run.name: run.rows for run in runs})
+    print(f"picture: {path}")
+    return 0
 
 
 def keys(args) -> int:

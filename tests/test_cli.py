@@ -161,3 +161,13 @@ def test_keys_explains_every_key_that_the_projects_use(capsys):
 def test_without_a_command_it_says_which_there_are(capsys):
     assert evlgen() == 2
     assert "COMMAND" in capsys.readouterr().err
+
+
+def test_compare_prints_the_table_and_draws(finished, tmp_path, capsys):
+    out = tmp_path / "compare.png"
+    assert evlgen("compare", finished.output(), finished.output(), "--markdown", "--out", out) == 0
+    words = capsys.readouterr().out
+    assert "| run (1) | tomeformer |" in words and "| run (2) | tomeformer |" in words and "note:" not in words
+    assert f"picture: {out}" in words and out.exists()
+    assert evlgen("compare", tmp_path) == 2
+    assert "has no run.json" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Two pictures of a run: its curves, and its captions beside the references.
+"""Pictures of runs: one run's curves, several runs' side by side, captions beside their references.
 
 Figures are built with matplotlib's objects on the Agg canvas, so nothing global is touched and no display is
 needed.
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _DPI = 100
 _BLUE, _ORANGE, _GREY, _INK = "#2563a8", "#d1661b", "#8a8f98", "#1f2328"
+_PALETTE = (_BLUE, _ORANGE, "#3d8f5f", "#8d4fa8", "#b23a48", "#7a6a2b", "#2a9d9a", _GREY)
+_BLIND = {"val_loss_right": "val_loss_shuffled", "cider": "blind_cider"}
 
 # the caption sheet, in inches
 _WIDTH, _MAX_CELL, _GAP = 12.0, 4.0, 0.12
@@ -66,6 +68,42 @@ def loss_plot(path: str | os.PathLike, history: Sequence[Mapping], title: str = 
     if title:
         figure.suptitle(title, fontsize=12, color=_INK, parse_math=False)
     return _save(figure, path)
+
+
+def comparison_plot(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping]]) -> Path:
+    """Draw several runs' validation loss and CIDEr against steps, training hours and MACs into a PNG.
+
+    `runs`: name -> rows with `step`, `seconds`, `macs` (None where not counted) and any of `val_loss_right`,
+    `val_loss_shuffled` (dashed), `cider`, `blind_cider` (dashed). An axis that no run has is left out. Raises
+    `ValueError` when no run has a validation to draw.
+    """
+    scores = {"val_loss_right": "validation loss (nats per token)", "cider": "CIDEr (1.0 = 100 in papers)"}
+    costs = {"step": ("step", 1.0), "seconds": ("training hours", 3600.0), "macs": ("training MACs", 1.0)}
+    drawn = [row for rows in runs.values() for row in rows if any(row.get(name) is not None for name in scores)]
+    scores = {name: label for name, label in scores.items() if any(row.get(name) is not None for row in drawn)}
+    costs = {name: about for name, about in costs.items() if any(row.get(name) is not None for row in drawn)}
+    if not scores:
+        raise ValueError("none of the runs has a validation to draw; set run.valid_splits")
+    size = (4.2 * len(costs), 3.4 * len(scores) + 0.25 * len(runs))
+    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    panels = figure.subplots(len(scores), len(costs), squeeze=False)
+    for line, (score, label) in zip(panels, scores.items(), strict=True):
+        for axes, (cost, (unit, scale)) in zip(line, costs.items(), strict=True):
+            for number, rows in enumerate(runs.values()):
+                style = {"color": _PALETTE[number % len(_PALETTE)], "marker": "os^Dv<>"[number // len(_PALETTE) % 7]}
+                for name, dashes in ((score, "-"), (_BLIND[score], "--")):
+                    points = [(row[cost] / scale, row[name]) for row in rows if _known(row, cost) and _known(row, name)]
+                    axes.plot(*zip(*points, strict=True), linestyle=dashes, markersize=4, **style) if points else None
+            _dress(axes, label, unit, legend=False)
+    solid = [line for line in panels[0][0].get_lines() if line.get_linestyle() == "-"]
+    names = [name for name, rows in runs.items() if any(_known(row, next(iter(scores))) for row in rows)]
+    note = "dashed: shuffled pictures, blind CIDEr"
+    figure.legend(solid, names, loc="outside lower center", frameon=False, fontsize=9, title=note, title_fontsize=8)
+    return _save(figure, path)
+
+
+def _known(row: Mapping, name: str) -> bool:
+    return row.get(name) is not None and math.isfinite(row[name])
 
 
 def caption_sheet(
@@ -169,13 +207,13 @@ def _line(axes, curve: tuple[np.ndarray, np.ndarray], color: str, label: str) ->
         axes.plot(*curve, color=color, linewidth=1.8, marker="o", markersize=4, label=label)
 
 
-def _dress(axes, label: str) -> None:
-    axes.set_xlabel("step")
+def _dress(axes, label: str, unit: str = "step", legend: bool = True) -> None:
+    axes.set_xlabel(unit)
     axes.set_ylabel(label)
     axes.grid(color="#e4e6ea", linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.lines:
+    if axes.lines and legend:
         axes.legend(frameon=False, fontsize=9)
 
 

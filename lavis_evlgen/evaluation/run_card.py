@@ -1,4 +1,4 @@
-"""Run cards: one JSON file that says what was measured, on what, with what."""
+"""Run cards: one JSON file that says what was measured, on what, with what; and the log lines beside it."""
 
 import dataclasses
 import datetime
@@ -76,6 +76,16 @@ def write_run_card(path: str | os.PathLike, card: Mapping) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+def read_json_lines(file: Path) -> list[dict]:
+    """The rows of a .jsonl file that a run appends to; a last line that a crash cut short is left out."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines[:-1]]
+    try:
+        return rows + [json.loads(line) for line in lines[-1:]]
+    except json.JSONDecodeError:
+        return rows
 
 
 def plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from lavis_evlgen import distributed
-from lavis_evlgen.runners.progress import read_json_lines
+from lavis_evlgen.evaluation.run_card import read_json_lines
 
 
 class TooManyBadImages(RuntimeError):

@@ -16,18 +16,9 @@ from rich.table import Table
 
 from lavis_evlgen import distributed
 from lavis_evlgen.evaluation.plots import loss_plot
+from lavis_evlgen.evaluation.run_card import read_json_lines
 
 COUNTERS = ("skipped_steps",)  # values that count up over the run: a window shows the last, not the mean
-
-
-def read_json_lines(file: Path) -> list[dict]:
-    """The rows of a .jsonl file that a run appends to; a last line that a crash cut short is left out."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines[:-1]]
-    try:
-        return rows + [json.loads(line) for line in lines[-1:]]
-    except json.JSONDecodeError:
-        return rows
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -86,6 +77,7 @@ class Progress:
         self.count, self.waited, self.started = 0, 0.0, time.perf_counter()
         self.paused = 0.0
         self.seconds_per_step = None
+        self.flops_per_image = None  # of training, once a step has been counted
 
     def resume_at(self, step: int):
         """Drop log lines after `step`: those steps will be run again (0: all, of an earlier run in this folder)."""
@@ -125,6 +117,8 @@ class Progress:
             "seconds_per_step": self.seconds_per_step,
             "peak_memory_gb": peak_memory_gb(self.device),
         }
+        if self.flops_per_image is not None:
+            row["flops_per_image"] = self.flops_per_image
         eta = (self.max_steps - step) * self.seconds_per_step
         logging.info(
             "step %d/%d  loss %.4f  lr %.2e  across-picture share %.3f  %.1f images/s  data wait %.0f%%  "

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from lavis_evlgen.evaluation.run_card import read_json_lines
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.bad_images import TooManyBadImages, check_unreadable
-from lavis_evlgen.runners.progress import read_json_lines
 from tests.run_tools import checkpoint, losses, same_tensors
 
 
