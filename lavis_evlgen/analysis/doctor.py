@@ -13,6 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavis_evlgen.datasets import UnreadableImage
+from lavis_evlgen.models.connectors import CONNECTORS, READS
 from lavis_evlgen.models.freezing import DTYPES, check_precision
 from lavis_evlgen.models.language import folder_and_file
 from lavis_evlgen.models.sources import WeightsError, resolve
@@ -71,7 +72,11 @@ def _one_row_per_image(dataset) -> list[int]:
 def check_weights(model_cfg) -> Iterator[Finding]:
     """Each source of weights that the model config names: here, in the hub's cache, or to be downloaded."""
     llm_key = "llm_model" if model_cfg.get("llm_model") else "opt_model"
-    for key in ("vit_model", "vit_path", "connector_init", llm_key, "pretrained"):
+    connector = model_cfg.get("connector") or "tomeformer"
+    if connector not in CONNECTORS:
+        yield Finding(False, "connector", f"{connector!r} is not one of {', '.join(CONNECTORS)}")
+    wanted = ("connector_init",) if "connector_init" in READS.get(connector, ()) else ()
+    for key in ("vit_model", "vit_path", *wanted, llm_key, "pretrained"):
         source = model_cfg.get(key)
         if not source or source == "random":
             continue

@@ -12,7 +12,7 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_evlgen.models.checkpoints import load_checkpoint_file
-from lavis_evlgen.models.connectors import CONNECTORS, VisualPrompt
+from lavis_evlgen.models.connectors import CONNECTORS, VisualPrompt, build_connector
 from lavis_evlgen.models.freezing import check_precision
 from lavis_evlgen.models.language import LanguageModel, load_language_model
 from lavis_evlgen.models.vision import load_vision_encoder
@@ -33,7 +33,10 @@ class EVLGen(BaseModel):
         name: str(CONFIGS / f"evlgen_{name}.yaml")
         for name in ("opt2.7b", "opt6.7b", "vicuna7b", "vicuna13b", "quickstart")
     }
-    NUMBERS = {"image_size": (14, None), "num_layers": (1, None), "max_txt_len": (3, None), "dropout": (0.0, 0.99)}
+    NUMBERS = {
+        "image_size": (14, None), "num_layers": (1, None), "max_txt_len": (3, None), "dropout": (0.0, 0.99),
+        "num_query_token": (1, None),
+    }  # fmt: skip
     PARTS = ("ln_vision", "input_proj", "connector", "llm_proj")
     CONFIG_KEYS = {
         "arch": "the model class in LAVIS's registry: evlgen",
@@ -51,13 +54,15 @@ class EVLGen(BaseModel):
         "drop_path_rate": "accepted from LAVIS configs; a frozen ViT has none, so it must be 0",
         "use_grad_checkpoint": "accepted from LAVIS configs; a frozen ViT has no gradients, so it must be false",
         "connector": f"the connector: {', '.join(CONNECTORS)}",
-        "connector_init": "BERT to start from (id or folder), or random",
-        "num_layers": "layers of the TomeFormer",
+        "connector_init": "BERT to start from (id or folder), or random; qformer also a checkpoint of LAVIS's blip2 or "
+        "blip2_opt",
+        "num_layers": "layers of the TomeFormer or Q-Former (12)",
+        "num_query_token": "tokens that qformer (32) or avgpool (29) leaves",
         "tome_r": "merges per layer: 19, a list, {r, inflection} or {target}",
         "merge_mean": "plain (released) or size (weighted by patches)",
         "partition": "alternate (released) or random",
         "proportional_attention": "add log(token size) to the attention logits",
-        "dropout": "dropout of the TomeFormer",
+        "dropout": "dropout of the TomeFormer or Q-Former",
         "llm_model": "any Hugging Face causal language model: id, folder or .gguf file",
         "opt_model": "the released name of llm_model in OPT configs; give one of the two",
         "llm_precision": "fp32, fp16, bf16 or auto, as vit_precision",
@@ -81,6 +86,8 @@ class EVLGen(BaseModel):
         super().__init__()
         self.visual_encoder, self.connector, self.language_model = vision, connector, language_model
         self.ln_vision = nn.LayerNorm(vision.width)
+        if connector.ln_vision_init is not None:
+            self.ln_vision.load_state_dict(connector.ln_vision_init)
         self.llm_proj = nn.Linear(connector.width, language_model.width)
         self.prompt = prompt or ""
         language_model.check_prompt(self.prompt)
@@ -251,9 +258,6 @@ def build_evlgen(cls, cfg) -> EVLGen:
         raise ValueError(f"llm_model {cfg.llm_model} and opt_model {cfg.opt_model} differ; give one")
     if not (cfg.get("llm_model") or cfg.get("opt_model")):
         raise ValueError(f"llm_model is not set; give {cls.CONFIG_KEYS['llm_model']}")
-    connector = cfg.get("connector", "tomeformer")
-    if connector not in CONNECTORS:
-        raise ValueError(f"connector: {connector!r} is not one of {', '.join(CONNECTORS)}")
     vision = load_vision_encoder(
         cfg.get("vit_model", "eva_clip_g"),
         cfg.get("image_size", 224),
@@ -261,14 +265,12 @@ def build_evlgen(cls, cfg) -> EVLGen:
         cfg.get("vit_path"),
         cfg.get("vit_layer"),
     )
+    connector = build_connector(vision, _plain(cfg))  # before the language model, which may take minutes to load
     precision = check_precision(cfg.get("llm_precision", "fp16"), "llm_precision")
     llm, tokenizer = load_language_model(cfg.get("llm_model") or cfg.get("opt_model"), precision)
-    keys = ("num_layers", "merge_mean", "partition", "proportional_attention", "dropout")
-    body = {key: cfg[key] for key in keys if key in cfg}
-    tome_r = cfg.get("tome_r", 19)
     return cls(
         vision,
-        CONNECTORS[connector](vision, cfg.get("connector_init"), tome_r=_plain(tome_r), **body),
+        connector,
         LanguageModel(llm, tokenizer, cfg.get("bos", "after"), cfg.get("max_txt_len", 32)),
         cfg.get("prompt", ""),
         cfg.get("prompt_scale", "released"),
@@ -280,4 +282,4 @@ def _plain(value):
     """An OmegaConf node as plain Python."""
     from omegaconf import OmegaConf
 
-    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 from transformers import BertConfig, BertModel
 
 from lavis_evlgen.models.checkpoints import trainable_state
-from lavis_evlgen.models.connectors import build_tomeformer
+from lavis_evlgen.models.connector_tomeformer import build_tomeformer
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.language import load_language_model
 from lavis_evlgen.models.sources import WeightsError, resolve
@@ -82,7 +82,7 @@ def test_the_released_name_of_the_language_model(parts):
         ({"use_grad_checkpoint": True}, "use_grad_checkpoint: True asked"),
         ({"opt_model": "another"}, "llm_model .* and opt_model another differ"),
         ({"llm_model": None}, "llm_model is not set; give any Hugging Face"),
-        ({"connector": "qformer"}, "connector: 'qformer' is not one of tomeformer"),
+        ({"connector": "perceiver"}, "connector: 'perceiver' is not one of tomeformer, qformer, avgpool, linear"),
         ({"vit_precision": "fp8"}, "vit_precision: 'fp8' is not one of"),
         ({"llm_precision": "fp8"}, "llm_precision: 'fp8' is not one of"),
         ({"num_layers": 4}, "lack .*num_layers=4"),
@@ -98,16 +98,16 @@ def test_what_a_config_cannot_ask(parts, changes, message):
 @pytest.mark.parametrize("init", [None, "random"])
 def test_a_random_connector_has_the_sizes_it_is_given(init):
     vision = tiny_vision()
-    connector = build_tomeformer(vision, init, hidden_size=16, num_heads=2, num_layers=1, tome_r=0)
-    assert connector.width == 16 and connector.num_output_tokens == 17
-    assert connector(vision(pictures(1))).tokens.shape == (1, 17, 16)
+    connector = build_tomeformer(vision, {"connector_init": init, "num_layers": 1, "tome_r": 3})
+    assert connector.width == 768 and connector.num_output_tokens == 14
+    assert connector(vision(pictures(1))).tokens.shape == (1, 14, 768)
 
 
 def test_a_folder_that_is_no_bert(parts, tmp_path):
     with pytest.raises(WeightsError, match="connector_init: .* has no config.json"):
-        build_tomeformer(tiny_vision(), str(tmp_path))
+        build_tomeformer(tiny_vision(), {"connector_init": str(tmp_path)})
     with pytest.raises(ValueError, match="the BERT weights lack .* or not a BERT"):
-        build_tomeformer(tiny_vision(), str(parts / "llm"), num_layers=1, num_heads=2, max_positions=40)
+        build_tomeformer(tiny_vision(), {"connector_init": str(parts / "llm"), "num_layers": 1, "tome_r": 0})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])

@@ -1,0 +1,52 @@
+"""EVLGen's connector: a BERT that merges similar tokens in every layer."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lavis_evlgen.models.connector_base import Connector, VisualPrompt, bert_config, bert_folder, is_random
+from lavis_evlgen.models.sources import read_state_dict
+from lavis_evlgen.nn import TomeFormer, TomeFormerConfig
+
+# names of one thing in a BERT's config.json and in TomeFormerConfig
+BERT_SIZES = {
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "intermediate_size",
+    "max_position_embeddings": "max_positions",
+    "layer_norm_eps": "layer_norm_eps",
+}
+BODY_KEYS = ("num_layers", "tome_r", "merge_mean", "partition", "proportional_attention", "dropout")
+
+
+class TomeFormerConnector(Connector):
+    """Linear D_v -> D_c, then TomeFormer (EVLGen, eq. 1)."""
+
+    def __init__(self, input_width: int, cfg: TomeFormerConfig):
+        super().__init__(cfg.hidden_size, cfg.num_output_tokens)
+        self.input_proj = nn.Linear(input_width, cfg.hidden_size)
+        self.tomeformer = TomeFormer(cfg)
+
+    def forward(self, visual_tokens: Tensor, condition=None, return_source: bool = False) -> VisualPrompt:
+        tokens, source = self.tomeformer(self.input_proj(visual_tokens), return_source)
+        return VisualPrompt(tokens, source=source)
+
+    @staticmethod
+    def part_of(name: str) -> str:
+        return "input_proj" if name.startswith("input_proj") else "connector"
+
+
+def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
+    """A TomeFormer for this vision encoder; cfg["connector_init"]: BERT id or folder, or None / "random"."""
+    sizes, state = {}, None
+    if not is_random(cfg.get("connector_init")):
+        folder = bert_folder(cfg["connector_init"])
+        bert = bert_config(folder)
+        sizes = {ours: bert[theirs] for theirs, ours in BERT_SIZES.items() if theirs in bert}
+        state = read_state_dict(folder, "connector_init")
+    body = {key: cfg[key] for key in BODY_KEYS if cfg.get(key) is not None}
+    config = TomeFormerConfig(num_tokens=vision.num_tokens, protected=vision.protected, **sizes, **body)
+    connector = TomeFormerConnector(vision.width, config)
+    if state is not None:
+        connector.tomeformer.load_bert(state)
+    return connector
