@@ -9,14 +9,12 @@ table and benchmarks/results/start_effects.json.
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
-import sys
 from pathlib import Path
 
-from lavis_evlgen.evaluation.run_card import provenance, read_json_lines, write_run_card
+from training_runs import ROOT, log_of, scores, train
 
-ROOT = Path(__file__).resolve().parent.parent
+from lavis_evlgen.evaluation.run_card import provenance, write_run_card
+
 ONE_RATE = [f"model.lr_scale.{part}=1" for part in ("ln_vision", "input_proj", "connector", "llm_proj")]
 RELEASED = ["model.prompt_scale=released", "model.bos=after", *ONE_RATE]
 VARIANTS = {
@@ -30,26 +28,13 @@ VARIANTS = {
 }
 
 
-def train(number: int, options: list[str], seed: int, steps: int, folder: Path) -> dict:
-    """Train one variant (unless its card is there) and return its last validation."""
+def measure(number: int, options: list[str], seed: int, steps: int, folder: Path) -> dict:
+    """The last validation of one variant with one seed."""
     name = f"{number}_seed{seed}_{steps}"
-    card = folder / name / "run.json"
-    if not card.exists():
-        command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(ROOT / "projects/evlgen/quickstart.yaml")]
-        command += ["--options", *options, f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}"]
-        command += ["run.test_splits=[]", f"run.seed={seed}", f"run.output_dir={folder}", f"run.run_name={name}"]
-        subprocess.run(command, check=True)
-    metrics = json.loads(card.read_text())["metrics"]
-    log = read_json_lines(folder / name / "log.jsonl")
-    shares = [row["across_picture_share"] for row in log if "across_picture_share" in row]
-    return {
-        "seed": seed,
-        "loss_right": metrics["loss_right"],
-        "loss_shuffled": metrics["loss_shuffled"],
-        "cider": metrics["metrics"]["CIDEr"],
-        "blind_cider": metrics["blind"]["CIDEr"],
-        "least_across_picture_share": min(shares),
-    }
+    options = [*options, f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}", "run.test_splits=[]"]
+    card = train("projects/evlgen/quickstart.yaml", name, [*options, f"run.seed={seed}"], folder, "val")
+    shares = [row["across_picture_share"] for row in log_of(folder, name)]
+    return {"seed": seed, **scores(card), "least_across_picture_share": min(shares)}
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -74,7 +59,7 @@ def main():
     folder = args.folder.absolute()
     results = {}
     for number, (name, options) in enumerate(VARIANTS.items()):
-        results[name] = [train(number, options, seed, args.steps, folder) for seed in args.seeds]
+        results[name] = [measure(number, options, seed, args.steps, folder) for seed in args.seeds]
     print(table(results))
     write_run_card(args.out, {"steps": args.steps, "results": results, "options": VARIANTS, **provenance()})
 

@@ -1,0 +1,48 @@
+"""Runs of train.py that a benchmark needs: each is run once, and goes on where it was cut off."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from lavis_evlgen.evaluation.run_card import read_json_lines
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def train(config: str, name: str, options: list[str], folder: Path, split: str) -> dict:
+    """The card of `split`'s last evaluation in folder/name, trained first unless it is there.
+
+    config: seen from the repository's root; `options` as after --options. Raises CalledProcessError when train.py
+    fails.
+    """
+    run = folder.absolute() / name
+    if not cards(run, split):
+        command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(ROOT / config), "--options", *options]
+        command += [f"run.output_dir={run.parent}", f"run.run_name={name}", "run.resume_ckpt_path=auto"]
+        subprocess.run(command, check=True)
+    return json.loads(cards(run, split)[-1].read_text())
+
+
+def cards(run: Path, split: str) -> list[Path]:
+    """Cards of a split's evaluations, the last step last."""
+    found = (run / "result").glob(f"{split}_*.card.json")
+    return sorted(found, key=lambda path: int(path.name.removeprefix(f"{split}_").removesuffix(".card.json")))
+
+
+def scores(card: dict) -> dict[str, float]:
+    """What tables show of a captioning card."""
+    metrics = card["metrics"]
+    return {
+        "loss_right": metrics["loss_right"],
+        "loss_shuffled": metrics["loss_shuffled"],
+        "cider": metrics["metrics"]["CIDEr"],
+        "blind_cider": metrics["blind"]["CIDEr"],
+    }
+
+
+def log_of(folder: Path, name: str) -> list[dict]:
+    """Training windows of a run's log."""
+    return [row for row in read_json_lines(folder / name / "log.jsonl") if "loss" in row]
