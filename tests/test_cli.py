@@ -9,6 +9,7 @@ from PIL import Image
 
 from lavis_evlgen import cli
 from lavis_evlgen.analysis import doctor
+from lavis_evlgen.models.evlgen import EVLGen
 from tests.run_tools import ROOT, checkpoint
 from tests.tiny import tiny_llama
 
@@ -123,13 +124,18 @@ def test_doctor_names_missing_weights(runs, parts, capsys):
 
 def test_doctor_weighs_the_language_model_and_compares_with_what_is_free(runs, monkeypatch, capsys):
     runs.config["model"]["llm_precision"] = "fp32"
-    monkeypatch.setattr(doctor, "available_memory", lambda: ("a small machine", 10**9))
+    monkeypatch.setattr(doctor, "available_memory", lambda: ("a small machine", 10**3))
     assert evlgen("doctor", runs.path()) == 1
     words = capsys.readouterr().out
-    assert "FAIL  memory: language model 0M = 0.0 GB" in words and "a small machine has 1.0 GB free" in words
+    assert "FAIL  memory: vision encoder 0M = 0.0 GB, language model 0M = 0.0 GB; 0.0M parameters train: " in words
+    assert "a small machine has 0.0 GB free" in words
     model_cfg = OmegaConf.create(runs.config["model"])
-    expected = sum(p.numel() for p in tiny_llama().parameters())
-    assert doctor.count_frozen(model_cfg)["language model"] == (expected, 4 * expected)
+    built = EVLGen.from_config(OmegaConf.create({**runs.config["model"], "vit_precision": "fp32"}))
+    counts = [sum(p.numel() for p in part.parameters()) for part in (built.visual_encoder, built.language_model)]
+    assert counts[1] == sum(p.numel() for p in tiny_llama().parameters())
+    frozen = dict(zip(("vision encoder", "language model"), ((n, 4 * n) for n in counts), strict=True))
+    assert doctor.count_frozen(OmegaConf.merge(model_cfg, {"vit_precision": "fp32"})) == frozen
+    assert doctor.count_trainable(model_cfg) == sum(p.numel() for p in built.parameters() if p.requires_grad)
 
 
 def test_doctor_refuses_an_unknown_key_in_one_line(runs, capsys):

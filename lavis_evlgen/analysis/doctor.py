@@ -10,14 +10,16 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from lavis.common.registry import registry
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavis_evlgen.datasets import UnreadableImage
+from lavis_evlgen.models.bundle import empty_model
 from lavis_evlgen.models.connectors import CONNECTORS, READS
 from lavis_evlgen.models.freezing import DTYPES, check_precision
 from lavis_evlgen.models.language import folder_and_file
 from lavis_evlgen.models.sources import WeightsError, resolve
-from lavis_evlgen.models.vision import LAVIS_VITS, build_empty
+from lavis_evlgen.models.vision import LAVIS_VITS, load_vision_encoder
 
 
 @dataclass
@@ -99,12 +101,16 @@ def check_weights(model_cfg) -> Iterator[Finding]:
 
 
 def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
-    """(parameters, bytes) of the language model and LAVIS's ViTs, built without memory; what cannot be is absent."""
+    """(parameters, bytes) of the ViT and the language model, built without memory; what cannot be is absent."""
     counts = {}
-    vit = model_cfg.get("vit_model")
-    if vit in LAVIS_VITS:
-        empty = build_empty(vit, model_cfg.get("image_size", 224))
-        counts["vision encoder"] = _size(empty, model_cfg.get("vit_precision"))
+    keys = {"vit_model": "eva_clip_g", "image_size": 224, "vit_precision": "fp16", "vit_path": None, "vit_layer": None}
+    try:
+        with torch.device("meta"):
+            vision = load_vision_encoder(*(model_cfg.get(key, default) for key, default in keys.items()))
+        weights = list(vision.parameters())
+        counts["vision encoder"] = sum(p.numel() for p in weights), sum(p.numel() * p.element_size() for p in weights)
+    except (OSError, ImportError):
+        pass  # check_weights has said why
     source = str(model_cfg.get("llm_model") or model_cfg.get("opt_model"))
     try:
         path = resolve(source, "model.llm_model")
@@ -115,6 +121,15 @@ def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
     with torch.device("meta"):
         counts["language model"] = _size(AutoModelForCausalLM.from_config(config), model_cfg.get("llm_precision"))
     return counts
+
+
+def count_trainable(model_cfg) -> int | None:
+    """Parameters that train, counted on a model without memory; None where a part's config cannot be had."""
+    try:
+        model = empty_model(registry.get_model_class(model_cfg.get("arch", "evlgen")), model_cfg)
+    except (OSError, ImportError):
+        return None
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 def _size(module: torch.nn.Module, precision: str | None) -> tuple[int, int]:
@@ -131,14 +146,15 @@ def available_memory() -> tuple[str, int]:
     return "main memory", kilobytes * 1024
 
 
-def check_memory(model_cfg, trainable: int = 110_000_000) -> Finding:
+def check_memory(model_cfg) -> Finding:
     """Weights of what is frozen, and weights, gradients and two Adam moments of what trains; not activations."""
-    counts = count_frozen(model_cfg)
-    need = sum(size for _, size in counts.values()) + trainable * 16
+    counts, trainable = count_frozen(model_cfg), count_trainable(model_cfg)
+    need = sum(size for _, size in counts.values()) + (trainable or 0) * 16
     where, free = available_memory()
     parts = ", ".join(f"{name} {n / 1e6:.0f}M = {size / 1e9:.1f} GB" for name, (n, size) in counts.items())
     unknown = [name for name in ("vision encoder", "language model") if name not in counts]
-    parts = "; ".join(filter(None, [parts, f"not counted: {', '.join(unknown)}" if unknown else ""]))
-    seen = f"{parts}; with up to {trainable / 1e6:.0f}M trainable parameters "
-    seen += f"{need / 1e9:.1f} GB before activations; {where} has {free / 1e9:.1f} GB free"
+    unknown += ["what trains"] if trainable is None else []
+    trains = "" if trainable is None else f"{trainable / 1e6:.1f}M parameters train"
+    parts = "; ".join(filter(None, [parts, f"not counted: {', '.join(unknown)}" if unknown else "", trains]))
+    seen = f"{parts}: {need / 1e9:.1f} GB before activations; {where} has {free / 1e9:.1f} GB free"
     return Finding(need < free, "memory", seen)

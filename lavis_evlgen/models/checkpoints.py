@@ -9,6 +9,8 @@ from torch import nn
 
 from lavis_evlgen.models.sources import WeightsError, read_state_dict
 
+RELEASED = "VL_proj.weight"  # only checkpoints of the released implementation have a tensor of this name
+
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
     """State dict without frozen parameters and without the buffers of frozen modules."""
@@ -33,6 +35,12 @@ def load_trainable(model: nn.Module, state: dict[str, torch.Tensor], source: str
     Frozen weights in the file are loaded too (older checkpoints carry them). Raises WeightsError that names
     what differs.
     """
+    check_trainable(model, state, source)
+    model.load_state_dict(state, strict=False)
+
+
+def check_trainable(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+    """Raises WeightsError unless `state` has every trainable tensor of `model`, in its shape, and no unknown one."""
     own, frozen = model.state_dict(), frozen_names(model)
     missing = [k for k in own if k not in state and k not in frozen]
     unknown = [k for k in state if k not in own]
@@ -48,16 +56,35 @@ def load_trainable(model: nn.Module, state: dict[str, torch.Tensor], source: str
         problems.append(f"{len(unknown)} tensors have no place in this model, first {unknown[0]}")
     if shapes:
         problems.append(f"{len(shapes)} tensors differ in shape: {shapes[0]}")
+        problems += _other_frozen_parts(state, own)
     if problems:
         raise WeightsError(
             f"checkpoint {source} is of another architecture than the config: {'; '.join(problems)}. "
             "Use the config that it was trained with (run.json beside it), or another checkpoint"
         )
-    model.load_state_dict(state, strict=False)
+
+
+def _other_frozen_parts(state: dict, own: dict) -> list[str]:
+    """What the shapes say about the frozen parts: they are chosen by the config, not held in the checkpoint."""
+    words = []
+    for name, part, key in (
+        ("ln_vision.bias", "vision encoder", "vit_model"),
+        ("llm_proj.bias", "language model", "llm_model"),
+    ):
+        there, here = (tensors[name].shape[-1] if name in tensors else None for tensors in (state, own))
+        if None not in (there, here) and there != here:
+            words.append(f"it was trained with a {part} of width {there}, the config's has {here} (model.{key})")
+    return words
 
 
 def load_checkpoint_file(model: nn.Module, path: str) -> None:
-    """Load a `checkpoint_*.pth` of ours (its "model" part) or a plain state dict into `model`."""
-    if not Path(path).is_file():
+    """Load a `checkpoint_*.pth` of ours (its "model" part), a plain state dict or a bundle's folder into `model`."""
+    if not Path(path).exists():
         raise WeightsError(f"checkpoint {path} does not exist (seen from {Path.cwd()})")
-    load_trainable(model, read_state_dict(path, "checkpoint"), path)
+    state = read_state_dict(path, "checkpoint")
+    if RELEASED in state:
+        raise WeightsError(
+            f"checkpoint {path} is in the released layout (it has {RELEASED}): `evlgen convert {path} OUT`, "
+            "and give the folder OUT"
+        )
+    load_trainable(model, state, path)

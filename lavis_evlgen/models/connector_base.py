@@ -8,8 +8,17 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lavis_evlgen.models.sources import WeightsError, load_from_hub, resolve
+from lavis_evlgen.models.sources import WeightsError, load_from_hub, on_meta, resolve
 from lavis_evlgen.nn import MergeMap
+
+# keys of `connector_sizes`, and what a BERT's config.json calls them
+SIZES = {
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size",
+    "max_positions": "max_position_embeddings",
+    "layer_norm_eps": "layer_norm_eps",
+}
 
 
 @dataclass
@@ -26,10 +35,12 @@ class Connector(nn.Module):
 
     `width` is D_c, `num_output_tokens` L'. `condition` is accepted everywhere and used nowhere yet: merging that
     looks at the question would read it. `ln_vision_init`: weights for the LayerNorm in front of the connector, where
-    the connector's own weights were trained behind one; else None.
+    the connector's own weights were trained behind one; else None. `sizes`: what `connector_sizes` must say for the
+    same shapes without the weights that this one started from; None where there is nothing to say.
     """
 
     ln_vision_init: dict[str, Tensor] | None = None
+    sizes: dict | None = None
 
     def __init__(self, width: int, num_output_tokens: int):
         super().__init__()
@@ -53,7 +64,7 @@ def bert_folder(connector_init: str) -> str:
         return source
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json", "model.safetensors"]
+    patterns = ["config.json"] if on_meta() else ["config.json", "model.safetensors"]
     return load_from_hub(snapshot_download, source, "connector_init", allow_patterns=patterns)
 
 

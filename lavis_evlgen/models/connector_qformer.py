@@ -13,8 +13,8 @@ import torch
 from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
 from torch import Tensor, nn
 
-from lavis_evlgen.models.connector_base import Connector, VisualPrompt, bert_config, bert_folder, is_random
-from lavis_evlgen.models.sources import WeightsError, read_state_dict, resolve
+from lavis_evlgen.models.connector_base import SIZES, Connector, VisualPrompt, bert_config, bert_folder, is_random
+from lavis_evlgen.models.sources import WeightsError, on_meta, read_state_dict, resolve
 
 NUM_QUERY_TOKEN = 32
 BERT_KEYS = ("hidden_size", "num_attention_heads", "intermediate_size", "layer_norm_eps", "hidden_act")
@@ -48,6 +48,7 @@ class QFormerConnector(Connector):
         embeddings.register_buffer("position_ids", torch.zeros(1, 0, dtype=torch.long), persistent=False)
         for layer in self.Qformer.bert.encoder.layer:
             layer.intermediate = layer.output = None
+        self.sizes = {name: getattr(config, SIZES[name]) for name in SIZES if name != "max_positions"}
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, config.hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
 
@@ -140,17 +141,19 @@ def build_qformer(vision, cfg: dict) -> QFormerConnector:
     sizes = {"num_hidden_layers": int(cfg.get("num_layers") or 12)}
     if cfg.get("dropout") is not None:
         sizes |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), float(cfg["dropout"]))
+    given = {SIZES[name]: value for name, value in (cfg.get("connector_sizes") or {}).items()}
     if is_random(init):
-        return QFormerConnector(vision.width, queries, **sizes)
+        return QFormerConnector(vision.width, queries, **sizes | given)
     source = resolve(init, "connector_init")
     if Path(source).is_file():
         state = read_state_dict(source, "connector_init")
-        connector = QFormerConnector(vision.width, queries, **sizes, **sizes_in(state, source))
+        connector = QFormerConnector(vision.width, queries, **sizes | sizes_in(state, source) | given)
         connector.load_blip2(state, source)
         return connector
     folder = bert_folder(init)
     bert = bert_config(folder)
     sizes |= {key: bert[key] for key in BERT_KEYS if key in bert}
-    connector = QFormerConnector(vision.width, queries, **sizes)
-    connector.load_bert(read_state_dict(folder, "connector_init"))
+    connector = QFormerConnector(vision.width, queries, **sizes | given)
+    if not on_meta():
+        connector.load_bert(read_state_dict(folder, "connector_init"))
     return connector

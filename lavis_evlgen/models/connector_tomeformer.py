@@ -4,18 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from lavis_evlgen.models.connector_base import Connector, VisualPrompt, bert_config, bert_folder, is_random
-from lavis_evlgen.models.sources import read_state_dict
+from lavis_evlgen.models.connector_base import SIZES, Connector, VisualPrompt, bert_config, bert_folder, is_random
+from lavis_evlgen.models.sources import on_meta, read_state_dict
 from lavis_evlgen.nn import TomeFormer, TomeFormerConfig
 
-# names of one thing in a BERT's config.json and in TomeFormerConfig
-BERT_SIZES = {
-    "hidden_size": "hidden_size",
-    "num_attention_heads": "num_heads",
-    "intermediate_size": "intermediate_size",
-    "max_position_embeddings": "max_positions",
-    "layer_norm_eps": "layer_norm_eps",
-}
 BODY_KEYS = ("num_layers", "tome_r", "merge_mean", "partition", "proportional_attention", "dropout")
 
 
@@ -24,6 +16,7 @@ class TomeFormerConnector(Connector):
 
     def __init__(self, input_width: int, cfg: TomeFormerConfig):
         super().__init__(cfg.hidden_size, cfg.num_output_tokens)
+        self.sizes = {name: getattr(cfg, name) for name in SIZES}
         self.input_proj = nn.Linear(input_width, cfg.hidden_size)
         self.tomeformer = TomeFormer(cfg)
 
@@ -42,8 +35,9 @@ def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
     if not is_random(cfg.get("connector_init")):
         folder = bert_folder(cfg["connector_init"])
         bert = bert_config(folder)
-        sizes = {ours: bert[theirs] for theirs, ours in BERT_SIZES.items() if theirs in bert}
-        state = read_state_dict(folder, "connector_init")
+        sizes = {ours: bert[theirs] for ours, theirs in SIZES.items() if theirs in bert}
+        state = None if on_meta() else read_state_dict(folder, "connector_init")
+    sizes |= cfg.get("connector_sizes") or {}
     body = {key: cfg[key] for key in BODY_KEYS if cfg.get(key) is not None}
     config = TomeFormerConfig(num_tokens=vision.num_tokens, protected=vision.protected, **sizes, **body)
     connector = TomeFormerConnector(vision.width, config)

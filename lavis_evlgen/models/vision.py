@@ -17,7 +17,7 @@ from transformers import MODEL_MAPPING, AutoConfig
 
 from lavis_evlgen.models.freezing import DTYPES, check_precision, freeze
 from lavis_evlgen.models.onnx_dinov2 import dinov2_from_onnx
-from lavis_evlgen.models.sources import WeightsError, load_from_hub, read_state_dict, resolve
+from lavis_evlgen.models.sources import WeightsError, load_from_hub, on_meta, read_state_dict, resolve
 
 DOWNLOADS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 
@@ -151,7 +151,10 @@ def load_vision_encoder(
     vit_path: str | None = None,
     vit_layer: int | None = None,
 ) -> VisionEncoder:
-    """Build the encoder and load its weights: from `vit_path`, from the hub, or LAVIS's download."""
+    """Build the encoder and load its weights: from `vit_path`, from the hub, or LAVIS's download.
+
+    Under `torch.device("meta")` it has its shapes and no weights, and nothing but a config is read.
+    """
     if vit_model in LAVIS_VITS:
         if vit_layer is not None:
             raise ValueError(f"vit_layer: {vit_model} has one output; use a Hugging Face ViT to choose a layer")
@@ -160,14 +163,20 @@ def load_vision_encoder(
         raise ValueError(f"vit_path: only for {', '.join(LAVIS_VITS)}; give the folder as vit_model")
     source = resolve(vit_model, "vit_model")
     if source.endswith(".onnx"):
-        model = dinov2_from_onnx(source)
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # its sizes are those of its weights
+            model = dinov2_from_onnx(source).to(device)
     else:
         config = load_from_hub(AutoConfig.from_pretrained, source, "vit_model")
         # not AutoModel: in older releases it imports every architecture, and one needs a newer timm than LAVIS
         if type(config) not in MODEL_MAPPING:
             raise WeightsError(f"vit_model: {source} holds a {type(config).__name__}, which has no model of its own")
         model_class = MODEL_MAPPING[type(config)]
-        model = load_from_hub(model_class.from_pretrained, source, "vit_model", torch_dtype=torch.float32)
+        if on_meta():
+            with _LinspaceOnCPU():
+                model = model_class(config)
+        else:
+            model = load_from_hub(model_class.from_pretrained, source, "vit_model", torch_dtype=torch.float32)
     return wrap_hugging_face(model, image_size, precision, vit_layer)
 
 
@@ -188,6 +197,14 @@ def build_empty(name: str, image_size: int) -> nn.Module:
 
 def _load_lavis_vit(name: str, image_size: int, precision: str, vit_path: str | None) -> VisionEncoder:
     _, file, resize_positions = LAVIS_VITS[name]
+    vit = build_empty(name, image_size)
+    if not on_meta():
+        _fill(vit, name, file, resize_positions, vit_path)
+    return VisionEncoder(vit, vit.num_features, (image_size // 14) ** 2 + 1, 1, precision)
+
+
+def _fill(vit: nn.Module, name: str, file: str, resize_positions, vit_path: str | None):
+    """Put the weights of `vit_path`, else of LAVIS's download, in place of the empty ones, as float32."""
     if vit_path:
         path = resolve(vit_path, "vit_path")
     else:
@@ -199,7 +216,6 @@ def _load_lavis_vit(name: str, image_size: int, precision: str, vit_path: str | 
                 f"vit_model {name}: cannot download {DOWNLOADS + file} ({error}); "
                 "fetch it elsewhere and set model.vit_path to the file"
             ) from error
-    vit = build_empty(name, image_size)
     state = read_state_dict(path, "vit_path")
     resize_positions(vit, state)
     try:
@@ -210,4 +226,3 @@ def _load_lavis_vit(name: str, image_size: int, precision: str, vit_path: str | 
     if missing:
         raise WeightsError(f"vit_path: {path} lacks {len(missing)} weights of {name}, first {missing[0]}")
     vit.float()
-    return VisionEncoder(vit, vit.num_features, (image_size // 14) ** 2 + 1, 1, precision)

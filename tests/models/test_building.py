@@ -141,3 +141,5 @@ def test_an_id_that_the_hub_does_not_give(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsError, match="llm_model: cannot load 'nobody/nothing': not a folder here"):
         load_language_model("nobody/nothing", "fp32")
+    with pytest.raises(WeightsError, match="connector_init: cannot load 'nobody/nothing': not a folder here"):
+        build_tomeformer(tiny_vision(), {"connector_init": "nobody/nothing"})
