@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lavis_evlgen.launch import USER_ERRORS, config_errors, one_line
 
+_MODEL_OPTIONS = "keys of the bundle's config, e.g. model.tome_r=16 model.llm_model=facebook/opt-2.7b"
+
 
 def main(argv=None):
     """Entry of `evlgen`; errors that the user can mend are one line, exit code 2."""
@@ -27,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
 
     c = commands.add_parser("caption", help="caption pictures with the model of a run folder")
     c.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    c.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint)")
+    c.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint), or a bundle's folder")
     c.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
     c.add_argument("--prompt", help="text that captions begin with (default: the run's)")
     c.add_argument("--num-beams", type=_positive, help="beams (default: the run's)")
@@ -45,6 +47,21 @@ def _parser() -> argparse.ArgumentParser:
     m.add_argument("--out", type=Path, default=Path("compare.png"), metavar="PNG", help="the picture (compare.png)")
     m.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     m.set_defaults(run_command=compare)
+
+    e = commands.add_parser("export", help="make a bundle (weights, config, model card) of a run folder")
+    e.add_argument("run", metavar="RUN", help="run folder (holds a checkpoint)")
+    e.add_argument("out", metavar="OUT", help="folder to write")
+    e.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
+    e.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help=_MODEL_OPTIONS)
+    e.set_defaults(run_command=export)
+
+    v = commands.add_parser("convert", help="released checkpoint -> bundle, or back")
+    v.add_argument("source", metavar="SOURCE", help="released .pth; with --to released, a bundle's folder")
+    v.add_argument("out", metavar="OUT", help="folder to write; with --to released, a .pth file")
+    v.add_argument("--to", default="bundle", choices=("bundle", "released"), help="default: bundle")
+    v.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help=_MODEL_OPTIONS)
+    v.add_argument("--allow-unknown", action="store_true", help="keep unknown tensors aside instead of refusing")
+    v.set_defaults(run_command=convert)
 
     k = commands.add_parser("keys", help="every config key and what it does")
     k.add_argument("section", nargs="?", choices=("run", "model", "datasets"), help="only this section")
@@ -66,12 +83,18 @@ def caption(args) -> int:
     from lavis_evlgen import distributed
     from lavis_evlgen.datasets import UnreadableImage
     from lavis_evlgen.datasets.image_files import open_image
+    from lavis_evlgen.models.bundle import is_bundle
     from lavis_evlgen.tasks.captioning import decoding_of
 
     device = distributed.start(args.device)
-    cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
-    model, vis = _model_of_run(cfg, checkpoint, device)
-    decoding = decoding_of(cfg["run"]) | ({"num_beams": args.num_beams} if args.num_beams else {})
+    if args.checkpoint is None and is_bundle(args.run):
+        model, vis = _model_of_bundle(args.run, device)
+        decoding = dict(model.decoding or {})
+    else:
+        cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
+        model, vis = _model_of_run(cfg, checkpoint, device)
+        decoding = decoding_of(cfg["run"])
+    decoding |= {"num_beams": args.num_beams} if args.num_beams else {}
     failed = 0
     for path in args.images:
         try:
@@ -114,9 +137,69 @@ def _model_of_run(cfg: dict, checkpoint: Path, device):
     model = registry.get_model_class(model_cfg.arch).from_config(model_cfg)
     model.load_checkpoint(str(checkpoint))
     dataset = next(iter(cfg["datasets"].values()))
-    processor = OmegaConf.create(dataset["vis_processor"]["eval"])
-    vis = registry.get_processor_class(processor.name).from_config(processor)
-    return model.to(device).eval(), vis
+    return model.to(device).eval(), _image_processor(dataset["vis_processor"]["eval"])
+
+
+def _model_of_bundle(folder: str, device):
+    """(model, evaluation image processor) of a bundle."""
+    from lavis.common.registry import registry
+
+    from lavis_evlgen.config import ConfigError
+    from lavis_evlgen.models.bundle import read_config
+
+    content = read_config(folder)
+    stages = (content.get("preprocess") or {}).get("vis_processor")
+    if not stages:
+        raise ConfigError(f"{folder}/config.json has no preprocess.vis_processor: how to read a picture is not known")
+    model = registry.get_model_class(content["model"]["arch"]).from_pretrained(folder)
+    return model.to(device), _image_processor(stages["eval"])
+
+
+def _image_processor(config):
+    from lavis.common.registry import registry
+    from omegaconf import OmegaConf
+
+    config = OmegaConf.create(config)
+    return registry.get_processor_class(config.name).from_config(config)
+
+
+def export(args) -> int:
+    """Write a bundle of a run's checkpoint."""
+    from lavis_evlgen.runners.exporting import export_run
+
+    cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
+    print(export_run(cfg, checkpoint, args.out, _model_options(args.options)))
+    return 0
+
+
+def convert(args) -> int:
+    """Released checkpoint -> bundle, or back; every key is reported."""
+    from lavis.common.registry import registry
+
+    from lavis_evlgen.models import bundle, released
+
+    cls = registry.get_model_class("evlgen")
+    if args.to == "released":
+        lines = released.write_released(args.source, args.out, cls)
+    else:
+        options = _model_options(args.options)
+        weights, config, extra, report = released.from_released(args.source, cls, options, args.allow_unknown)
+        bundle.write_bundle(args.out, weights, config, extra=extra)
+        lines = report.lines()
+    print("\n".join([*lines, f"written: {args.out}"]))
+    return 0
+
+
+def _model_options(options: list[str]) -> dict:
+    """`model.KEY=VALUE` options as a dict of the model section."""
+    from omegaconf import OmegaConf
+
+    from lavis_evlgen.config import ConfigError
+
+    wrong = next((option for option in options if not option.startswith("model.") or "=" not in option), None)
+    if wrong is not None:
+        raise ConfigError(f"--options {wrong}: give model.KEY=VALUE")
+    return OmegaConf.to_container(OmegaConf.from_dotlist(options)).get("model", {})
 
 
 def doctor(args) -> int:

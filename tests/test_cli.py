@@ -177,3 +177,37 @@ def test_compare_prints_the_table_and_draws(finished, tmp_path, capsys):
     assert f"picture: {out}" in words and out.exists()
     assert evlgen("compare", tmp_path) == 2
     assert "has no run.json" in capsys.readouterr().err
+
+
+def test_export_makes_a_bundle_that_captions_as_the_run_does(finished, drawn, tmp_path, monkeypatch, capsys):
+    paths, captions = drawn
+    read = []
+    for place in ("vision", "connector_tomeformer"):  # of the frozen parts only config and tokenizer are needed
+        monkeypatch.setattr(f"lavis_evlgen.models.{place}.read_state_dict", lambda *a: read.append(a))
+    assert evlgen("export", finished.output(), tmp_path / "b") == 0
+    assert not read
+    best = checkpoint(finished.output(), "checkpoint_best.pth")
+    words = capsys.readouterr().out
+    assert f"checkpoint_best.pth, step {best['step']}; its test results are in README.md" in words
+    result = json.loads((finished.output() / "run.json").read_text())
+    assert f"| loss_right | {result['metrics']['loss_right']:.4g} |" in (tmp_path / "b" / "README.md").read_text()
+    assert str(finished.folder) not in (tmp_path / "b" / "README.md").read_text()
+    monkeypatch.undo()
+    assert evlgen("caption", *paths, "--run", tmp_path / "b") == 0
+    expected = "".join(f"{path}\t{caption}\n" for path, caption in zip(paths, captions, strict=True))
+    assert capsys.readouterr().out == expected
+
+
+def test_export_names_what_it_cannot_do(finished, tmp_path, capsys):
+    assert evlgen("export", tmp_path, tmp_path / "b") == 2
+    assert "neither checkpoint_best.pth nor" in capsys.readouterr().err
+    assert evlgen("export", finished.output(), finished.output()) == 2
+    assert "is no empty folder: it holds" in capsys.readouterr().err
+    assert evlgen("export", finished.output(), tmp_path / "b", "--options", "model.llm_modle=x") == 2
+    assert "unknown key llm_modle; did you mean llm_model?" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
+def test_export_writes_public_names_where_they_are_given(finished, tmp_path):
+    assert evlgen("export", finished.output(), tmp_path / "b", "--options", "model.llm_model=somebody/llm") == 0
+    assert json.loads((tmp_path / "b" / "config.json").read_text())["model"]["llm_model"] == "somebody/llm"

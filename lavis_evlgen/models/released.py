@@ -1,0 +1,293 @@
+"""Checkpoints of the released implementation (`{"model": {...}}`), to a bundle of ours and back, bit for bit.
+
+Every key of the file is used, kept aside, left out or refused, and the report says which:
+
+| released name | here |
+|---|---|
+| `ln_vision.*` | `ln_vision.*` |
+| `VL_proj.*` | `connector.input_proj.*` |
+| `VLconnector.*` | `connector.tomeformer.*` (BERT's names) |
+| `opt_proj.*` or `llm_proj.*` | `llm_proj.*` |
+| `VLconnector.pooler.*`, `VLconnector.embeddings.position_ids` | unused by the model: kept in `extra.safetensors` |
+| `visual_encoder.*`, `opt_model.*`, `llm_model.*` | frozen, public elsewhere: counted and left out |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from lavis_evlgen.models.bundle import (
+    EXTRA,
+    STARTS,
+    WEIGHTS,
+    check_keys,
+    compose,
+    default_preprocess,
+    find_bundle,
+    read_config,
+)
+from lavis_evlgen.models.checkpoints import RELEASED
+from lavis_evlgen.models.connectors import TomeFormerConnector
+from lavis_evlgen.models.sources import WeightsError, read_state_dict
+from lavis_evlgen.nn import TomeFormerConfig
+
+PROJECTIONS = ("opt_proj", "llm_proj")
+NAMES = {"VL_proj.": "connector.input_proj.", "VLconnector.": "connector.tomeformer."}
+FROZEN = ("visual_encoder.", "opt_model.", "llm_model.")
+UNUSED = ("VLconnector.pooler.", "VLconnector.embeddings.position_ids", "VLconnector.embeddings.word_embeddings.")
+# (projection, LLM width) -> model type; the same for ViT width -> vit_model: what the paper trained
+TYPES = {
+    ("opt_proj", 2560): "opt2.7b", ("opt_proj", 4096): "opt6.7b",
+    ("llm_proj", 4096): "vicuna7b", ("llm_proj", 5120): "vicuna13b",
+}  # fmt: skip
+VITS = {1408: "eva_clip_g", 1024: "clip_L"}
+# settings that the released code does not have: what it does in their place
+RELEASED_SETTINGS = {
+    "bos": "after", "merge_mean": "plain", "partition": "alternate", "proportional_attention": False,
+}  # fmt: skip
+
+
+@dataclass
+class Report:
+    """Where every key of a released file went, under its released name."""
+
+    used: dict[str, tuple[str, Tensor]] = field(default_factory=dict)  # released name: (ours, tensor)
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    unknown: dict[str, Tensor] = field(default_factory=dict)
+    frozen: dict[str, list[int]] = field(default_factory=dict)  # prefix: [tensors, numbers]
+    merging: TomeFormerConfig | None = None
+
+    def lines(self) -> list[str]:
+        """A table of all keys, then a line for each kind."""
+        rows = [f"used    {name}  {_shape(t)} -> {ours}" for name, (ours, t) in self.used.items()]
+        rows += [f"kept    {name}  {_shape(t)} -> {EXTRA} (the model does not use it)" for name, t in self.kept.items()]
+        rows += [f"kept    {name}  {_shape(t)} -> {EXTRA} (unknown)" for name, t in self.unknown.items()]
+        rows += [f"left    {prefix}*  {n} tensors (frozen: not trained)" for prefix, (n, _) in self.frozen.items()]
+        used = [t for _, t in self.used.values()]
+        left = [sum(counts) for counts in zip(*self.frozen.values(), strict=True)] or [0, 0]
+        return [
+            *rows,
+            f"used: {len(used)} tensors, {_millions(t.numel() for t in used)}; none is missing",
+            f"kept aside: {len(self.kept)} unused, {len(self.unknown)} unknown",
+            f"left out, frozen: {left[0]} tensors, {_millions([left[1]])}",
+            *self._assumed(),
+        ]
+
+    def _assumed(self) -> list[str]:
+        """What the config says and the file does not."""
+        cfg = self.merging
+        merging = f"tome_r {cfg.tome_r} ({cfg.num_tokens} -> {cfg.num_output_tokens} tokens)"
+        sizes = f"num_heads {cfg.num_heads}, layer_norm_eps {cfg.layer_norm_eps:g}"
+        return [f"not in the file: {merging}, {sizes}, which ViT and language model; --options model.KEY=VALUE"]
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _millions(numbers) -> str:
+    return f"{sum(numbers) / 1e6:.1f}M numbers"
+
+
+def from_released(path: str, cls, changes: dict | None = None, allow_unknown: bool = False):
+    """(state by our names, config.json, extra tensors, report) of the released checkpoint at `path`.
+
+    cls: EVLGen; changes: keys of the model section that the file does not tell (tome_r, vit_model, llm_model, ...).
+    Raises WeightsError for a file of another kind, for missing, misshapen or unknown tensors, and ValueError for
+    a setting that cannot be.
+    """
+    state = read_state_dict(str(path), "convert")
+    _check_kind(state, path)
+    projection = _projection(state, path)
+    check_keys(cls, changes or {}, "--options")
+    kind, section = _section(state, projection, cls, changes or {}, path)
+    parts = _empty_parts(section, state, projection)
+    expected = {name: tuple(t.shape) for name, t in parts.state_dict().items()}
+    report = sort_keys(state, lambda name: _our_name(name, projection), expected)
+    report.merging = parts["connector"].tomeformer.cfg
+    _refuse(report, expected, allow_unknown, path)
+    shape = state[f"{projection}.weight"].shape
+    # Vicuna is a LLaMA; the file tells no more of the frozen parts
+    frozen = {
+        "vision encoder": {"width": state[RELEASED].shape[1]},
+        "language model": {"model_type": "opt" if projection == "opt_proj" else "llama", "width": shape[0]},
+    }
+    source = f"Converted from a released checkpoint, `{Path(path).name}`."
+    preprocess = default_preprocess(cls, kind, section)
+    content = compose(section, preprocess, None, frozen, source=source, released={"projection": projection})
+    used = {ours: tensor for ours, tensor in report.used.values()}
+    return used, content, report.kept | report.unknown, report
+
+
+def _check_kind(state: dict, path):
+    strange = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if strange is not None:
+        raise WeightsError(f"convert: {path}: {strange} is no tensor: this is no checkpoint")
+    temporal = [name for name in state if ".temporal_merge." in name]
+    if temporal:
+        raise WeightsError(
+            f"convert: {path} is a video checkpoint: {len(temporal)} tensors mix frames inside the ViT, first "
+            f"{temporal[0]}. The image model has no place for them, and without them its connector sees other tokens"
+        )
+    if RELEASED not in state:
+        ours = next((name for name in state if name.startswith("connector.")), None)
+        why = f"it has {ours}, so it is in our layout already" if ours else f"it has no {RELEASED}"
+        raise WeightsError(f"convert: {path} is not in the layout of released EVLGen checkpoints: {why}")
+
+
+def _projection(state: dict, path) -> str:
+    found = [name for name in PROJECTIONS if f"{name}.weight" in state]
+    if len(found) != 1:
+        held = " and ".join(found) or "neither"
+        raise WeightsError(f"convert: {path} must have one of {' and '.join(PROJECTIONS)}; it has {held}")
+    return found[0]
+
+
+def _our_name(name: str, projection: str) -> str:
+    head = name.partition(".")[0]
+    if head == projection:
+        return "llm_proj" + name[len(head) :]
+    if head in PROJECTIONS:  # the other one's
+        return name + " (of another language model)"
+    return next((ours + name.removeprefix(theirs) for theirs, ours in NAMES.items() if name.startswith(theirs)), name)
+
+
+def _section(state: dict, projection: str, cls, changes: dict, path) -> tuple[str, dict]:
+    """(model type, model section): the paper's for these widths, what the file tells, and what `changes` says.
+
+    For other widths the type is that of the same LLM family, and its language model is not taken over.
+    """
+    width, vit_width = state[f"{projection}.weight"].shape[0], state[RELEASED].shape[1]
+    known = TYPES.get((projection, width))
+    kind = known or TYPES[projection, {"opt_proj": 2560, "llm_proj": 4096}[projection]]
+    section = OmegaConf.to_container(OmegaConf.load(cls.default_config_path(kind)).model)
+    for key in STARTS + (() if known else ("model_type", "llm_model")):
+        section.pop(key, None)
+    section["vit_model"] = VITS.get(vit_width)
+    sizes = {"num_layers": _num_layers(state), "connector_init": None, "connector_sizes": _sizes(state)}
+    section = OmegaConf.to_container(OmegaConf.merge(section, sizes, changes))
+    for key, part, seen in (("vit_model", "ViT", vit_width), ("llm_model", "language model", width)):
+        if not section.get(key):
+            raise WeightsError(
+                f"convert: {path} was trained with a {part} of width {seen}, none of the paper's; say which: "
+                f"--options model.{key}=..."
+            )
+    return kind, section
+
+
+def _num_layers(state: dict) -> int:
+    prefix = "VLconnector.encoder.layer."
+    numbers = {int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix)}
+    return max(numbers, default=0) + 1
+
+
+def _sizes(state: dict) -> dict:
+    """connector_sizes, as far as shapes tell: the heads are BERT's 64 wide, the norms have BERT's epsilon."""
+    hidden = state[RELEASED].shape[0]
+    sizes = {"hidden_size": hidden, "num_heads": max(hidden // 64, 1), "layer_norm_eps": 1e-12}
+    for size, name in (
+        ("max_positions", "VLconnector.embeddings.position_embeddings.weight"),
+        ("intermediate_size", "VLconnector.encoder.layer.0.intermediate.dense.weight"),
+    ):
+        if name in state:
+            sizes[size] = state[name].shape[0]
+    return sizes
+
+
+def _empty_parts(section: dict, state: dict, projection: str) -> nn.Module:
+    """The trained parts with these sizes and no weights; also refuses what cannot be (`tome_r`, `num_heads`)."""
+    names = ("num_layers", "merge_mean", "partition", "proportional_attention", "dropout")
+    body = {name: section[name] for name in names if name in section}
+    if section["vit_model"] in VITS.values():
+        body["num_tokens"] = (section["image_size"] // 14) ** 2 + 1
+    else:  # as many as it has positions for
+        body["num_tokens"] = section["connector_sizes"].get("max_positions", 257)
+    width, llm_width = state[RELEASED].shape[1], state[f"{projection}.weight"].shape[0]
+    with torch.device("meta"):
+        config = TomeFormerConfig(tome_r=section["tome_r"], **section["connector_sizes"], **body)
+        connector = TomeFormerConnector(width, config)
+        parts = {"ln_vision": nn.LayerNorm(width), "connector": connector}
+        return nn.ModuleDict({**parts, "llm_proj": nn.Linear(connector.width, llm_width)})
+
+
+def sort_keys(state: dict[str, Tensor], our_name: Callable[[str], str], expected: dict) -> Report:
+    """Which of the file's tensors is used under which of our names, kept, left out, unknown."""
+    report = Report()
+    for name, tensor in state.items():
+        ours, frozen = our_name(name), next((p for p in FROZEN if name.startswith(p)), None)
+        if frozen:
+            counts = report.frozen.setdefault(frozen, [0, 0])
+            counts[0] += 1
+            counts[1] += tensor.numel()
+        elif ours in expected:
+            report.used[name] = ours, tensor
+        elif name.startswith(UNUSED):
+            report.kept[name] = tensor
+        else:
+            report.unknown[name] = tensor
+    return report
+
+
+def _refuse(report: Report, expected: dict, allow_unknown: bool, path):
+    """Raises WeightsError that names what is missing, misshapen or unknown."""
+    found = {ours: (name, tuple(tensor.shape)) for name, (ours, tensor) in report.used.items()}
+    problems = []
+    missing = [name for name in expected if name not in found]
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing, first what is here {missing[0]}")
+    shapes = [f"{found[n][0]} is {found[n][1]}, not {shape}" for n, shape in expected.items()
+              if n in found and found[n][1] != shape]  # fmt: skip
+    if shapes:
+        problems.append(f"{len(shapes)} tensors have another shape than the rest of the file asks: {shapes[0]}")
+    if report.unknown and not allow_unknown:
+        some = ", ".join(list(report.unknown)[:5])
+        problems.append(
+            f"{len(report.unknown)} tensors are unknown: {some}; --allow-unknown keeps them aside in {EXTRA}"
+        )
+    if problems:
+        raise WeightsError(f"convert: {path}: {'; '.join(problems)}")
+
+
+def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
+    """(state by the released names, report) of a bundle; raises WeightsError where the layout has no place for it."""
+    folder = find_bundle(str(folder), cls)
+    content = read_config(folder)
+    section = content["model"]
+    if section.get("connector", "tomeformer") != "tomeformer":
+        raise WeightsError(f"convert: {folder} has a {section['connector']}; the released layout has TomeFormer only")
+    opt = content["frozen"]["language model"]["model_type"] == "opt"
+    projection = content.get("released", {}).get("projection") or PROJECTIONS[0 if opt else 1]
+    theirs = {ours: name for name, ours in NAMES.items()} | {"llm_proj.": projection + "."}
+    state, lines = {}, []
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        prefix = next((p for p in theirs if name.startswith(p)), None)
+        released = theirs[prefix] + name.removeprefix(prefix) if prefix else name
+        state[released] = tensor
+        lines.append(f"used    {name}  {_shape(tensor)} -> {released}")
+    extra = load_file(folder / EXTRA) if (folder / EXTRA).exists() else {}
+    lines += [f"kept    {name}  {_shape(tensor)} from {EXTRA}" for name, tensor in extra.items()]
+    if not any(name.startswith("VLconnector.pooler.") for name in extra):
+        lines.append("missing VLconnector.pooler.*: this bundle never had one; the model does not use it")
+    lines.append("missing visual_encoder.*, opt_model.*, llm_model.*: frozen, public elsewhere")
+    for key, value in RELEASED_SETTINGS.items():
+        if section.get(key, value) != value:
+            lines.append(f"differs {key}={section[key]}: the released code has {value} only, and will do otherwise")
+    return state | extra, lines
+
+
+def write_released(folder: str, out: str, cls) -> list[str]:
+    """Write a bundle as a released checkpoint (`{"model": {...}}`); returns the report. Raises WeightsError."""
+    path = Path(out)
+    if path.exists():
+        raise WeightsError(f"convert: {path} is there already; give another name")
+    state, lines = to_released(folder, cls)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({"model": state}, path)
+    return lines
