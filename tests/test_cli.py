@@ -193,6 +193,9 @@ def test_export_makes_a_bundle_that_captions_as_the_run_does(finished, drawn, tm
     assert f"| loss_right | {result['metrics']['loss_right']:.4g} |" in (tmp_path / "b" / "README.md").read_text()
     assert str(finished.folder) not in (tmp_path / "b" / "README.md").read_text()
     monkeypatch.undo()
+    again = finished.copy(tmp_path)
+    again.train(f"model.pretrained={tmp_path / 'b'}", evaluate=True)  # as evaluate.py does
+    assert json.loads((again.output() / "run.json").read_text())["metrics"] == result["metrics"]
     assert evlgen("caption", *paths, "--run", tmp_path / "b") == 0
     expected = "".join(f"{path}\t{caption}\n" for path, caption in zip(paths, captions, strict=True))
     assert capsys.readouterr().out == expected

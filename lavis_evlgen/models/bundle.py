@@ -81,10 +81,14 @@ class Bundled:
         if model_type in cls.PRETRAINED_MODEL_CONFIG_DICT:
             section = OmegaConf.load(cls.default_config_path(model_type)).model
             return cls.from_config(OmegaConf.create({**section, **changes}))
+        other = next((key for key in STARTS if key in changes), None)
+        if other is not None:
+            raise ConfigError(f"from_pretrained: {other}: {model_type} brings its own weights; leave it out")
         folder = find_bundle(model_type, cls, revision)
         content = read_config(folder)
         _check_class(cls, content, folder)
-        model = cls.from_config(OmegaConf.create({**content["model"], **changes, "pretrained": str(folder)}))
+        weights = {"pretrained": str(folder), "load_pretrained": True, "load_finetuned": False}
+        model = cls.from_config(OmegaConf.create({**content["model"], **changes, **weights}))
         model.preprocess, model.decoding = content.get("preprocess"), content.get("decoding")
         return model.eval()
 

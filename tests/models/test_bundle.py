@@ -213,6 +213,8 @@ def test_what_from_pretrained_cannot_load(parts, saved, tmp_path, monkeypatch):
         build(parts, pretrained=str(tmp_path))
     with pytest.raises(ConfigError, match="from_pretrained: unknown key llm_modle; did you mean llm_model?"):
         EVLGen.from_pretrained(str(saved), llm_modle="x")
+    with pytest.raises(ConfigError, match="from_pretrained: pretrained: .* brings its own weights"):
+        EVLGen.from_pretrained(str(saved), pretrained="other.pth")
     content = json.loads((saved / "config.json").read_text())
     shutil.copytree(saved, tmp_path / "b")
     for change, says in (
