@@ -1,0 +1,1 @@
+import lavis_evlgen  # noqa: F401  (its bridges come before LAVIS)
