@@ -38,6 +38,7 @@ QUICKSTART = [
     "gguf>=0.10",
     "accelerate>=1.0",
     "onnx>=1.16",
+    "easy-vqa==1.0",
 ]
 DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6"]
 

@@ -1,16 +1,25 @@
-"""Caption data sets and their builders; importing this registers the builders with LAVIS."""
+"""Caption and question data sets and their builders; importing this registers the builders with LAVIS."""
 
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
+from lavis_evlgen.datasets.easy_vqa import EasyVqaBuilder
 from lavis_evlgen.datasets.errors import DataError, UnreadableImage
 from lavis_evlgen.datasets.image_captions import ImageCaptionDataset, ImageCaptionsBuilder
+from lavis_evlgen.datasets.image_questions import ImageQuestionDataset, ImageQuestionsBuilder
+from lavis_evlgen.datasets.questions import AskedImage, Question, QuestionDataset
 from lavis_evlgen.datasets.scenes import ScenesBuilder, ScenesDataset
 
 __all__ = [
+    "AskedImage",
     "CaptionDataset",
     "CaptionedImage",
     "DataError",
+    "EasyVqaBuilder",
     "ImageCaptionDataset",
     "ImageCaptionsBuilder",
+    "ImageQuestionDataset",
+    "ImageQuestionsBuilder",
+    "Question",
+    "QuestionDataset",
     "ScenesBuilder",
     "ScenesDataset",
     "UnreadableImage",

@@ -1,59 +1,22 @@
 """`image_captions`: a folder of pictures and a captions file, or one captions file per split."""
 
-import logging
-import os
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-
 from lavis.common.registry import registry
-from PIL import Image
 
+from lavis_evlgen.datasets import splitting
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
 from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLITS, CaptionDatasetBuilder
 from lavis_evlgen.datasets.captions_file import CaptionRow, read_captions_file
 from lavis_evlgen.datasets.errors import DataError
-from lavis_evlgen.datasets.image_files import open_image
-
-# Names of splits in the wild; Karpathy's restval is COCO val that he adds to training.
-_SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
-                "dev": "val", "test": "test"}
+from lavis_evlgen.datasets.image_folder import ImageFolder, images_folder
+from lavis_evlgen.datasets.records import report_problems
 
 
-class ImageCaptionDataset(CaptionDataset):
+class ImageCaptionDataset(ImageFolder, CaptionDataset):
     """Captioned image files of one split, in the folder `images`."""
 
     def __init__(self, *args, images: str, **kwargs):
         super().__init__(*args, **kwargs)
         self.vis_root = str(images)
-
-    def _load(self, row: dict) -> Image.Image:
-        return open_image(os.path.join(self.vis_root, row["image"]))
-
-    def iter_image_paths(self) -> Iterator[str]:
-        """The path of every image of this split, each once, in row order."""
-        for name in dict.fromkeys(row["image"] for row in self.annotation):
-            yield os.path.join(self.vis_root, name)
-
-    def missing_files(self) -> list[str]:
-        """Paths of the images that are not on disk; lists each folder once, not every file."""
-        listings: dict[str, set[str]] = {}
-        missing = []
-        for path in self.iter_image_paths():
-            folder, name = os.path.split(path)
-            if folder not in listings:
-                listings[folder] = _file_names(folder)
-            if name not in listings[folder]:
-                missing.append(path)
-        return missing
-
-
-def _file_names(folder: str) -> set[str]:
-    try:
-        with os.scandir(folder or ".") as entries:
-            return {entry.name for entry in entries}
-    except FileNotFoundError:
-        return set()
 
 
 @registry.register_builder("image_captions")
@@ -73,11 +36,7 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
     }
 
     def build(self) -> dict[str, ImageCaptionDataset]:
-        folder = self.config.get("images")
-        if not folder:
-            raise DataError("the images folder is not given; set datasets.image_captions.images=FOLDER")
-        if not Path(folder).is_dir():
-            raise DataError(f"datasets.image_captions.images={folder} is not a folder here ({Path.cwd()})")
+        folder = images_folder(self.config.get("images"), "datasets.image_captions")
         datasets = {}
         for split, items in self._items_by_split().items():
             datasets[split] = ImageCaptionDataset(
@@ -95,24 +54,15 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
             )
         if captions:
             return split_items(captions, self._read(captions), self.config.get("split"))
-        _check_split_names("annotations", annotations)
+        splitting.check_split_names("datasets.image_captions.annotations", annotations)
         found = {split: group_by_image(annotations[split], self._read(annotations[split]))
                  for split in SPLITS if annotations.get(split)}
-        _report_shared_images(found)
+        splitting.report_shared_images(found)
         return found
 
     def _read(self, path: str) -> list[CaptionRow]:
         found = read_captions_file(path, self.config.get("columns"))
-        for note in found.notes:
-            logging.info("%s: %s", path, note)
-        total = len(found.rows) + len(found.problems)
-        if found.problems:
-            first = "; ".join(found.problems[:3])
-            words = f"{len(found.problems)} of {total} rows of {path} cannot be used, such as {first}"
-            if len(found.problems) > self.config.max_bad_fraction * total:
-                limit = f"max_bad_fraction={self.config.max_bad_fraction}"
-                raise DataError(f"{words}. Mend them, or raise datasets.image_captions.{limit}")
-            logging.warning(words)
+        report_problems(path, found, self.config.max_bad_fraction, "datasets.image_captions")
         return found.rows
 
 
@@ -135,61 +85,4 @@ def group_by_image(path: str, rows: list[CaptionRow]) -> list[CaptionedImage]:
 
 def split_items(path: str, rows: list[CaptionRow], split) -> dict[str, list[CaptionedImage]]:
     """The images of each split that has any. `split`: counts {train: N, …}, or "from_file"."""
-    if not split:
-        raise DataError(
-            f"{path} holds all captions: say how to split it, with datasets.image_captions.split.train=N "
-            "(val, test), or with split=from_file where the file has a split column"
-        )
-    items = group_by_image(path, rows)
-    if isinstance(split, str):
-        if split != "from_file":
-            raise DataError(f"datasets.image_captions.split={split} is not known; give counts, or from_file")
-        return _split_from_file(path, rows, items)
-    return _split_by_counts(path, items, split)
-
-
-def _split_by_counts(path: str, items: list[CaptionedImage], counts) -> dict[str, list[CaptionedImage]]:
-    _check_split_names("split", counts)
-    items, found, start = sorted(items, key=lambda item: item.image), {}, 0
-    counts = {split: counts.get(split) or 0 for split in SPLITS}
-    if any(not isinstance(count, int) or count < 0 for count in counts.values()):
-        raise DataError(f"datasets.image_captions.split takes numbers of images, not {counts}")
-    if sum(counts.values()) > len(items):
-        raise DataError(f"datasets.image_captions.split asks for {counts}, but {path} has {len(items)}")
-    for split, count in counts.items():
-        if count:
-            found[split] = items[start:start + count]
-        start += count
-    if start < len(items):
-        logging.info("%s: %d of %d images are in no split, unused", path, len(items) - start, len(items))
-    return found
-
-
-def _split_from_file(path: str, rows: list[CaptionRow], items: list[CaptionedImage]) -> dict:
-    split_of: dict[str, str] = {}
-    for row in rows:
-        if row.split is None:
-            raise DataError(f"{path} names no split for {row.image}; set columns.split, or split by counts")
-        split = str(row.split).strip().lower()
-        split = _SPLIT_NAMES.get(split, split)
-        if split_of.setdefault(row.image, split) != split:
-            raise DataError(f"{path} puts the image {row.image} into both {split_of[row.image]} and {split}")
-    if unused := Counter(split for split in split_of.values() if split not in SPLITS):
-        logging.warning("%s: images of other splits are not used: %s", path, dict(unused))
-    found = {split: [item for item in items if split_of[item.image] == split] for split in SPLITS}
-    return {split: items for split, items in found.items() if items}
-
-
-def _check_split_names(key: str, given):
-    if not hasattr(given, "keys"):
-        raise DataError(f"datasets.image_captions.{key}={given} must be a mapping of {', '.join(SPLITS)}")
-    for name in given:
-        if name not in SPLITS:
-            raise DataError(f"datasets.image_captions.{key}.{name} is unknown; there are {', '.join(SPLITS)}")
-
-
-def _report_shared_images(found: dict[str, list[CaptionedImage]]):
-    names = {split: {item.image for item in items} for split, items in found.items()}
-    for split in ("val", "test"):
-        if shared := len(names.get(split, set()) & names.get("train", set())):
-            logging.warning("%d images of %s are also in train: its scores will flatter", shared, split)
+    return splitting.split_items(path, "datasets.image_captions", rows, group_by_image(path, rows), split)

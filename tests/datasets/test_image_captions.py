@@ -7,8 +7,8 @@ from lavis.common.registry import registry
 from PIL import Image, ImageFile
 
 from lavis_evlgen.datasets import DataError, ImageCaptionsBuilder, UnreadableImage
-from lavis_evlgen.datasets.base import MAX_TRIES
 from lavis_evlgen.datasets.image_files import open_image
+from lavis_evlgen.datasets.reading import MAX_TRIES
 from tests.datasets.helpers import ROWS, builder, coco, write_csv, write_json, write_pictures
 
 COUNTS = {"train": 3, "val": 1, "test": 1}

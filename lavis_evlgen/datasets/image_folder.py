@@ -1,0 +1,54 @@
+"""Pictures of a data set that are files below one folder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from lavis_evlgen.datasets.errors import DataError
+from lavis_evlgen.datasets.image_files import open_image
+
+
+class ImageFolder:
+    """Mixin of a data set whose rows name their `image` below the folder `vis_root`."""
+
+    vis_root: str
+    annotation: list[dict]
+
+    def _load(self, row: dict) -> Image.Image:
+        return open_image(os.path.join(self.vis_root, row["image"]))
+
+    def iter_image_paths(self) -> Iterator[str]:
+        """The path of every image of this split, each once, in row order."""
+        for name in dict.fromkeys(row["image"] for row in self.annotation):
+            yield os.path.join(self.vis_root, name)
+
+    def missing_files(self) -> list[str]:
+        """Paths of the images that are not on disk; lists each folder once, not every file."""
+        listings: dict[str, set[str]] = {}
+        missing = []
+        for path in self.iter_image_paths():
+            folder, name = os.path.split(path)
+            if folder not in listings:
+                listings[folder] = _file_names(folder)
+            if name not in listings[folder]:
+                missing.append(path)
+        return missing
+
+
+def _file_names(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return {entry.name for entry in entries}
+    except FileNotFoundError:
+        return set()
+
+
+def images_folder(folder, place: str) -> str:
+    """`folder`, the value of `images` in the config's section `place`. Raises DataError where it is no folder."""
+    if not folder:
+        raise DataError(f"the images folder is not given; set {place}.images=FOLDER")
+    if not Path(folder).is_dir():
+        raise DataError(f"{place}.images={folder} is not a folder here ({Path.cwd()})")
+    return str(folder)

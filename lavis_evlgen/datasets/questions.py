@@ -1,0 +1,130 @@
+"""The common interface of our question data sets: a row is one question about one picture."""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+
+from lavis_evlgen.datasets.errors import DataError
+from lavis_evlgen.datasets.reading import ReadableRows
+
+TEMPLATE = "Question: {} Short answer:"
+
+
+class Question(NamedTuple):
+    """One question with its human answers (one or more, repeats kept); `kind` may say what sort of question it is."""
+
+    text: str
+    answers: tuple[str, ...]
+    question_id: int | str
+    kind: str | None = None
+
+
+class AskedImage(NamedTuple):
+    """One image of a data set: what `_load` needs to find it, its id, and the questions about it."""
+
+    image: Any
+    image_id: int | str
+    questions: tuple[Question, ...]
+
+
+class QuestionDataset(ReadableRows):
+    """Questions about images. Rows are questions, in the order of the images.
+
+    Attributes: `name`, `split`, `is_train`, `max_bad_fraction`, `answers` {question_id: human answers}, `kinds`
+    {question_id: kind}, `num_images`, `fingerprint` (sha256 hex digest of all images, questions and answers),
+    `description` (one short line), `template` (what a question is asked in; the task sets it).
+
+    A sample is a dict with `image` (3, H, W) float, `question` (through the text processor), `answer` (training:
+    one of the human answers, drawn by Python's `random`, which the training loader seeds; else the most frequent),
+    `question_id`, `image_id`, `instance_id` (str, the row) and `bad` as in CaptionDataset. Subclasses say in
+    `_load(row)` how a picture is had.
+    """
+
+    def __init__(self, name: str, split: str, items: Iterable[AskedImage], *, vis_processor=None, text_processor=None,
+                 max_bad_fraction: float = 0.01, template: str = TEMPLATE):
+        super().__init__(vis_processor, text_processor)
+        if not 0 <= max_bad_fraction <= 1:
+            raise DataError(f"{name}: max_bad_fraction={max_bad_fraction} must lie between 0 and 1")
+        self.name, self.split, self.is_train = name, split, split == "train"
+        self.max_bad_fraction, self.template = float(max_bad_fraction), template
+        self.answers: dict[int | str, list[str]] = {}
+        self.kinds: dict[int | str, str] = {}
+        digest, images = hashlib.sha256(json.dumps([split]).encode()), set()
+        for item in items:
+            digest.update(json.dumps(item).encode())
+            images.add(item.image_id)
+            for question in item.questions:
+                self._add(item, question)
+        if not self.annotation:
+            raise DataError(f"{name}: the {split} split is empty")
+        self.num_images = len(images)
+        self.fingerprint = digest.hexdigest()
+        self.description = f"{name} {split}: {self.num_images} images, {len(self)} questions"
+        self._add_instance_ids()
+
+    def _add(self, item: AskedImage, question: Question):
+        key = question.question_id
+        if key in self.answers:
+            raise DataError(f"{self.name}: two questions of the {self.split} split have the id {key!r}")
+        self.answers[key] = list(question.answers)
+        if question.kind:
+            self.kinds[key] = question.kind
+        row = {"image": item.image, "image_id": item.image_id, "question_id": key}
+        self.annotation.append({**row, "question": question.text, "answers": question.answers})
+
+    def _sample(self, row: dict, image: Image.Image | None, bad: list[dict]) -> dict:
+        answers = row["answers"]
+        answer = random.choice(answers) if self.is_train else Counter(answers).most_common(1)[0][0]
+        return {
+            "image": None if image is None else self.vis_processor(image),  # (3, H, W)
+            "question": self.text_processor(row["question"]),
+            "answer": answer,
+            "question_id": row["question_id"],
+            "image_id": row["image_id"],
+            "instance_id": row["instance_id"],
+            "bad": bad,
+        }
+
+    def collater(self, samples: list[dict]) -> dict:
+        """Stack samples into a batch: `image` (B, 3, H, W), or None where none could be read; the rest lists of
+        length B, except `bad`: every unreadable image met.
+
+        Training batches ask by `prompt`, and `text_input` is the answer that is learnt; in evaluation `text_input`
+        is the question, as LAVIS's `predict_answers` reads it.
+        """
+        kept = [sample for sample in samples if sample["image"] is not None]
+        keys = ("question", "answer", "question_id", "image_id", "instance_id")
+        batch = {key: [sample[key] for sample in kept] for key in keys}
+        batch["image"] = torch.stack([sample["image"] for sample in kept]) if kept else None  # (B, 3, H, W)
+        batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
+        if self.is_train:
+            return batch | {"text_input": batch["answer"], "prompt": self.asked(batch["question"])}
+        return batch | {"text_input": batch["question"]}
+
+    def asked(self, questions: list[str]) -> list[str]:
+        """The questions in the template: what the language model reads."""
+        return [self.template.format(question) for question in questions]
+
+
+def group_by_image(path, questions: Iterable[tuple[str, int | str | None, Question]]) -> list[AskedImage]:
+    """One item per image, in file order, from (image, image id or None: its name, question).
+
+    Raises DataError where two ids name one image or one id two images.
+    """
+    asked: dict[str, list[Question]] = {}
+    ids: dict[str, int | str] = {}
+    owner: dict[int | str, str] = {}
+    for image, image_id, question in questions:
+        asked.setdefault(image, []).append(question)
+        own_id = image if image_id is None else image_id
+        if ids.setdefault(image, own_id) != own_id:
+            raise DataError(f"{path} gives {image} two image ids: {ids[image]!r} and {own_id!r}")
+        if owner.setdefault(own_id, image) != image:
+            raise DataError(f"{path} gives the id {own_id!r} to two images: {owner[own_id]} and {image}")
+    return [AskedImage(image, ids[image], tuple(own)) for image, own in asked.items()]

@@ -1,0 +1,54 @@
+"""Rows whose pictures may not be readable: training goes on with the next one, evaluation leaves it out and says so."""
+
+from lavis.datasets.datasets.base_dataset import BaseDataset
+from PIL import Image
+
+from lavis_evlgen.datasets.errors import DataError, UnreadableImage
+
+MAX_TRIES = 64  # distinct unreadable images in a row before a training sample is given up
+
+
+class ReadableRows(BaseDataset):
+    """The reading half of our data sets: row number in, sample out.
+
+    Needs `name`, `split`, `is_train` and `annotation`, a list of rows with `image_id`. Subclasses say in
+    `_load(row)` how a picture is had, or raise UnreadableImage, and in `_sample` what a sample holds.
+    """
+
+    def _load(self, row: dict) -> Image.Image:
+        raise NotImplementedError(f"{type(self).__name__} must say how a row's picture is loaded")
+
+    def _sample(self, row: dict, image: Image.Image | None, bad: list[dict]) -> dict:
+        raise NotImplementedError(f"{type(self).__name__} must say what a row's sample holds")
+
+    def pil_image(self, index: int) -> Image.Image:
+        """The unprocessed RGB picture of row `index`. Raises UnreadableImage."""
+        return self._load(self.annotation[index])
+
+    def __getitem__(self, index: int) -> dict:
+        if index < 0:
+            index += len(self)
+        if not self.is_train:
+            return self._eval_sample(self.annotation[index])
+        bad, failed = [], set()
+        for step in range(len(self)):
+            row = self.annotation[(index + step) % len(self)]
+            if row["image_id"] in failed:  # the neighbouring rows are often captions of the same broken image
+                continue
+            try:
+                return self._sample(row, self._load(row), bad)
+            except UnreadableImage as error:
+                failed.add(row["image_id"])
+                bad.append({"image": error.path, "reason": error.reason})
+            if len(failed) == MAX_TRIES:
+                break
+        raise DataError(
+            f"{self.name}: {len(bad)} images in a row cannot be read, from row {index} of {self.split} "
+            f"on; the first is {bad[0]['image']} ({bad[0]['reason']}). Check the images folder."
+        )
+
+    def _eval_sample(self, row: dict) -> dict:
+        try:
+            return self._sample(row, self._load(row), [])
+        except UnreadableImage as error:  # another picture would be scored against the wrong references
+            return self._sample(row, None, [{"image": error.path, "reason": error.reason}])
