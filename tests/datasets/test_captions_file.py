@@ -51,6 +51,37 @@ def test_karpathy_keeps_ids_folders_and_splits(tmp_path):
     ]
 
 
+# the fields that the files of the paper's caption benchmarks have
+FLICKR30K = {"dataset": "flickr30k", "images": [
+    {"sentids": [0, 1], "imgid": 0, "split": "test", "filename": "1000092795.jpg", "sentences": [
+        {"tokens": ["two"], "raw": "Two young guys.", "imgid": 0, "sentid": 0},
+        {"tokens": ["men"], "raw": "Men outside.", "imgid": 0, "sentid": 1}]},
+]}  # fmt: skip
+NOCAPS = {
+    "licenses": [], "info": {},
+    "images": [{"license": 0, "open_images_id": "0013ea", "id": 0, "width": 1024, "height": 732, "domain": "in-domain",
+                "coco_url": "https://example.org/0013ea.jpg", "file_name": "0013ea.jpg", "date_captured": ""}],
+    "annotations": [{"image_id": 0, "id": 0, "caption": "A baby."}, {"image_id": 0, "id": 1, "caption": "A child."}],
+}  # fmt: skip
+LAVIS_COCO = [{"image": "val2014/COCO_val2014_000000184613.jpg", "caption": ["A child.", "A boy."]}]
+LAVIS_NOCAPS = [{"image": "val/0013ea.jpg", "img_id": 0, "caption": ["A baby."]}]
+
+
+@pytest.mark.parametrize(
+    "content, expected",
+    [
+        (FLICKR30K, [("1000092795.jpg", "Two young guys.", 0, "test"), ("1000092795.jpg", "Men outside.", 0, "test")]),
+        (NOCAPS, [("0013ea.jpg", "A baby.", 0, None), ("0013ea.jpg", "A child.", 0, None)]),
+        (LAVIS_COCO, [(LAVIS_COCO[0]["image"], text, None, None) for text in ("A child.", "A boy.")]),
+        (LAVIS_NOCAPS, [("val/0013ea.jpg", "A baby.", None, None)]),
+    ],
+    ids=["dataset_flickr30k", "nocaps_val_4500_captions", "coco_karpathy_val", "LAVIS nocaps"],
+)
+def test_files_of_the_benchmarks(tmp_path, content, expected):
+    found = read_captions_file(write_json(tmp_path / "file.json", content))
+    assert [tuple(row) for row in found.rows] == expected and not found.problems
+
+
 def test_columns_may_have_other_names(tmp_path):
     path = write_csv(tmp_path / "c.csv", header="filepath,title")
     with pytest.raises(DataError, match=r"csv has no column 'image'.*'filepath', 'title'.*columns\.image="):
