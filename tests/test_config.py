@@ -43,10 +43,13 @@ def test_every_project_loads_and_its_values_are_of_the_right_type(project):
         for key in set(keys) & set(run):
             allowed = (int, float) if kind is float else kind
             assert isinstance(run[key], allowed) and not isinstance(run[key], bool), f"run.{key}: {run[key]!r}"
-    assert run["amp"] in (False, True, "bf16", "fp16", "auto")
-    assert run["min_lr"] <= run["init_lr"] and run["warmup_lr"] <= run["init_lr"]
-    assert run["warmup_steps"] < run["max_iters"] and run["max_iters"] % run["iters_per_inner_epoch"] == 0
-    assert registry.get_lr_scheduler_class(run["lr_sched"]) is not None
+    if run.get("evaluate"):
+        assert run["test_splits"] and cfg["model"]["pretrained"] is None
+    else:
+        assert run["amp"] in (False, True, "bf16", "fp16", "auto")
+        assert run["min_lr"] <= run["init_lr"] and run["warmup_lr"] <= run["init_lr"]
+        assert run["warmup_steps"] < run["max_iters"] and run["max_iters"] % run["iters_per_inner_epoch"] == 0
+        assert registry.get_lr_scheduler_class(run["lr_sched"]) is not None
     assert isinstance(cfg["model"]["num_layers"], int) and cfg["model"]["freeze_vit"] is True
     assert math.isfinite(sum(cfg["model"]["lr_scale"].values())) if cfg["model"].get("lr_scale") else True
     for dataset in cfg["datasets"].values():
@@ -57,6 +60,8 @@ def test_every_project_loads_and_its_values_are_of_the_right_type(project):
 
 def test_the_projects_are_there():
     assert {"quickstart", "opt", "vicuna"} <= {path.stem for path in PROJECTS}
+    evaluations = {path.stem for path in PROJECTS if path.parent.name == "eval"}
+    assert evaluations == {"coco", "nocaps", "flickr30k", "vqav2", "gqa", "okvqa", "easy_vqa"}
 
 
 def test_defaults_then_file_then_options(path):

@@ -31,21 +31,28 @@ _CHARACTER = _FONT * 0.60 / 72
 _MAX_REFERENCES = 5
 _MAX_HEIGHT = 600.0
 
+# scores of the right panel: axis, line, blind line
+_SCORES = {
+    "cider": ("CIDEr (1.0 = 100 in papers)", "CIDEr", "blind CIDEr (captions of other pictures)"),
+    "accuracy": ("accuracy of answers", "accuracy", "blind accuracy (asked with other pictures)"),
+}
+
 
 def loss_plot(path: str | os.PathLike, history: Sequence[Mapping], title: str = "") -> Path:
     """Draw a run's curves into a PNG, 1200 px wide with scores and 720 without.
 
     Each row of `history` has `step` and any of `loss`, `val_loss_right`, `val_loss_shuffled` (validation
-    loss on the right and on shuffled pictures), `cider`, `blind_cider` (native scale, 1.0 is 100 in papers).
+    loss on the right and on shuffled pictures), `cider`, `blind_cider` (native scale, 1.0 is 100 in papers), or
+    `accuracy`, `blind_accuracy` (of answers, 0 to 1).
     Left: raw and smoothed training loss (its first 50th may leave the top) with the two validation losses;
-    right: CIDEr against blind CIDEr, left out when no row has a score. A step that comes twice (a resumed
+    right: the score against its blind twin, left out when no row has a score. A step that comes twice (a resumed
     run) counts once, the later row. Raises `ValueError` when there is nothing finite to draw.
     """
-    names = ("loss", "val_loss_right", "val_loss_shuffled", "cider", "blind_cider")
+    names = ("loss", "val_loss_right", "val_loss_shuffled", "cider", "blind_cider", "accuracy", "blind_accuracy")
     curves = {name: _series(history, name) for name in names}
     if not any(len(steps) for steps, _ in curves.values()):
         raise ValueError(f"the history has no finite {', '.join(names)} to draw")
-    scored = len(curves["cider"][0]) or len(curves["blind_cider"][0])
+    scored = next((name for name in _SCORES if any(len(curves[key][0]) for key in (name, f"blind_{name}"))), None)
     figure = Figure(figsize=(12 if scored else 7.2, 4.6), dpi=_DPI, layout="constrained")
     panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
 
@@ -61,10 +68,11 @@ def loss_plot(path: str | os.PathLike, history: Sequence[Mapping], title: str = 
     _line(panels[0], curves["val_loss_shuffled"], _ORANGE, "validation, shuffled pictures")
     _dress(panels[0], "loss (nats per token)")
     if scored:
-        _line(panels[1], curves["cider"], _BLUE, "CIDEr")
-        _line(panels[1], curves["blind_cider"], _ORANGE, "blind CIDEr (captions of other pictures)")
+        axis, right, blind = _SCORES[scored]
+        _line(panels[1], curves[scored], _BLUE, right)
+        _line(panels[1], curves[f"blind_{scored}"], _ORANGE, blind)
         panels[1].set_ylim(bottom=0)
-        _dress(panels[1], "CIDEr (1.0 = 100 in papers)")
+        _dress(panels[1], axis)
     if title:
         figure.suptitle(title, fontsize=12, color=_INK, parse_math=False)
     return _save(figure, path)
@@ -113,12 +121,13 @@ def caption_sheet(
     references: Sequence[Sequence[str]],
     scores: Sequence[float | None] | None = None,
     columns: int = 4,
+    score_name: str = "CIDEr",
 ) -> Path:
     """Draw N pictures in a PNG grid, each over its predicted caption (dark), score and references (grey).
 
-    `images` are PIL pictures of any size and mode, `scores` are CIDEr per caption. With 3 columns or more the
-    sheet is 1200 px wide. At most 5 references are shown, with a count of the rest. Raises `ValueError` for
-    lists of unequal length, no pictures, or more pictures than one PNG can hold.
+    `images` are PIL pictures of any size and mode, `scores` are per caption, named `score_name`. With 3 columns or
+    more the sheet is 1200 px wide. At most 5 references are shown, with a count of the rest. Raises `ValueError`
+    for lists of unequal length, no pictures, or more pictures than one PNG can hold.
     """
     n = len(images)
     scores = [None] * n if scores is None else scores
@@ -130,7 +139,7 @@ def caption_sheet(
     columns = min(columns, n) if n < 3 else columns
     cell = min(_WIDTH / columns, _MAX_CELL)
     inner = cell - 2 * _GAP
-    texts = [_cell_text(*item, inner) for item in zip(captions, references, scores, strict=True)]
+    texts = [_cell_text(*item, inner, score_name) for item in zip(captions, references, scores, strict=True)]
     shapes = [min(image.height / image.width, 1.0) * inner for image in images]
     rows = [range(start, min(start + columns, n)) for start in range(0, n, columns)]
     pictures = [max(shapes[i] for i in row) for row in rows]
@@ -167,13 +176,15 @@ def _draw_cell(figure, image, text, left: float, top: float, width: float, heigh
         figure.text(left / across, y, words, **style)
 
 
-def _cell_text(caption: str, references: Sequence[str], score: float | None, width: float) -> list[tuple]:
+def _cell_text(
+    caption: str, references: Sequence[str], score: float | None, width: float, score_name: str
+) -> list[tuple]:
     """The lines under one picture as (text, colour, weight), wrapped to `width` inches."""
     characters = max(12, int(width / _CHARACTER))
     predicted = textwrap.wrap(caption, int(characters * 0.9)) or ["(empty caption)"]
     lines = [(line, _INK, "bold") for line in predicted]
     if score is not None:
-        lines.append((f"CIDEr {score:.2f}", _BLUE, "normal"))
+        lines.append((f"{score_name} {score:.2f}", _BLUE, "normal"))
     for reference in references[:_MAX_REFERENCES]:
         wrapped = textwrap.wrap(reference, characters, initial_indent="\u2013 ", subsequent_indent="   ")
         lines += [(line, "#5c636d", "normal") for line in wrapped]

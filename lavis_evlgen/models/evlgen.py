@@ -204,11 +204,13 @@ class EVLGen(Bundled, BaseModel):
         answer_list: list[str] | None = None,
         prompt: str = "",
         length_penalty: float = 0.0,
+        visual_prompt: VisualPrompt | None = None,
         **kwargs,
     ) -> list[str]:
         """Short answers to samples["text_input"] (B questions), each in `prompt` ("Question: {} Short answer:").
 
-        Questions of different length are left-padded. Only inference_method="generate" is known.
+        Questions of different length are left-padded. Only inference_method="generate" is known. A `visual_prompt`
+        already computed is used as is.
         """
         if inference_method != "generate":
             raise ValueError(f"inference_method: {inference_method!r}; EVLGen answers by 'generate' only")
@@ -217,7 +219,12 @@ class EVLGen(Bundled, BaseModel):
         template = prompt or "Question: {} Short answer:"
         asked = {**samples, "prompt": [template.format(question) for question in questions]}
         return self.generate(
-            asked, num_beams=num_beams, max_length=max_len, min_length=min_len, length_penalty=length_penalty
+            asked,
+            num_beams=num_beams,
+            max_length=max_len,
+            min_length=min_len,
+            length_penalty=length_penalty,
+            visual_prompt=visual_prompt,
         )
 
     @torch.no_grad()

@@ -69,6 +69,7 @@ def check_unreadable(folder: Path, split: str, dataset, entries: list[dict]):
     """
     if not entries:
         return
+    entries = list({entry["image"]: entry for entry in entries}.values())  # several questions may share a picture
     file, total = folder / "bad_images.jsonl", getattr(dataset, "num_images", len(dataset))
     first = f"{entries[0]['image']} ({entries[0]['reason']})"
     if distributed.is_main():

@@ -31,6 +31,8 @@ def check_splits(run, datasets: dict, task):
         if len(found) > 1:
             raise ConfigError(f"evaluation of {split}: {', '.join(found)} all have it; keep one")
         name, dataset = next(iter(found.items()))
+        if hasattr(task, "check_dataset"):  # LAVIS's own tasks have none
+            task.check_dataset(name, dataset)
         check_files(name, dataset)
         on_one_rank = -(-len(dataset) // distributed.world_size())
         if on_one_rank < getattr(task, "LEAST_PICTURES", 1):
@@ -63,6 +65,8 @@ def check_evaluation(run, model):
             "run.resume_ckpt_path continues training; to evaluate a checkpoint set model.pretrained="
             f"{run.resume_ckpt_path} in its place"
         )
+    if run.get("keep_every") and not run.get("run_name"):
+        raise ConfigError("run.keep_every needs run.run_name, the folder that an evaluation goes on in")
     if not run.get("test_splits"):
         raise ConfigError("run.test_splits is empty: there is nothing to evaluate; set e.g. run.test_splits=[test]")
     if not (model.get("pretrained") or model.get("finetuned")):

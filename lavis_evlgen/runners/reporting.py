@@ -65,15 +65,27 @@ class Reporter:
         self._card(name, dataset, split, step, result)
         if rows:
             self._sheet(dataset, rows)
-        if "loss_right" in result:
-            curve = {"step": step, "val_loss_right": result["loss_right"], "val_loss_shuffled": result["loss_shuffled"]}
-            curve |= {"cider": result["metrics"].get("CIDEr"), "blind_cider": result["blind"].get("CIDEr")}
-            if hasattr(self.runner, "progress") and split in self.runner.valid_splits:
-                self.runner.progress.write(curve)
-            logging.info("%s at step %s: %s", split, step, summary(result))
+        if "metrics" in result and hasattr(self.runner, "progress") and split in self.runner.valid_splits:
+            self.runner.progress.write({"step": step, **scored_curve(result)})
+        if words := self._summary(result):
+            logging.info("%s at step %s: %s", split, step, words)
         if rows and split in self.runner.test_splits:
             for row in rows[:8]:
-                logging.info("  caption: %s\n      reference: %s", row["caption"], row["references"][0])
+                said, references, _ = self._shown(row)
+                word = "answer" if hasattr(self.runner.task, "shown") else "caption"
+                logging.info("  %s: %s\n      reference: %s", word, said, references[0])
+
+    def _summary(self, result: dict) -> str | None:
+        """One line of a result, by the task where it has its own way; LAVIS's own tasks have no line."""
+        if hasattr(self.runner.task, "summary"):
+            return self.runner.task.summary(result)
+        return summary(result) if "loss_right" in result else None
+
+    def _shown(self, row: dict) -> tuple[str, list[str], float | None]:
+        """(what the model said, references, score) of a row, by the task where its rows are no captions."""
+        if hasattr(self.runner.task, "shown"):
+            return self.runner.task.shown(row)
+        return row["caption"], row["references"], row["scores"].get("CIDEr")
 
     def _card(self, name: str, dataset, split: str, step, result: dict):
         model = self.runner.unwrap_dist_model(self.runner.model)
@@ -83,7 +95,7 @@ class Reporter:
         size = getattr(dataset, "num_images", len(dataset))
         card = run_card(
             config=self.runner.config.to_dict(),
-            prompt=getattr(model, "prompt", ""),
+            prompt=getattr(self.runner.task, "prompt", getattr(model, "prompt", "")),
             decoding=getattr(self.runner.task, "decoding", {}),
             data={"name": name, "split": split, "size": size, "fingerprint": fingerprint},
             scoring_tokenizer=result.get("scoring_tokenizer"),
@@ -104,23 +116,22 @@ class Reporter:
         return self.runner.bad.found if hasattr(self.runner, "bad") else {}
 
     def _sheet(self, dataset, rows: list[dict]):
-        rows = rows[: int(self.runner.config.run_cfg.get("sheet_pictures", 12))]
+        firsts: dict = {}
+        for row in rows:  # one of each picture
+            firsts.setdefault(row["image_id"], row)
+        rows = list(firsts.values())[: int(self.runner.config.run_cfg.get("sheet_pictures", 12))]
         if not rows:
             return
         images = [dataset.pil_image(int(row["instance_id"])) for row in rows]
-        caption_sheet(
-            self.folder / "captions.png",
-            images,
-            [row["caption"] for row in rows],
-            [row["references"] for row in rows],
-            [row["scores"].get("CIDEr") for row in rows],
-        )
+        said, references, scores = zip(*map(self._shown, rows), strict=True)
+        name = getattr(self.runner.task, "score_name", "CIDEr")
+        caption_sheet(self.folder / "captions.png", images, said, references, scores, score_name=name)
 
     def close(self):
         """The last words of a run."""
         for split, result in self.results.items():
-            if "loss_right" in result:
-                logging.info("%s: %s", split, summary(result))
+            if words := self._summary(result):
+                logging.info("%s: %s", split, words)
             for metric, reason in result.get("unscored", {}).items():
                 logging.info("%s was not scored: %s", metric, reason)
         logging.info("run folder: %s (run.json, loss.png, captions.png, log.jsonl, result/, checkpoints)", self.folder)
@@ -129,6 +140,16 @@ class Reporter:
 def precisions(model) -> dict[str, str]:
     """Number format of each part's weights, after `auto` has been resolved."""
     return {part: ", ".join(dtypes) for part, *_, dtypes, _ in part_rows(model)}
+
+
+def scored_curve(result: dict) -> dict[str, float]:
+    """What loss.png draws of an evaluation: losses, and CIDEr or the accuracy of answers, each with its blind twin."""
+    names = {"CIDEr": "cider", "accuracy": "accuracy"}
+    curve = {f"val_{key}": result[key] for key in ("loss_right", "loss_shuffled") if key in result}
+    for metric, name in names.items():
+        if metric in result["metrics"]:
+            curve |= {name: result["metrics"][metric], f"blind_{name}": result["blind"].get(metric)}
+    return curve
 
 
 def summary(result: dict) -> str:

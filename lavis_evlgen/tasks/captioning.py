@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
-
 import torch
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
@@ -14,6 +11,8 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.evaluation import caption_metrics
 from lavis_evlgen.evaluation.blind import score_with_blind
+from lavis_evlgen.tasks.other_pictures import paired_losses
+from lavis_evlgen.tasks.watching import watched
 
 
 def decoding_of(run) -> dict:
@@ -76,6 +75,11 @@ class EvlgenCaptionTask(BaseTask):
             run.get("agg_metric", "CIDEr"),
         )
 
+    def check_dataset(self, name: str, dataset):
+        """Raises ConfigError for a data set without captions; the runner asks before anything runs."""
+        if not hasattr(dataset, "references"):
+            raise ConfigError(f"run.task=evlgen_captioning needs captions, {name} has none; see run.task=evlgen_vqa")
+
     def before_evaluation(self, model, dataset, **kwargs):
         self.references = dataset.references
 
@@ -83,16 +87,12 @@ class EvlgenCaptionTask(BaseTask):
     def evaluation(self, model, data_loader, cuda_enabled=False) -> list[dict]:
         """One row a readable picture of this rank: image_id, caption, losses (nats), tokens; `bad` rows too."""
         rows, bad, previous = [], [], None
-        started, total = time.time(), len(data_loader)
-        for done, batch in enumerate(data_loader, start=1):
+        for batch in watched(data_loader):
             bad += batch["bad"]
             if batch["image"] is not None:
                 batch["image"] = batch["image"].to(model.device, non_blocking=True)
                 found, previous = self._caption_batch(model, batch, previous)
                 rows += found
-            if time.time() - started > 30 and (done % max(1, total // 10) == 0) and distributed.is_main():
-                left = (time.time() - started) / done * (total - done)
-                logging.info("evaluation: %d of %d batches, %.0f s left", done, total, left)
         return rows + [{"bad": entry} for entry in bad]
 
     def _caption_batch(self, model, batch: dict, previous):
@@ -133,7 +133,7 @@ class EvlgenCaptionTask(BaseTask):
         return {
             "metrics": scores.scores,
             "blind": blind.mean,
-            **_losses(rows),
+            **paired_losses(rows),
             "pictures": len(rows),
             "unreadable": bad,
             "scoring_tokenizer": scores.tokenizer,
@@ -141,12 +141,3 @@ class EvlgenCaptionTask(BaseTask):
             "agg_metrics": scores.scores[self.agg],
             "rows": rows,
         }
-
-
-def _losses(rows: list[dict]) -> dict[str, float]:
-    """Nats per token with right and shuffled pictures, over the rows that have both."""
-    paired = [row for row in rows if row["loss_shuffled"] is not None]
-    tokens = sum(row["tokens"] for row in paired)
-    right = sum(row["loss"] for row in paired) / tokens
-    shuffled = sum(row["loss_shuffled"] for row in paired) / tokens
-    return {"loss_right": right, "loss_shuffled": shuffled, "loss_gap": shuffled - right}

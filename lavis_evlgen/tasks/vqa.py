@@ -1,0 +1,235 @@
+"""Visual question answering: answers by generation, scored against human answers, with a blind twin beside them."""
+
+from __future__ import annotations
+
+import torch
+from lavis.common.registry import registry
+from lavis.tasks.base_task import BaseTask
+
+from lavis_evlgen import distributed
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets import DataError
+from lavis_evlgen.datasets.questions import TEMPLATE
+from lavis_evlgen.evaluation import vqa_metrics
+from lavis_evlgen.evaluation.lemmas import load_lemmatizer
+from lavis_evlgen.tasks.other_pictures import OtherPictures, paired_losses, prompts_of
+from lavis_evlgen.tasks.watching import watched
+
+LONGEST = 200  # training questions that are tried against max_txt_len
+
+
+@registry.register_task("evlgen_vqa")
+class EvlgenVqaTask(BaseTask):
+    """Answers the questions of a split by `model.predict_answers` and scores them.
+
+    Blind twin: the same questions asked again with the prompt of another picture, scored against the same answers:
+    what question and habit alone are worth. And the loss of the most frequent human answer under the right and
+    under the other picture's prompt.
+    """
+
+    NUMBERS = {
+        "num_beams": (1, None), "max_len": (1, None), "min_len": (0, None), "length_penalty": (-10.0, None),
+        "blind_share": (0.0, 1.0),
+    }  # fmt: skip
+    CONFIG_KEYS = {
+        "prompt": f"what a question is asked in, in training too ({TEMPLATE!r})",
+        "num_beams": "beams of the search (5)",
+        "max_len": "most new tokens of an answer (10)",
+        "min_len": "fewest new tokens of an answer (1)",
+        "length_penalty": "above 0 favours longer answers in beam search (0)",
+        "metric": "vqa (ten human answers), gqa (the answer as it stands), exact (both sides normalised) (exact)",
+        "lemmatize": "score nouns and verbs of answers as lemmas, as OK-VQA's results are; needs spaCy's model (false)",
+        "blind_share": "share of the questions that are asked again with another picture, 0 to 1 (1)",
+    }
+    score_name = "accuracy"
+
+    def __init__(self, decoding: dict, prompt: str = TEMPLATE, metric="exact", lemmatize=False, blind_share=1.0):
+        super().__init__()
+        vqa_metrics.check_metric(metric)
+        if not isinstance(lemmatize, bool):
+            raise ConfigError(f"run.lemmatize: {lemmatize!r} is not true or false")
+        try:
+            fits = prompt.format("QUESTION").count("QUESTION") == 1
+        except (IndexError, KeyError, ValueError):
+            fits = False
+        if not fits:
+            raise ConfigError(f"run.prompt: {prompt!r} must hold {{}} once, where the question stands")
+        self.decoding, self.prompt, self.metric = decoding, prompt, metric
+        self.lemmatize = load_lemmatizer() if lemmatize else None
+        self.blind_share, self.dataset = float(blind_share), None
+
+    @classmethod
+    def setup_task(cls, cfg):
+        run = cfg.run_cfg
+        decoding = {
+            "num_beams": int(run.get("num_beams", 5)),
+            "max_len": int(run.get("max_len", 10)),
+            "min_len": int(run.get("min_len", 1)),
+            "length_penalty": float(run.get("length_penalty", 0.0)),
+        }
+        return cls(
+            decoding,
+            run.get("prompt", TEMPLATE),
+            run.get("metric", "exact"),
+            run.get("lemmatize", False),
+            run.get("blind_share", 1.0),
+        )
+
+    def build_datasets(self, cfg) -> dict:
+        """LAVIS's; every set of questions asks in this task's prompt, so that training and evaluation agree."""
+        self.built = super().build_datasets(cfg)
+        for dataset in self._question_sets():
+            dataset.template = self.prompt
+        return self.built
+
+    def build_model(self, cfg):
+        """LAVIS's; what will be learnt, or scored by its loss, must fit into the model's max_txt_len."""
+        model = super().build_model(cfg)
+        run = cfg.run_cfg
+        splits = [*(run.get("test_splits") or [])] if self.blind_share else []
+        if not run.get("evaluate"):
+            splits += ["train", *((run.get("valid_splits") or []) if self.blind_share else [])]
+        for dataset in self._question_sets():
+            if dataset.split in splits:
+                self._check_room(model.language_model, dataset)
+        return model
+
+    def _question_sets(self) -> list:
+        return [d for splits in getattr(self, "built", {}).values() for d in splits.values() if hasattr(d, "template")]
+
+    def _check_room(self, language_model, dataset):
+        """Question and answer must fit into max_txt_len, else the answer is cut. Raises ConfigError."""
+        longest = sorted(dataset.annotation, key=lambda row: len(row["question"]) + max(map(len, row["answers"])))
+        for row in longest[-LONGEST:]:
+            asked = self.prompt.format(dataset.text_processor(row["question"]))
+            for answer in set(row["answers"]):
+                need = len(language_model.text.encode(f"{asked.rstrip()} {answer}")) + 1  # the end token
+                if need > language_model.text_limit:
+                    raise ConfigError(
+                        f"{dataset.name}: {asked!r} with the answer {answer!r} is {need} tokens, but model.max_txt_len="
+                        f"{language_model.max_txt_len} has room for {language_model.text_limit}; raise it"
+                    )
+
+    def check_dataset(self, name: str, dataset):
+        """Raises ConfigError for a data set that cannot be scored; the runner asks before anything runs."""
+        if not hasattr(dataset, "answers"):
+            raise ConfigError(f"run.task=evlgen_vqa needs questions, {name} has none; see run.task=evlgen_captioning")
+        counts = [len(answers) for answers in dataset.answers.values()]
+        if self.metric == "vqa" and min(counts) < vqa_metrics.FEWEST_HUMANS:
+            raise ConfigError(
+                f"run.metric=vqa needs {vqa_metrics.FEWEST_HUMANS} human answers a question or more (officially ten), "
+                f"and {name} {dataset.split} has questions with {min(counts)}; set run.metric=exact"
+            )
+        if self.metric == "gqa" and max(counts) > 1:
+            raise ConfigError(f"run.metric=gqa takes one answer a question, {name} has {max(counts)}; see run.metric")
+
+    def before_evaluation(self, model, dataset, **kwargs):
+        self.dataset = dataset
+
+    @torch.no_grad()
+    def evaluation(self, model, data_loader, cuda_enabled=False) -> list[dict]:
+        """One row a question of this rank that has a readable picture; `bad` rows for the others."""
+        rows, bad, others = [], [], OtherPictures()
+        for batch in watched(data_loader):
+            bad += batch["bad"]
+            if batch["image"] is not None:
+                batch["image"] = batch["image"].to(model.device, non_blocking=True)
+                rows += self._answer_batch(model, batch, others)
+        return rows + [{"bad": entry} for entry in bad]
+
+    def _answer_batch(self, model, batch: dict, others: OtherPictures) -> list[dict]:
+        prompt = model.visual_prompt(batch["image"])
+        answers = model.predict_answers(batch, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
+        keys = ("instance_id", "question_id", "image_id", "question")
+        rows = [{key: batch[key][i] for key in keys} | {"answer": answer} for i, answer in enumerate(answers)]
+        donors = others.of(batch["image_id"], prompt)
+        again = [i for i in range(len(rows)) if i in donors and self._asks_again(batch["instance_id"][i])]
+        if again:
+            right = prompts_of(prompt, [(prompt, i) for i in again])
+            other = prompts_of(prompt, [donors[i] for i in again])
+            part = {key: [batch[key][i] for i in again] for key in ("text_input", "question", "answer")}
+            blind = model.predict_answers(part, prompt=self.prompt, visual_prompt=other, **self.decoding)
+            truth = {"text_input": part["answer"], "prompt": [self.prompt.format(q) for q in part["question"]]}
+            (loss, tokens), (shuffled, _) = model.loss_of(right, truth), model.loss_of(other, truth)
+            for at, i in enumerate(again):
+                rows[i] |= {"blind_answer": blind[at], "loss": loss[at].item(), "loss_shuffled": shuffled[at].item()}
+                rows[i]["tokens"] = tokens[at].item()
+        return rows
+
+    def _asks_again(self, instance_id: str) -> bool:
+        """`blind_share` of the rows, spread as if at random, the same whatever the batches and ranks."""
+        return int(instance_id) * 2654435761 % 2**32 < self.blind_share * 2**32
+
+    def after_evaluation(self, val_result: list[dict], split_name: str, epoch, **kwargs) -> dict:
+        """Scores of all ranks' rows (call on one rank): accuracy, blind accuracy, losses, `agg_metrics`, `rows`."""
+        rows = [row for row in val_result if "bad" not in row]
+        bad = {row["bad"]["image"]: row["bad"] for row in val_result if "bad" in row}
+        unasked = len(val_result) - len(rows)
+        self._check_complete(rows, unasked, split_name)
+        scores = self._score({row["question_id"]: row["answer"] for row in rows})
+        blind = {row["question_id"]: row["blind_answer"] for row in rows if "blind_answer" in row}
+        blind_scores = self._score(blind).per_sample if blind else {}
+        for row in rows:
+            row["answers"] = self.dataset.answers[row["question_id"]]
+            row["score"] = scores.per_sample[row["question_id"]]
+            row["blind_score"] = blind_scores.get(row["question_id"])
+        accuracy = {f"accuracy {kind}": value for kind, value in scores.by_kind.items()}
+        return {
+            "metrics": {"accuracy": scores.accuracy, **accuracy},
+            "metric": self.metric,
+            "lemmatized": self.lemmatize is not None,
+            "blind": _blind(rows),
+            **paired_losses(rows),
+            "questions": len(rows),
+            "pictures": len({row["image_id"] for row in rows}),
+            "unreadable": list(bad.values()),
+            "unasked": unasked,
+            "unmatchable": scores.unmatchable,
+            "agg_metrics": scores.accuracy,
+            "rows": rows,
+        }
+
+    def _score(self, predictions: dict):
+        if self.lemmatize:
+            predictions = {key: self.lemmatize(text) for key, text in predictions.items()}
+        return vqa_metrics.score_answers(predictions, self.dataset.answers, self.metric, self.dataset.kinds)
+
+    def _check_complete(self, rows: list[dict], unasked: int, split_name: str):
+        """Every question once, over all ranks: a wrong shard would be a wrong accuracy."""
+        distinct = len({row["question_id"] for row in rows})
+        if not rows:
+            raise DataError(f"{split_name}: no question has a readable picture ({unasked} have none)")
+        if distinct != len(rows) or len(rows) + unasked != len(self.dataset):
+            raise DataError(
+                f"{split_name}: {len(rows)} answers to {distinct} questions, {unasked} with unreadable pictures, of "
+                f"{len(self.dataset)} on {distributed.world_size()} ranks: questions were lost or asked twice"
+            )
+
+    def summary(self, result: dict) -> str:
+        """One line: accuracy against blind accuracy, loss with right against other pictures."""
+        kinds = "  ".join(f"{name.removeprefix('accuracy ')} {value:.3f}" for name, value in result["metrics"].items()
+                          if name != "accuracy")  # fmt: skip
+        words = f"accuracy {result['metrics']['accuracy']:.3f}"
+        if result["blind"]:
+            words += f" (blind {result['blind']['accuracy']:.3f} on {result['blind']['questions']})"
+            words += f"  loss {result['loss_right']:.3f} right, {result['loss_shuffled']:.3f} other picture "
+            words += f"(gap {result['loss_gap']:.3f} nats/token)"
+        words += f"  {kinds}  [{result['questions']} questions, {self.metric}]"
+        if result["unreadable"]:
+            words += f"  {result['unasked']} questions about {len(result['unreadable'])} unreadable pictures left out"
+        if result["unmatchable"]:
+            words += f"  {result['unmatchable']} questions have no answer that could be matched (docs/evaluation.md)"
+        return words
+
+    def shown(self, row: dict) -> tuple[str, list[str], float]:
+        """(what the model said, references, score) of a row, for the sheet and the log."""
+        return f"{row['question']} {row['answer']}", list(dict.fromkeys(row["answers"])), row["score"]
+
+
+def _blind(rows: list[dict]) -> dict:
+    """Accuracy with another picture, and with the right one on the same questions; {} where none was asked again."""
+    paired = [row for row in rows if row["blind_score"] is not None]
+    if not paired:
+        return {}
+    blind, right = (sum(row[key] for row in paired) / len(paired) for key in ("blind_score", "score"))
+    return {"accuracy": blind, "accuracy_same_questions": right, "questions": len(paired)}
