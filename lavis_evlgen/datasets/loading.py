@@ -137,9 +137,9 @@ def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_wor
     )
 
 
-def eval_loader(dataset, batch_size, rank, world, num_workers, pin_memory) -> DataLoader:
-    """Every row exactly once over all ranks: rank r reads rows r, r + W, ... in order."""
-    rows = Subset(dataset, range(rank, len(dataset), world))
+def eval_loader(dataset, batch_size, rank, world, num_workers, pin_memory, part: slice = slice(None)) -> DataLoader:
+    """Every row exactly once over all ranks: rank r reads rows r, r + W, ... in order, or a `part` of them."""
+    rows = Subset(dataset, range(rank, len(dataset), world)[part])
     return DataLoader(
         rows,
         batch_size=batch_size,

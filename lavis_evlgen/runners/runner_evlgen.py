@@ -16,12 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.datasets.loading import eval_loader, train_loader
+from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.checkpoints import frozen_names
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
 from lavis_evlgen.runners.checks import check_evaluation, check_splits, sets_with
 from lavis_evlgen.runners.cost import count_flops
+from lavis_evlgen.runners.partial import KeepsRows
 from lavis_evlgen.runners.progress import Progress, startup_table
 from lavis_evlgen.runners.reporting import Reporter
 from lavis_evlgen.runners.resuming import Resumable
@@ -30,7 +31,7 @@ from lavis_evlgen.runners.steps import TrainingStep
 
 
 @registry.register_runner("runner_evlgen")
-class RunnerEvlgen(Resumable, RunnerIter):
+class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
     """Trains for `max_iters` optimizer steps; every `iters_per_inner_epoch` it evaluates and saves."""
 
     # least and most a number may be; whole numbers where the least is one
@@ -39,12 +40,12 @@ class RunnerEvlgen(Resumable, RunnerIter):
         "warmup_lr": (0.0, None), "warmup_steps": (0, None), "weight_decay": (0.0, None), "beta2": (0.0, 1.0),
         "max_grad_norm": (0.0, None), "batch_size_train": (1, None), "batch_size_eval": (1, None),
         "accum_grad_iters": (1, None), "num_workers": (0, None), "seed": (0, None), "log_freq": (1, None),
-        "sheet_pictures": (0, None),
+        "sheet_pictures": (0, None), "keep_every": (0, None),
     }  # fmt: skip
     LISTS = ("train_splits", "valid_splits", "test_splits")
     CONFIG_KEYS = {
         "runner": "runner_evlgen",
-        "task": "what evaluation does: evlgen_captioning, or a LAVIS task",
+        "task": "what evaluation does: evlgen_captioning, evlgen_vqa, or a LAVIS task",
         "max_iters": "optimizer steps of the run",
         "iters_per_inner_epoch": "evaluate and save every this many steps",
         "lr_sched": "linear_warmup_cosine_step_lr, or another registered schedule",
@@ -65,6 +66,7 @@ class RunnerEvlgen(Resumable, RunnerIter):
         "run_name": "name of this run's folder (a time stamp)",
         "resume_ckpt_path": "checkpoint of a run to continue in its folder, or auto: the newest of run_name",
         "evaluate": "true: only evaluate test_splits",
+        "keep_every": "evaluate only: keep finished rows every this many batches, to go on when cut off (0: do not)",
         "train_splits": "must be [train]",
         "valid_splits": "splits evaluated during training, e.g. [val]",
         "test_splits": "splits evaluated at the end with the best weights, e.g. [test]",
@@ -263,27 +265,21 @@ class RunnerEvlgen(Resumable, RunnerIter):
     @torch.no_grad()
     def eval_epoch(self, split_name, cur_epoch, skip_reload=True):
         """Evaluate one split: its metrics on every rank; files are written by the main one."""
-        run = self.config.run_cfg
         name, dataset = next(iter(sets_with(self.datasets, split_name).items()))
-        loader = eval_loader(
-            dataset,
-            int(run.get("batch_size_eval", run.get("batch_size_train", 1))),
-            distributed.rank(),
-            distributed.world_size(),
-            int(run.get("num_workers", 0)),
-            self.device.type == "cuda",
-        )
         self._model.eval()
         self.task.before_evaluation(model=self._model, dataset=dataset)
-        rows = self.task.evaluation(self._model, loader, cuda_enabled=self.device.type == "cuda")
-        rows = distributed.gather_lists(rows)
+        kept = self._kept_rows(dataset, split_name)
+        rows = distributed.gather_lists(self._own_rows(dataset, kept))
         check_unreadable(self.output_dir, split_name, dataset, [row["bad"] for row in rows if "bad" in row])
         result = None
         if distributed.is_main():
             result = self.task.after_evaluation(val_result=rows, split_name=split_name, epoch=cur_epoch)
             self.reporter.result(name, dataset, split_name, cur_epoch, result)
         # what the best checkpoint is decided on must be the same on every rank
-        return distributed.from_main({k: v for k, v in (result or {}).items() if k != "rows"})
+        result = distributed.from_main({k: v for k, v in (result or {}).items() if k != "rows"})
+        if kept is not None:
+            kept.done()
+        return result
 
     def evaluate(self, cur_epoch="given", skip_reload=True) -> dict:
         """Evaluate test_splits with the weights the model has now."""
