@@ -5,6 +5,7 @@ LAVIS JSON (a list of rows), JSONL (a row a line), CSV or TSV with a header. The
 file contains.
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -50,7 +51,8 @@ class QuestionsFile:
             return self.problems.append(f"{where}: no image name")
         if not isinstance(question, str) or not question.strip():
             return self.problems.append(f"{where}: no question about {image}")
-        answers = [answer.strip() for answer in map(_answer_text, answers) if answer and answer.strip()]
+        # interned: ten answers to each of 400,000 questions are few different strings
+        answers = [sys.intern(answer.strip()) for answer in map(_answer_text, answers) if answer and answer.strip()]
         if not answers:
             return self.problems.append(f"{where}: no answer to {question!r}")
         if not all(map(encodes, (image, question, *answers))):

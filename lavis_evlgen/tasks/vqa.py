@@ -15,7 +15,7 @@ from lavis_evlgen.evaluation.lemmas import load_lemmatizer
 from lavis_evlgen.tasks.other_pictures import OtherPictures, paired_losses, prompts_of
 from lavis_evlgen.tasks.watching import watched
 
-LONGEST = 200  # training questions that are tried against max_txt_len
+LONGEST = 200  # questions, the longest in letters, that are tried against max_txt_len
 
 
 @registry.register_task("evlgen_vqa")
@@ -207,19 +207,22 @@ class EvlgenVqaTask(BaseTask):
 
     def summary(self, result: dict) -> str:
         """One line: accuracy against blind accuracy, loss with right against other pictures."""
-        kinds = "  ".join(f"{name.removeprefix('accuracy ')} {value:.3f}" for name, value in result["metrics"].items()
-                          if name != "accuracy")  # fmt: skip
-        words = f"accuracy {result['metrics']['accuracy']:.3f}"
+        accuracy, *kinds = result["metrics"].items()
+        words = [f"accuracy {accuracy[1]:.3f}"]
         if result["blind"]:
-            words += f" (blind {result['blind']['accuracy']:.3f} on {result['blind']['questions']})"
-            words += f"  loss {result['loss_right']:.3f} right, {result['loss_shuffled']:.3f} other picture "
-            words += f"(gap {result['loss_gap']:.3f} nats/token)"
-        words += f"  {kinds}  [{result['questions']} questions, {self.metric}]"
+            words[0] += f" (blind {result['blind']['accuracy']:.3f} on {result['blind']['questions']})"
+            words.append(
+                f"loss {result['loss_right']:.3f} right, {result['loss_shuffled']:.3f} other picture "
+                f"(gap {result['loss_gap']:.3f} nats/token)"
+            )
+        words += [f"{name.removeprefix('accuracy ')} {value:.3f}" for name, value in kinds]
+        words.append(f"[{result['questions']} questions, {self.metric}]")
         if result["unreadable"]:
-            words += f"  {result['unasked']} questions about {len(result['unreadable'])} unreadable pictures left out"
+            pictures = len(result["unreadable"])
+            words.append(f"{result['unasked']} questions about {pictures} unreadable pictures left out")
         if result["unmatchable"]:
-            words += f"  {result['unmatchable']} questions have no answer that could be matched (docs/evaluation.md)"
-        return words
+            words.append(f"{result['unmatchable']} questions have no answer that could match (docs/evaluation.md)")
+        return "  ".join(words)
 
     def shown(self, row: dict) -> tuple[str, list[str], float]:
         """(what the model said, references, score) of a row, for the sheet and the log."""

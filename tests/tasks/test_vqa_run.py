@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lavis_evlgen import cli
 from lavis_evlgen.datasets.loading import eval_loader
 from tests.datasets.helpers import write_json
 from tests.run_tools import Runs, checkpoint, log, losses
@@ -126,3 +127,22 @@ def test_mistakes_are_told_before_the_first_step(answered, tmp_path, capsys, opt
     runs = answered.copy(tmp_path)
     assert runs.command(option) == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_missing_lemmatizer_is_told_in_one_line(answered, tmp_path, capsys, monkeypatch):
+    spacy = pytest.importorskip("spacy")
+
+    def load(name):
+        raise OSError("[E050] Can't find model 'en_core_web_sm'")
+
+    monkeypatch.setattr(spacy, "load", load)
+    assert answered.copy(tmp_path).command("run.lemmatize=true", script="evaluate.py") == 2
+    assert "run.lemmatize=true needs spaCy and its model en_core_web_sm" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_doctor_knows_questions(answered, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["doctor", str(answered.path())])
+    says = capsys.readouterr().out
+    assert end.value.code == 0, says
+    assert "data image_questions train: 4 found and readable" in says and "train, val, test are there" in says
