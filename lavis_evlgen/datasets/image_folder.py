@@ -8,6 +8,7 @@ from PIL import Image
 
 from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.image_files import open_image
+from lavis_evlgen.datasets.records import WHERE_FROM
 
 
 class ImageFolder:
@@ -50,5 +51,5 @@ def images_folder(folder, place: str) -> str:
     if not folder:
         raise DataError(f"the images folder is not given; set {place}.images=FOLDER")
     if not Path(folder).is_dir():
-        raise DataError(f"{place}.images={folder} is not a folder here ({Path.cwd()})")
+        raise DataError(f"{place}.images={folder} is not a folder here ({Path.cwd()}); {WHERE_FROM}")
     return str(folder)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from lavis_evlgen.datasets.errors import DataError
 
+WHERE_FROM = "docs/evaluation.md says where the files of public benchmarks come from"
 _MOST_LINES = 10  # of one row of a table; more is a quote that was not meant
 
 
@@ -42,7 +43,7 @@ def read_text(path, what: str) -> str:
             text = file.read()
     except FileNotFoundError:
         here = "" if os.path.isabs(path) else f" (relative paths start at {os.getcwd()})"
-        raise DataError(f"there is no {what} {path}{here}") from None
+        raise DataError(f"there is no {what} {path}{here}; {WHERE_FROM}") from None
     except UnicodeDecodeError as error:
         raise DataError(f"the {what} {path} is not UTF-8 text ({error}); convert it first") from None
     except OSError as error:

@@ -104,6 +104,7 @@ def test_fingerprint_follows_the_data(tmp_path, pictures):
         ({"questions": None}, "datasets.image_questions has neither of `questions`"),
         ({"annotations": {"val": "x"}}, "has both of `questions`"),
         ({"images": "nowhere"}, "datasets.image_questions.images=nowhere is not a folder"),
+        ({"questions": "none.json"}, "there is no questions file none.json .*docs/evaluation.md says where"),
         ({"split": None}, "datasets.image_questions.split.train=N"),
         ({"split": {"train": 99}}, "datasets.image_questions.split asks for"),
         ({"pictures": {"train": 9}}, r"datasets.image_questions.pictures.train=9 must be a number from 1 to 3"),

@@ -124,6 +124,11 @@ def test_an_unknown_metric_is_refused_before_anything_runs():
         task(metrics=["CIDErr"])
 
 
+def test_a_data_set_without_captions_is_refused_before_anything_runs():
+    with pytest.raises(ConfigError, match="needs captions, easy_vqa has none; see run.task=evlgen_vqa"):
+        task().check_dataset("easy_vqa", types.SimpleNamespace(answers={}))
+
+
 @pytest.mark.parametrize("rows", [[], [0]])
 def test_too_few_pictures_say_so(rows):
     with pytest.raises(DataError, match=f"val: {len(rows)} readable pictures"):

@@ -62,8 +62,8 @@ def test_a_run_leaves_card_answers_and_pictures(answered):
     for row in result["rows"]:
         assert isinstance(row["answer"], str) and len(row["answers"]) == 10 and row["score"] in (0.0, 1.0, 0.6)
         assert row["loss"] > 0 and row["blind_answer"] is not None
-    for name in ("captions.png", "loss.png"):
-        assert Image.open(answered.output() / name).size[0] > 500
+    assert Image.open(answered.output() / "captions.png").size[0] > 500
+    assert Image.open(answered.output() / "loss.png").size[0] == 1200  # with the accuracy beside the losses
 
 
 def test_the_curves_hold_accuracy_and_its_blind_twin(answered):
@@ -83,6 +83,19 @@ def test_only_the_answer_is_learnt(answered):
     text = model.language_model.text
     expected = [len(text.encode(f" {answer}")) + 1 for answer in batch["text_input"]]
     assert tokens.tolist() == expected
+
+
+def test_a_visual_prompt_already_computed_gives_the_same_answers(answered):
+    runner = answered.runner
+    train = runner.datasets["image_questions"]["train"]
+    samples = train.collater([train[n] for n in range(6)])
+    samples = {"image": samples["image"], "text_input": samples["question"]}
+    model = runner.unwrap_dist_model(runner.model).eval()
+    prompt = model.visual_prompt(samples["image"])
+    expected = model.predict_answers(samples, num_beams=2)
+    assert model.predict_answers(samples, num_beams=2, visual_prompt=prompt) == expected
+    turned = type(prompt)(prompt.tokens.flip(0))
+    assert model.predict_answers(samples, num_beams=2, visual_prompt=turned) != expected
 
 
 def test_evaluate_gives_the_same_answers(answered, tmp_path, capsys):
