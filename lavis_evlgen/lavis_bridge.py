@@ -3,10 +3,6 @@
 LAVIS 1.0.2 was written for transformers 4.25 and for one cluster. `apply()` makes `import lavis`
 and its models work on transformers 4.49 to 4.57; each bridge looks whether it is needed, does one
 thing, and is recorded in `applied()`. No warning is silenced and no LAVIS file is edited.
-
-Not bridged here: beam search of LAVIS's own BLIP-2 classes, which repeat the visual prompt
-`num_beams` times themselves (`blip2_opt.py`, `blip2_qformer.py`) while transformers >= 4.27 does so
-again. EVLGen generates through Hugging Face's classes and has no such repeat.
 """
 
 import importlib
@@ -27,6 +23,9 @@ GENERATING = (
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
     ("lavis.models.blip2_models.modeling_opt", "OPTForCausalLM"),
 )
+# what BLIP-2's `generate` repeats for the beams before it calls the classes above (blip2_opt.py:215,
+# blip2_qformer.py:289)
+REPEATED_BY_LAVIS = ("query_embeds", "encoder_hidden_states", "encoder_attention_mask")
 
 
 def apply() -> None:
@@ -39,6 +38,7 @@ def apply() -> None:
     import lavis  # noqa: F401  registers LAVIS's models, tasks, builders and processors
 
     restore_generate()
+    repeat_for_beams_once()
     register_runners_and_schedulers()
     set_cache_root()
     _done = True
@@ -85,6 +85,39 @@ def restore_generate() -> None:
             f"{module_name}.{class_name} has no `generate` because PreTrainedModel is no longer a "
             "GenerationMixin (>= 4.52)",
         )
+
+
+def repeat_for_beams_once() -> None:
+    """LAVIS repeats the visual prompt for the beams itself; transformers >= 4.27 repeats all it is given.
+
+    Beam search (and several samples of a picture) then met num_beams times too many rows and failed. What comes
+    with a row for every beam is left as it is; what comes with a row for every picture is repeated.
+    """
+    from transformers import GenerationMixin
+
+    for module_name, class_name in GENERATING:
+        model_class = getattr(importlib.import_module(module_name), class_name)
+        if model_class._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation:
+            continue
+        model_class._expand_inputs_for_generation = staticmethod(_repeat_unrepeated)
+        _record(
+            f"repeat_for_beams_once:{class_name}",
+            f"BLIP-2's generate repeats {', '.join(REPEATED_BY_LAVIS)} num_beams times, and transformers "
+            f"would do so again in {module_name}.{class_name}",
+        )
+
+
+def _repeat_unrepeated(expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    """In place of GenerationMixin._expand_inputs_for_generation: (input_ids, model_kwargs), a row for each beam."""
+    from transformers import GenerationMixin
+
+    rows = None if input_ids is None else len(input_ids) * expand_size
+    there = {k: v for k in REPEATED_BY_LAVIS if (v := model_kwargs.get(k)) is not None and len(v) == rows}
+    others = {k: v for k, v in model_kwargs.items() if k not in there}
+    input_ids, others = GenerationMixin._expand_inputs_for_generation(
+        expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **others
+    )
+    return input_ids, others | there
 
 
 def register_runners_and_schedulers() -> None:

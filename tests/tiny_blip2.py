@@ -4,6 +4,9 @@ LAVIS reads a BERT named "bert-base-uncased" and knows two ViTs only: the classe
 and a BERT folder of that name, which has to stand in the working directory.
 """
 
+import lavis_evlgen  # noqa: F401  (its bridges come before LAVIS)
+
+# isort: split
 from functools import partial
 from pathlib import Path
 
@@ -12,9 +15,16 @@ from lavis.models import eva_vit
 from lavis.models.blip2_models.blip2 import LayerNorm
 from lavis.models.blip2_models.blip2_opt import Blip2OPT
 from lavis.models.blip2_models.blip2_qformer import Blip2Qformer
-from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
+    Blip2VisionConfig,
+    GPT2Tokenizer,
+)
 
 from tests.run_tools import redraw
 from tests.tiny import tiny_opt, tiny_tokenizer
@@ -37,11 +47,12 @@ def bert_folder(folder: Path) -> Path:
 
 
 def opt_folder(folder: Path) -> Path:
-    """A tiny OPT whose tokenizer puts </s> in front, as OPT's does."""
+    """A tiny OPT with a GPT-2 tokenizer that puts </s> in front, as OPT's does."""
     redraw(tiny_opt()).save_pretrained(folder)
-    tokenizer = tiny_tokenizer(bos="</s>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
-    tokenizer.save_pretrained(folder)
+    tiny_tokenizer().backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
+    ends = dict.fromkeys(("bos_token", "eos_token"), "</s>") | {"pad_token": "<pad>", "unk_token": "<unk>"}
+    files = {"vocab_file": str(folder / "vocab.json"), "merges_file": str(folder / "merges.txt")}
+    GPT2Tokenizer(**files, **ends, add_bos_token=True).save_pretrained(folder)
     return folder
 
 
@@ -99,3 +110,54 @@ def hugging_face_qformer_name(name: str) -> str:
     name = name.removeprefix("Qformer.bert.")
     name = name.replace("embeddings.LayerNorm", "layernorm")
     return name.replace("attention.self.", "attention.attention.")
+
+
+def hugging_face_blip2(lavis: Blip2OPT, image_token: int) -> Blip2ForConditionalGeneration:
+    """Hugging Face's BLIP-2 with the weights of a tiny LAVIS Blip2OPT; `image_token` marks the queries' places."""
+    vision = Blip2VisionConfig(
+        hidden_size=VIT_WIDTH, intermediate_size=2 * VIT_WIDTH, num_hidden_layers=VIT_DEPTH,
+        num_attention_heads=VIT_HEADS, image_size=SIDE, patch_size=PATCH, hidden_act="gelu", qkv_bias=True,
+    )  # fmt: skip
+    bert = lavis.Qformer.config
+    qformer = Blip2QFormerConfig(
+        hidden_size=WIDTH, num_hidden_layers=bert.num_hidden_layers, num_attention_heads=HEADS,
+        intermediate_size=bert.intermediate_size, cross_attention_frequency=2, encoder_hidden_size=VIT_WIDTH,
+    )  # fmt: skip
+    text = tiny_opt().config
+    config = Blip2Config(
+        vision_config=vision.to_dict(), qformer_config=qformer.to_dict(), text_config=text.to_dict(),
+        num_query_tokens=QUERIES, image_token_index=image_token,
+    )  # fmt: skip
+    theirs = Blip2ForConditionalGeneration(config).eval()
+    theirs.vision_model.post_layernorm.eps = lavis.ln_vision.eps
+    state = {hugging_face_name(name): value for name, value in lavis.state_dict().items() if _kept(name)}
+    for block in range(VIT_DEPTH):
+        q, v = (state.pop(f"vision_model.encoder.layers.{block}.self_attn.{x}_bias") for x in "qv")
+        state[f"vision_model.encoder.layers.{block}.self_attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    theirs.load_state_dict(state)
+    return theirs
+
+
+def _kept(name: str) -> bool:
+    return not name.endswith(("position_ids", "relative_position_index"))
+
+
+def hugging_face_name(name: str) -> str:
+    """A name in LAVIS's Blip2OPT -> in Hugging Face's Blip2ForConditionalGeneration."""
+    if name.startswith("Qformer."):
+        return "qformer." + hugging_face_qformer_name(name)
+    for ours, theirs in (
+        ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+        ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+        ("visual_encoder.patch_embed.proj", "vision_model.embeddings.patch_embedding"),
+        ("visual_encoder.blocks", "vision_model.encoder.layers"),
+        (".attn.proj", ".self_attn.projection"),
+        (".attn.", ".self_attn."),
+        (".norm1.", ".layer_norm1."),
+        (".norm2.", ".layer_norm2."),
+        ("ln_vision", "vision_model.post_layernorm"),
+        ("opt_proj", "language_projection"),
+        ("opt_model", "language_model"),
+    ):
+        name = name.replace(ours, theirs)
+    return name
