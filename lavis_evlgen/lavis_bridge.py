@@ -8,7 +8,9 @@ thing, and is recorded in `applied()`. No warning is silenced and no LAVIS file 
 import importlib
 import logging
 import os
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 from lavis_evlgen import environment
 
@@ -39,6 +41,7 @@ def apply() -> None:
 
     restore_generate()
     repeat_for_beams_once()
+    contrast_without_processes()
     register_runners_and_schedulers()
     set_cache_root()
     _done = True
@@ -118,6 +121,47 @@ def _repeat_unrepeated(expand_size=1, is_encoder_decoder=False, input_ids=None, 
         expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **others
     )
     return input_ids, others | there
+
+
+def contrast_without_processes() -> None:
+    """BLIP-2's first stage asks for its rank and gathers from others even where there is one process and no group.
+
+    Its module gets functions in place of `torch.distributed` and of the two gathers that answer then, too, and
+    that `on_this_rank_alone` can keep from talking.
+    """
+    from lavis.common import dist_utils
+
+    module = importlib.import_module("lavis.models.blip2_models.blip2_qformer")
+    if isinstance(module.dist, SimpleNamespace):
+        return
+
+    def unless_alone(gather):
+        return lambda tensors: tensors if _alone() else gather(tensors)
+
+    def _alone() -> bool:
+        return _on_this_rank_alone or not dist_utils.is_dist_avail_and_initialized()
+
+    module.dist = SimpleNamespace(get_rank=lambda: 0 if _alone() else dist_utils.get_rank())
+    module.all_gather_with_grad = unless_alone(module.all_gather_with_grad)
+    module.concat_all_gather = unless_alone(module.concat_all_gather)
+    _record(
+        "contrast_without_processes",
+        "lavis.models.blip2_models.blip2_qformer calls dist.get_rank() and gathers without a process group (line 153)",
+    )
+
+
+_on_this_rank_alone = False
+
+
+@contextmanager
+def on_this_rank_alone():
+    """Within: BLIP-2's first stage contrasts a rank's own pictures only, so ranks may have unlike batches."""
+    global _on_this_rank_alone
+    before, _on_this_rank_alone = _on_this_rank_alone, True
+    try:
+        yield
+    finally:
+        _on_this_rank_alone = before
 
 
 def register_runners_and_schedulers() -> None:

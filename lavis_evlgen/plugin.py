@@ -1,6 +1,7 @@
 """Registers EVLGen with LAVIS: models, tasks, data sets, processors, runner, schedule. Importing is all it takes."""
 
 import lavis_evlgen.datasets  # noqa: F401
+import lavis_evlgen.models.blip2  # noqa: F401
 import lavis_evlgen.models.evlgen  # noqa: F401
 import lavis_evlgen.processors  # noqa: F401
 import lavis_evlgen.runners  # noqa: F401

@@ -50,7 +50,7 @@ def test_every_project_loads_and_its_values_are_of_the_right_type(project):
         assert run["min_lr"] <= run["init_lr"] and run["warmup_lr"] <= run["init_lr"]
         assert run["warmup_steps"] < run["max_iters"] and run["max_iters"] % run["iters_per_inner_epoch"] == 0
         assert registry.get_lr_scheduler_class(run["lr_sched"]) is not None
-    assert isinstance(cfg["model"]["num_layers"], int) and cfg["model"]["freeze_vit"] is True
+    assert isinstance(cfg["model"].get("num_layers", 1), int) and cfg["model"]["freeze_vit"] is True
     assert math.isfinite(sum(cfg["model"]["lr_scale"].values())) if cfg["model"].get("lr_scale") else True
     for dataset in cfg["datasets"].values():
         sizes = {processor["image_size"] for processor in dataset["vis_processor"].values()}

@@ -111,9 +111,11 @@ def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
         counts["vision encoder"] = sum(p.numel() for p in weights), sum(p.numel() * p.element_size() for p in weights)
     except (OSError, ImportError):
         pass  # check_weights has said why
-    source = str(model_cfg.get("llm_model") or model_cfg.get("opt_model"))
+    source = model_cfg.get("llm_model") or model_cfg.get("opt_model")
+    if not source:  # BLIP-2's first stage has none
+        return counts
     try:
-        path = resolve(source, "model.llm_model")
+        path = resolve(str(source), "model.llm_model")
         folder, kwargs = folder_and_file(path)
         config = AutoConfig.from_pretrained(folder, **kwargs)
     except (OSError, ImportError):
@@ -152,7 +154,9 @@ def check_memory(model_cfg) -> Finding:
     need = sum(size for _, size in counts.values()) + (trainable or 0) * 16
     where, free = available_memory()
     parts = ", ".join(f"{name} {n / 1e6:.0f}M = {size / 1e9:.1f} GB" for name, (n, size) in counts.items())
-    unknown = [name for name in ("vision encoder", "language model") if name not in counts]
+    has_language_model = bool(model_cfg.get("llm_model") or model_cfg.get("opt_model"))
+    expected = ["vision encoder", *(["language model"] if has_language_model else [])]
+    unknown = [name for name in expected if name not in counts]
     unknown += ["what trains"] if trainable is None else []
     trains = "" if trainable is None else f"{trainable / 1e6:.1f}M parameters train"
     parts = "; ".join(filter(None, [parts, f"not counted: {', '.join(unknown)}" if unknown else "", trains]))

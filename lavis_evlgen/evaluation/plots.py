@@ -66,7 +66,8 @@ def loss_plot(path: str | os.PathLike, history: Sequence[Mapping], title: str = 
         panels[0].set_ylim(top=highest * 1.05 if highest > 0 else None)
     _line(panels[0], curves["val_loss_right"], _BLUE, "validation, right pictures")
     _line(panels[0], curves["val_loss_shuffled"], _ORANGE, "validation, shuffled pictures")
-    _dress(panels[0], "loss (nats per token)")
+    terms = {key for row in history for key in row if key.startswith("loss_")}
+    _dress(panels[0], f"loss (sum of {', '.join(sorted(terms))})" if terms else "loss (nats per token)")
     if scored:
         axis, right, blind = _SCORES[scored]
         _line(panels[1], curves[scored], _BLUE, right)

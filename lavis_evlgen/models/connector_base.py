@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lavis_evlgen.models.sources import WeightsError, load_from_hub, on_meta, resolve
+from lavis_evlgen.models.sources import WeightsError, load_from_hub, on_meta, read_state_dict, resolve
 from lavis_evlgen.nn import MergeMap
 
 # keys of `connector_sizes`, and what a BERT's config.json calls them
@@ -58,13 +58,13 @@ def is_random(connector_init) -> bool:
 
 
 def bert_folder(connector_init: str) -> str:
-    """Folder with config.json and weights of a BERT: a folder or package path as it is, a hub id from its cache."""
+    """Folder with config.json, weights and vocab.txt of a BERT: a folder or package path as it is, or a hub id's."""
     source = resolve(connector_init, "connector_init")
     if Path(source).exists():
         return source
     from huggingface_hub import snapshot_download
 
-    patterns = ["config.json"] if on_meta() else ["config.json", "model.safetensors"]
+    patterns = ["config.json", "vocab.txt", *([] if on_meta() else ["model.safetensors"])]
     return load_from_hub(snapshot_download, source, "connector_init", allow_patterns=patterns)
 
 
@@ -74,3 +74,14 @@ def bert_config(folder: str) -> dict:
     if not file.exists():
         raise WeightsError(f"connector_init: {folder} has no config.json")
     return json.loads(file.read_text())
+
+
+def bert_state(folder: str) -> dict[str, Tensor]:
+    """The weights of a BERT folder under BertModel's names: no `bert.` in front, no `gamma` and `beta` of old."""
+    words = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    state = {}
+    for name, value in read_state_dict(folder, "connector_init").items():
+        for old, new in words.items():
+            name = name.replace(old, new)
+        state[name.removeprefix("bert.")] = value
+    return state

@@ -13,7 +13,15 @@ import torch
 from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
 from torch import Tensor, nn
 
-from lavis_evlgen.models.connector_base import SIZES, Connector, VisualPrompt, bert_config, bert_folder, is_random
+from lavis_evlgen.models.connector_base import (
+    SIZES,
+    Connector,
+    VisualPrompt,
+    bert_config,
+    bert_folder,
+    bert_state,
+    is_random,
+)
 from lavis_evlgen.models.sources import WeightsError, on_meta, read_state_dict, resolve
 
 NUM_QUERY_TOKEN = 32
@@ -63,12 +71,10 @@ class QFormerConnector(Connector):
         return VisualPrompt(output.last_hidden_state)  # (B, Q, D_c)
 
     def load_bert(self, state: dict[str, Tensor]):
-        """Start from a BertModel's weights; the queries' MLPs start as the text's.
+        """Start from a BertModel's weights (`bert_state`); the queries' MLPs start as the text's.
 
         Cross-attention and queries, which no BERT has, keep their random start, as in BLIP-2's first stage.
         """
-        state = {key.removeprefix("bert."): value for key, value in state.items()}
-        state = {re.sub(r"LayerNorm\.(gamma|beta)$", _norm_name, key): value for key, value in state.items()}
         found = {}
         for name in self.state_dict():
             if not any(part in name for part in NOT_IN_A_BERT):
@@ -113,10 +119,6 @@ class QFormerConnector(Connector):
             own[name].copy_(value)
 
 
-def _norm_name(match: re.Match) -> str:
-    return f"LayerNorm.{'weight' if match.group(1) == 'gamma' else 'bias'}"
-
-
 def sizes_in(state: dict[str, Tensor], source: str) -> dict:
     """BertConfig fields read off the weights of a BLIP-2 checkpoint.
 
@@ -155,5 +157,5 @@ def build_qformer(vision, cfg: dict) -> QFormerConnector:
     sizes |= {key: bert[key] for key in BERT_KEYS if key in bert}
     connector = QFormerConnector(vision.width, queries, **sizes | given)
     if not on_meta():
-        connector.load_bert(read_state_dict(folder, "connector_init"))
+        connector.load_bert(bert_state(folder))
     return connector

@@ -120,10 +120,12 @@ class Progress:
         if self.flops_per_image is not None:
             row["flops_per_image"] = self.flops_per_image
         eta = (self.max_steps - step) * self.seconds_per_step
+        more = "".join(f"  {key.removeprefix('loss_')} {row[key]:.4f}" for key in row if key.startswith("loss_"))
+        if "across_picture_share" in row:
+            more += f"  across-picture share {row['across_picture_share']:.3f}"
         logging.info(
-            "step %d/%d  loss %.4f  lr %.2e  across-picture share %.3f  %.1f images/s  data wait %.0f%%  "
-            "peak %.1f GB  ETA %s",
-            step, self.max_steps, row["loss"], lr, row.get("across_picture_share", float("nan")), row["images_per_s"],
+            "step %d/%d  loss %.4f  lr %.2e%s  %.1f images/s  data wait %.0f%%  peak %.1f GB  ETA %s",
+            step, self.max_steps, row["loss"], lr, more, row["images_per_s"],
             100 * row["data_wait"], row["peak_memory_gb"], _clock(eta),
         )  # fmt: skip
         self.write(row)

@@ -29,7 +29,7 @@ class Reporter:
         runner, run = self.runner, self.runner.config.run_cfg
         model = runner.unwrap_dist_model(runner.model)
         facts = {}
-        if hasattr(model, "visual_encoder") and hasattr(model.connector, "num_output_tokens"):
+        if hasattr(getattr(model, "connector", None), "num_output_tokens"):
             before, after = model.visual_encoder.num_tokens, model.connector.num_output_tokens
             facts["tokens"] = f"{before} visual -> {after} in the prompt"
         device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "cpu"
@@ -134,7 +134,9 @@ class Reporter:
                 logging.info("%s: %s", split, words)
             for metric, reason in result.get("unscored", {}).items():
                 logging.info("%s was not scored: %s", metric, reason)
-        logging.info("run folder: %s (run.json, loss.png, captions.png, log.jsonl, result/, checkpoints)", self.folder)
+        files = ("run.json", "loss.png", "captions.png", "log.jsonl", "result/")
+        there = ", ".join(name for name in files if (self.folder / name).exists())
+        logging.info("run folder: %s (%s, checkpoints)", self.folder, there)
 
 
 def precisions(model) -> dict[str, str]:

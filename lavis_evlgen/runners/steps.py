@@ -84,7 +84,9 @@ class TrainingStep:
         shown = {"loss": loss.detach()}
         if "across_picture_share" in out:
             shown["across_picture_share"] = out["across_picture_share"]
-        return shown
+        # the terms of a loss that has several, as BLIP-2's first stage
+        terms = (key for key in out if key.startswith("loss_") and key != "loss_tokens")
+        return shown | {key: out[key].detach() for key in terms}
 
     def _update(self) -> Tensor:
         """Clip and step; returns the gradient's norm before clipping."""
