@@ -69,7 +69,11 @@ class TinyVision:
 
 
 class TinyBlip2OPT(TinyVision, Blip2OPT):
-    pass
+    """In float32: LAVIS loads the language model in half precision, which its CPU path cannot run."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.opt_model.float()
 
 
 class TinyBlip2Qformer(TinyVision, Blip2Qformer):
@@ -77,17 +81,16 @@ class TinyBlip2Qformer(TinyVision, Blip2Qformer):
 
 
 def lavis_blip2_opt(folder: Path, monkeypatch) -> Blip2OPT:
-    """LAVIS's second stage in float32 and evaluation mode; `folder` becomes the working directory."""
+    """LAVIS's second stage in evaluation mode; `folder` becomes the working directory."""
     _stand_in(folder, monkeypatch)
-    model = TinyBlip2OPT(num_query_token=QUERIES, opt_model=str(opt_folder(folder / "opt")), prompt="a photo of")
-    model.opt_model.float()  # LAVIS loads it in half precision, which its CPU path cannot run
-    return _drawn(model)
+    opt = str(opt_folder(folder / "opt"))
+    return _drawn(TinyBlip2OPT(num_query_token=QUERIES, opt_model=opt, prompt="a photo of"))
 
 
 def lavis_blip2(folder: Path, monkeypatch) -> Blip2Qformer:
     """LAVIS's first stage in evaluation mode; `folder` becomes the working directory."""
     _stand_in(folder, monkeypatch)
-    return _drawn(TinyBlip2Qformer(num_query_token=QUERIES, embed_dim=8))
+    return _drawn(TinyBlip2Qformer(num_query_token=QUERIES))
 
 
 def _stand_in(folder: Path, monkeypatch):

@@ -17,6 +17,7 @@ from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
+from lavis_evlgen.config import ConfigError
 from lavis_evlgen.lavis_bridge import on_this_rank_alone
 from lavis_evlgen.models.checkpoints import load_checkpoint_file
 from lavis_evlgen.models.connector_base import bert_config, bert_folder, bert_state, is_random
@@ -100,7 +101,7 @@ class Blip2Stage1(Blip2Qformer):
     def forward(self, samples: dict) -> dict[str, Tensor]:
         """samples: image (B, 3, H, W), text_input list[str], B >= 2 -> loss and its three terms, means over B."""
         if len(samples["image"]) < 2:
-            raise ValueError(
+            raise ConfigError(
                 "BLIP-2's first stage contrasts the pictures of a rank's batch and needs 2 of them: raise "
                 "run.batch_size_train"
             )
@@ -113,6 +114,12 @@ class Blip2Stage1(Blip2Qformer):
         with torch.random.fork_rng(devices=[]), on_this_rank_alone():
             torch.manual_seed(0)
             return {name: value.item() for name, value in self(samples).items()}
+
+    def generate(self, samples: dict, length_penalty: float = 1.0, repetition_penalty: float = 1.0, **search):
+        """Captions by the Q-Former itself: LAVIS's `generate` (num_beams, max_length, min_length, top_p, …)."""
+        if (length_penalty, repetition_penalty) != (1.0, 1.0):
+            raise ConfigError("LAVIS's first stage knows no length_penalty and no repetition_penalty: leave both at 1")
+        return super().generate(samples, **search)
 
     def load_checkpoint(self, url_or_filename: str):
         """Load trainable weights strictly and safely (no pickled code); raises WeightsError."""

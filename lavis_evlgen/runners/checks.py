@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 
+from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
+
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 
@@ -26,6 +28,11 @@ def check_splits(run, datasets: dict, task):
         _check_ratios(run.get("train_dataset_ratios"), train)
         for name, dataset in train.items():
             check_files(name, dataset)
+    if scored and isinstance(task, ImageTextPretrainTask):
+        raise ConfigError(
+            f"run.task=image_text_pretrain trains and scores nothing, but {', '.join(scored)} should be scored: empty "
+            "run.valid_splits and run.test_splits"
+        )
     for split in scored:
         found = sets_with(datasets, split)
         if len(found) > 1:

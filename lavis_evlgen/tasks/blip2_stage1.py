@@ -9,6 +9,7 @@ from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 
 from lavis_evlgen import distributed
+from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import DataError
 
 
@@ -25,6 +26,14 @@ class Blip2Stage1Task(BaseTask):
     @classmethod
     def setup_task(cls, cfg, **kwargs):
         return cls()
+
+    def build_model(self, cfg):
+        if not hasattr(registry.get_model_class(cfg.model_cfg.arch), "validation_losses"):
+            raise ConfigError(
+                f"run.task=evlgen_blip2_stage1 is for model.arch=evlgen_blip2, not {cfg.model_cfg.arch}: set "
+                "run.task=evlgen_captioning"
+            )
+        return super().build_model(cfg)
 
     def before_evaluation(self, model, dataset, **kwargs):
         pass

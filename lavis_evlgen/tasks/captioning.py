@@ -80,6 +80,14 @@ class EvlgenCaptionTask(BaseTask):
         if not hasattr(dataset, "references"):
             raise ConfigError(f"run.task=evlgen_captioning needs captions, {name} has none; see run.task=evlgen_vqa")
 
+    def build_model(self, cfg):
+        if not hasattr(registry.get_model_class(cfg.model_cfg.arch), "visual_prompt"):
+            raise ConfigError(
+                f"run.task=evlgen_captioning captions with EVLGen models; model.arch={cfg.model_cfg.arch} is none; "
+                "use evlgen_blip2_stage1 for evlgen_blip2, image_text_pretrain for LAVIS's own blip2 and blip2_opt"
+            )
+        return super().build_model(cfg)
+
     def before_evaluation(self, model, dataset, **kwargs):
         self.references = dataset.references
 

@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from transformers import BertModel
 
 from lavis_evlgen import lavis_bridge
+from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.blip2 import LOSSES, Blip2Stage1
 from lavis_evlgen.models.checkpoints import frozen_names, trainable_state
 from lavis_evlgen.models.sources import WeightsError
@@ -30,7 +31,7 @@ def bert(tmp_path):
 
 def stage1(bert, vision=None, **kwargs) -> Blip2Stage1:
     torch.manual_seed(0)
-    return Blip2Stage1(vision or tiny_vision(), str(bert), num_query_token=QUERIES, embed_dim=8, **kwargs)
+    return Blip2Stage1(vision or tiny_vision(), str(bert), num_query_token=QUERIES, **kwargs)
 
 
 @pytest.fixture
@@ -197,6 +198,11 @@ def test_berts_that_lack_something(bert, tmp_path):
         stage1(bert)
 
 
+def test_what_lavis_cannot_search_for(bert):
+    with pytest.raises(ConfigError, match="no length_penalty and no repetition_penalty: leave both at 1"):
+        stage1(bert).generate(samples(), length_penalty=0.5)
+
+
 def test_one_picture_has_nothing_to_be_told_from(bert):
-    with pytest.raises(ValueError, match="needs 2 of them: raise run.batch_size_train"):
+    with pytest.raises(ConfigError, match="needs 2 of them: raise run.batch_size_train"):
         stage1(bert)(samples(1))

@@ -1,17 +1,30 @@
 """The two stages of BLIP-2 as runs: trained, resumed, evaluated, and handed on from one to the other."""
 
+import lavis_evlgen  # noqa: F401  (its bridges come before LAVIS)
+
+# isort: split
 import json
 import shutil
 
 import pytest
 import torch
+from lavis.common.registry import registry
+from PIL import Image
 
-from lavis_evlgen import launch
+from lavis_evlgen import cli, launch
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.runners import state
 from lavis_evlgen.tasks.blip2_stage1 import Blip2Stage1Task
 from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
-from tests.tiny_blip2 import QUERIES, bert_folder
+from tests.tiny_blip2 import (
+    QUERIES,
+    WORDS,
+    TinyBlip2OPT,
+    TinyBlip2Qformer,
+    bert_folder,
+    lavis_blip2,
+    lavis_blip2_opt,
+)
 
 TERMS = {"loss", "loss_itc", "loss_itm", "loss_lm"}
 
@@ -88,6 +101,58 @@ def test_evaluation_alone(stage1, tmp_path):
     runs.train(best, "run.test_splits=[val]", evaluate=True)
     step = checkpoint(stage1.output(), "checkpoint_best.pth")["step"]
     assert result(runs, "val_given.json")["metrics"] == result(stage1, f"val_{step}.json")["metrics"]
+
+
+def test_captions_of_the_first_stage(stage1, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (40, 30), (200, 30, 30)).save(picture)
+    with pytest.raises(SystemExit) as end:
+        cli.main(["caption", str(picture), "--run", str(stage1.output()), "--num-beams", "2"])
+    assert end.value.code == 0
+    path, caption = capsys.readouterr().out.strip().split("\t")
+    assert path == str(picture) and set(caption.split()) <= set(WORDS)
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["run.task=evlgen_captioning"], "captions with EVLGen models; model.arch=evlgen_blip2 is none"),
+        (["run.task=image_text_pretrain"], "trains and scores nothing, but val, test should be scored"),
+        (["run.batch_size_train=1"], "needs 2 of them: raise run.batch_size_train"),
+        (["run.test_splits=[]", "datasets.scenes.sizes.val=1"], "scoring needs 2 on one rank"),
+    ],
+)
+def test_runs_that_cannot_be(stage1, tmp_path, capsys, options, says):
+    assert stage1.copy(tmp_path).command(*options) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_task_is_for_the_first_stage(runs, capsys):
+    for key in ("num_beams", "max_len", "metrics", "tokenizer"):
+        del runs.config["run"][key]
+    assert runs.command("run.task=evlgen_blip2_stage1") == 2
+    assert "is for model.arch=evlgen_blip2, not evlgen" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("arch, model_type", [("blip2", "pretrain"), ("blip2_opt", "pretrain_opt2.7b")])
+def test_lavis_own_classes_train_and_resume(arch, model_type, parts, tmp_path, monkeypatch):
+    """`arch: blip2` and `blip2_opt` themselves, tiny: what trains moves and is saved, and a resume goes on."""
+    tiny, build = {"blip2": (TinyBlip2Qformer, lavis_blip2), "blip2_opt": (TinyBlip2OPT, lavis_blip2_opt)}[arch]
+    # LAVIS's classes always load a checkpoint: load_pretrained=False does not reach them
+    torch.save({"model": build(tmp_path, monkeypatch).state_dict()}, tmp_path / "blip2.pth")
+    monkeypatch.setitem(registry.mapping["model_name_mapping"], arch, tiny)
+    runs = Runs(parts, tmp_path, max_iters=2, iters_per_inner_epoch=2, task="image_text_pretrain")
+    runs.config["model"] = {
+        "arch": arch, "model_type": model_type, "pretrained": str(tmp_path / "blip2.pth"), "image_size": 28,
+        "num_query_token": QUERIES, "opt_model": str(tmp_path / "opt"),
+    }  # fmt: skip
+    runs.train()
+    saved = checkpoint(runs.output())["model"]
+    assert "query_tokens" in saved and not any(name.startswith(("visual_encoder.", "opt_model.")) for name in saved)
+    runs.train("run.resume_ckpt_path=auto", "run.max_iters=3")
+    assert set(losses(runs.output())) == {1, 2, 3}
+    again = checkpoint(runs.output())["model"]
+    assert set(again) == set(saved) and not torch.equal(again["query_tokens"], saved["query_tokens"])
 
 
 def test_nothing_to_score_is_an_error():
