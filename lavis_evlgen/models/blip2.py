@@ -111,7 +111,8 @@ class Blip2Stage1(Blip2Qformer):
     @torch.no_grad()
     def validation_losses(self, samples: dict) -> dict[str, float]:
         """Losses of one batch of this rank, with the same negatives every time it is asked."""
-        with torch.random.fork_rng(devices=[]), on_this_rank_alone():
+        gpu = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpu), on_this_rank_alone():
             torch.manual_seed(0)
             return {name: value.item() for name, value in self(samples).items()}
 
