@@ -125,7 +125,7 @@ def test_ptb_without_java_is_refused(runs, capsys, monkeypatch, tmp_path):
         ("model.bos=middle", "bos: 'middle' is not one of before, after"),
         ("model.tome_r={targt: 3}", "targt"),
         ("model.vit_precision=fp8", "vit_precision: 'fp8'"),
-        ("model.connector=qformer", "connector: 'qformer' is not one of"),
+        ("model.connector=perceiver", "connector: 'perceiver' is not one of"),
         ("model.llm_model=null", "llm_model"),
     ],
 )
