@@ -7,6 +7,7 @@ from lavis_evlgen.datasets.image_captions import ImageCaptionDataset, ImageCapti
 from lavis_evlgen.datasets.image_questions import ImageQuestionDataset, ImageQuestionsBuilder
 from lavis_evlgen.datasets.questions import AskedImage, Question, QuestionDataset
 from lavis_evlgen.datasets.scenes import ScenesBuilder, ScenesDataset
+from lavis_evlgen.datasets.shards import ImageShards, ImageShardsBuilder
 
 __all__ = [
     "AskedImage",
@@ -20,6 +21,8 @@ __all__ = [
     "ImageQuestionsBuilder",
     "Question",
     "QuestionDataset",
+    "ImageShards",
+    "ImageShardsBuilder",
     "ScenesBuilder",
     "ScenesDataset",
     "UnreadableImage",

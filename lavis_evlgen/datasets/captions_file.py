@@ -12,6 +12,7 @@ from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.records import (
     encodes,
     given_columns,
+    has_words,
     looks_like_json,
     parse_json,
     quoted,
@@ -46,7 +47,7 @@ class CaptionsFile:
         """Keep the row, or say what is wrong with it."""
         if not isinstance(image, str) or not image.strip():
             self.problems.append(f"{where}: no image name")
-        elif not isinstance(caption, str) or not any(mark.isalnum() for mark in caption):
+        elif not has_words(caption):
             self.problems.append(f"{where}: no caption for {image}")
         elif not (encodes(caption) and encodes(image)):
             self.problems.append(f"{where}: half of a surrogate pair in its text")

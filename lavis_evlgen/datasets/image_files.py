@@ -1,5 +1,6 @@
-"""Open one image file completely, or say in one line why it cannot be opened."""
+"""Open one image, of a file or of bytes, completely, or say in one line why it cannot be opened."""
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,22 +18,35 @@ def open_image(path) -> Image.Image:
     Decoding happens here and not later, so that a truncated file fails where it can still be counted.
     """
     _check_file(path)
+    return _decode(path, path)
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """As `open_image`, of a file's content; `name` says which in the error."""
+    if not content:
+        raise UnreadableImage(name, _EMPTY)
+    return _decode(io.BytesIO(content), name)
+
+
+def _decode(source, name) -> Image.Image:
+    """source: a path, or bytes in memory."""
     try:
-        with _whole_files_only(), Image.open(path) as image:
+        with _whole_files_only(), Image.open(source) as image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except UnreadableImage as error:
-        raise UnreadableImage(path, error.reason) from None
+        raise UnreadableImage(name, error.reason) from None
     except MemoryError:
         raise
     except UnidentifiedImageError:
-        raise UnreadableImage(path, _what_it_looks_like(path)) from None
+        raise UnreadableImage(name, _what_it_looks_like(source)) from None
     except Image.DecompressionBombError as error:
-        raise UnreadableImage(path, f"too many pixels to open safely ({error})") from None
+        raise UnreadableImage(name, f"too many pixels to open safely ({error})") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UnreadableImage(path, f"broken or truncated ({type(error).__name__}: {error})") from None
+        raise UnreadableImage(name, f"broken or truncated ({type(error).__name__}: {error})") from None
 
 
+_EMPTY = "the file is empty (0 bytes)"
 _PILLOW_SWITCH = Lock()
 
 
@@ -57,7 +71,7 @@ def _check_file(path):
     if os.path.isdir(path):
         raise UnreadableImage(path, "a folder, not a file")
     if size == 0:
-        raise UnreadableImage(path, "the file is empty (0 bytes)")
+        raise UnreadableImage(path, _EMPTY)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -73,9 +87,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _what_it_looks_like(path) -> str:
-    with open(path, "rb") as file:
-        head = file.read(512)
+def _what_it_looks_like(source) -> str:
+    if isinstance(source, io.BytesIO):
+        head = source.getvalue()[:512]
+    else:
+        with open(source, "rb") as file:
+            head = file.read(512)
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype", b"<html", b"<head", b"<body")):
         return "looks like HTML, perhaps an error page saved by a downloader"

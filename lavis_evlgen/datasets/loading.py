@@ -3,6 +3,9 @@
 Training reads an endless stream of samples: one permutation an epoch, joined end to end. Micro-step m of a run on
 W ranks with B samples each takes the stream's samples [m*W*B, (m+1)*W*B); rank r gets the r-th B of them. So two
 ranks see what one rank with twice the batch sees, and a resumed run goes on at the same sample.
+
+Tar shards cannot be read in any order: each (rank, worker) has a stream of its own, whose place is kept (shard_stream).
+Which data set a micro-step draws, and which worker's stream, is a function of (seed, m) all the same.
 """
 
 from __future__ import annotations
@@ -10,26 +13,18 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import random
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-
-def _mix(*numbers: int) -> int:
-    """One 63-bit seed from several integers (splitmix64), alike on every machine."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
+from lavis_evlgen.datasets.seeding import mix, seeded
+from lavis_evlgen.datasets.shard_stream import START, Place, ShardStream
+from lavis_evlgen.datasets.shards import ImageShards
 
 
 class EpochStream:
@@ -42,19 +37,30 @@ class EpochStream:
     def __getitem__(self, position: int) -> tuple[int, int]:
         epoch, offset = divmod(position, self.size)
         if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
             self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator)
         return epoch, int(self._order[offset])
+
+
+class FromShards(NamedTuple):
+    """A micro-step's worth of samples of a shard set, from one worker's stream."""
+
+    data_set: int
+    worker: int
+    count: int
 
 
 class MixtureBatches(Sampler):
     """Batches of (data set, epoch, row) for one rank, from micro-step `start` on, without end.
 
-    With several data sets, each micro-step draws one of them by `ratios`, the same on every rank.
+    With several data sets, each micro-step draws one of them by `ratios`, the same on every rank. A set of size None
+    is one of shards: its batch is one FromShards, of the stream of worker m mod `workers`.
     """
 
-    def __init__(self, sizes, ratios, batch_size: int, seed: int, rank: int, world: int, start: int = 0):
-        self.streams = [EpochStream(size, _mix(seed, k)) for k, size in enumerate(sizes)]
+    def __init__(self, sizes, ratios, batch_size: int, seed: int, rank: int, world: int, start: int = 0,
+                 workers: int = 1):
+        self.streams = [size and EpochStream(size, mix(seed, k)) for k, size in enumerate(sizes)]
+        self.workers = workers
         self.edges = np.cumsum(np.asarray(ratios, dtype=np.float64)) / float(sum(ratios))
         self.batch_size, self.seed, self.rank, self.world, self.start = batch_size, seed, rank, world, start
 
@@ -62,7 +68,7 @@ class MixtureBatches(Sampler):
         """The data set of each of `count` micro-steps from `start` on."""
         if len(self.streams) == 1:
             return np.zeros(count, dtype=np.int64)
-        draws = np.random.Generator(np.random.Philox(key=_mix(self.seed, 7), counter=start // 4))
+        draws = np.random.Generator(np.random.Philox(key=mix(self.seed, 7), counter=start // 4))
         values = draws.random(count + start % 4)[start % 4 :]  # Philox yields four values a counter
         return np.minimum(np.searchsorted(self.edges, values, side="right"), len(self.streams) - 1)
 
@@ -72,41 +78,53 @@ class MixtureBatches(Sampler):
         m = self.start
         while True:
             k = int(self.choices(m, 1)[0])
-            first = (steps[k] * self.world + self.rank) * self.batch_size
-            yield [(k, *self.streams[k][first + j]) for j in range(self.batch_size)]
+            if self.streams[k] is None:
+                yield [FromShards(k, m % self.workers, self.batch_size)]
+            else:
+                first = (steps[k] * self.world + self.rank) * self.batch_size
+                yield [(k, *self.streams[k][first + j]) for j in range(self.batch_size)]
             steps[k] += 1
             m += 1
 
 
-@contextmanager
-def seeded(seed: int):
-    """Python, numpy and torch (CPU) draw from `seed` inside, and go on as before afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
 class Mixture(Dataset):
-    """(data set, epoch, row) -> (data set, sample); augmentation depends on the key, not on worker or rank."""
+    """(data set, epoch, row) -> (data set, sample); augmentation depends on the key, not on worker or rank.
 
-    def __init__(self, datasets: list[Dataset], seed: int):
-        self.datasets, self.seed = datasets, seed
+    FromShards -> (data set, (samples, tally)), of the stream that this process reads on from call to call: one worker
+    process is asked for one worker number only, in order.
+    """
 
-    def __getitem__(self, key: tuple[int, int, int]) -> tuple:
+    def __init__(self, datasets: list[Dataset], seed: int, streams=None):
+        """streams: makes the stream of (data set, worker), where there are shard sets."""
+        self.datasets, self.seed, self._streams = datasets, seed, streams
+        self._open: dict[int, ShardStream] = {}
+        self._worker = None
+
+    def __getitem__(self, key) -> tuple:
+        if isinstance(key, FromShards):
+            return key.data_set, self._stream(key).take(key.count)
         k, epoch, row = key
-        with seeded(_mix(self.seed, k, epoch, row)):
+        with seeded(mix(self.seed, k, epoch, row)):
             return k, self.datasets[k][row]
 
+    def _stream(self, key: FromShards) -> ShardStream:
+        if self._worker not in (None, key.worker):  # samples would be lost and repeated
+            raise RuntimeError(f"a data worker reads stream {self._worker}, but was asked for stream {key.worker}")
+        self._worker = key.worker
+        if key.data_set not in self._open:
+            self._open[key.data_set] = self._streams(key.data_set, key.worker)
+        return self._open[key.data_set]
+
     def collater(self, samples: list[tuple]) -> dict:
-        """One micro-step is of one data set, whose own collater is called: LAVIS's sets have their own."""
-        return self.datasets[samples[0][0]].collater([sample for _, sample in samples])
+        """One micro-step is of one data set, whose own collater is called: LAVIS's sets have their own.
+
+        A batch from shards says under "shards" (data set, Tally) what it used up.
+        """
+        k, first = samples[0]
+        if not isinstance(self.datasets[k], ImageShards):
+            return self.datasets[k].collater([sample for _, sample in samples])
+        samples, tally = first
+        return {**self.datasets[k].collater(samples), "shards": (k, tally)}
 
 
 _EXITING = multiprocessing.RawValue("b", 0)  # 1 once the main process is on its way out
@@ -120,11 +138,24 @@ def _prepare_worker(exiting, _worker: int):
     signal.signal(signal.SIGTERM, lambda *_: os._exit(143) if exiting.value else None)
 
 
-def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_workers, pin_memory) -> DataLoader:
-    """Endless loader over `datasets` from micro-step `start` on. ratios: shares of micro-steps (None: by size)."""
-    sizes = [len(d) for d in datasets]
-    batches = MixtureBatches(sizes, ratios or sizes, batch_size, seed, rank, world, start)
-    mixture = Mixture(list(datasets), seed)
+def _shard_stream(datasets, seed, rank, world, workers, places, k: int, worker: int) -> ShardStream:
+    place = places.get((k, worker), START)
+    return ShardStream(datasets[k], mix(seed, k), rank * workers + worker, world * workers, place)
+
+
+def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_workers, pin_memory,
+                 places: dict[tuple[int, int], Place] | None = None) -> DataLoader:
+    """Endless loader over `datasets` from micro-step `start` on. ratios: shares of micro-steps (None: by size).
+
+    places: where the stream of (shard set, worker) of this rank stands; from its beginning where nothing is said.
+    """
+    sizes = [None if isinstance(d, ImageShards) else len(d) for d in datasets]
+    ratios = ratios or (sizes if len(sizes) > 1 else [1])
+    workers = max(1, num_workers)
+    batches = MixtureBatches(sizes, ratios, batch_size, seed, rank, world, start, workers)
+
+    streams = partial(_shard_stream, datasets, seed, rank, world, workers, places or {})
+    mixture = Mixture(list(datasets), seed, streams)
     return DataLoader(
         mixture,
         batch_sampler=batches,

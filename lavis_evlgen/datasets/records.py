@@ -27,6 +27,11 @@ class Table:
     problems: list[str] = field(default_factory=list)
 
 
+def has_words(text) -> bool:
+    """Whether it is text with a letter or digit in it."""
+    return isinstance(text, str) and any(mark.isalnum() for mark in text)
+
+
 def encodes(text: str) -> bool:
     """Whether the text can be written: JSON may hold a lone surrogate, which no tokenizer takes."""
     try:
