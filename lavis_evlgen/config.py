@@ -4,6 +4,7 @@ with every key checked against the classes that read it."""
 from __future__ import annotations
 
 import difflib
+from itertools import groupby
 from pathlib import Path
 
 from lavis.common.config import Config
@@ -91,6 +92,10 @@ class EvlgenConfig(Config):
         for option in options:
             if "=" not in option:
                 raise ConfigError(f"--options {option}: write key=value, e.g. run.max_iters=100")
+        for key, row in groupby(option.partition("=")[0] for option in options):
+            if (count := len(list(row))) > 1:
+                words = "quote values with braces or stars, or the shell makes several of them"
+                raise ConfigError(f"--options: {key} is given {count} times in a row; {words}")
         try:
             return OmegaConf.from_dotlist(options)
         except (OmegaConfBaseException, YAMLError) as error:

@@ -27,7 +27,7 @@ def seeded(seed: int):
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA's dropout too, and is slow
     try:
         yield
     finally:

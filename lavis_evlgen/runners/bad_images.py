@@ -7,6 +7,7 @@ import logging
 from pathlib import Path
 
 from lavis_evlgen import distributed
+from lavis_evlgen.datasets import ImageShards
 from lavis_evlgen.evaluation.run_card import read_json_lines
 
 
@@ -20,6 +21,7 @@ class BadImages:
     def __init__(self, folder: Path, datasets: list, resumed: bool = False):
         """resumed: what the run found before counts on; else a list that an earlier run left here is removed."""
         self.file = folder / "bad_images.jsonl"
+        datasets = [d for d in datasets if not isinstance(d, ImageShards)]  # bad_shards.py counts those
         # the loosest limit of the mix: with several sets, an image does not say which one it is from
         self.total = sum(getattr(d, "num_images", len(d)) for d in datasets)
         self.allowed = sum(getattr(d, "max_bad_fraction", 0.0) * getattr(d, "num_images", len(d)) for d in datasets)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets import ImageShards
 
 
 def sets_with(datasets: dict, split: str) -> dict:
@@ -27,7 +29,10 @@ def check_splits(run, datasets: dict, task):
         train = sets_with(datasets, "train")
         _check_ratios(run.get("train_dataset_ratios"), train)
         for name, dataset in train.items():
-            check_files(name, dataset)
+            if isinstance(dataset, ImageShards):
+                check_shards(name, dataset, distributed.world_size() * max(1, int(run.get("num_workers", 0))))
+            else:
+                check_files(name, dataset)
     if scored and isinstance(task, ImageTextPretrainTask):
         raise ConfigError(
             f"run.task=image_text_pretrain trains and scores nothing, but {', '.join(scored)} should be scored: empty "
@@ -60,7 +65,29 @@ def check_files(name: str, dataset):
         )
 
 
+def check_shards(name: str, dataset: ImageShards, streams: int):
+    """Every data worker gets shards of its own, and the shards are there, as far as a few hundred of them say."""
+    if streams > len(dataset.shards):
+        raise ConfigError(
+            f"datasets.{name}: {len(dataset.shards)} shards for {streams} data workers (ranks x run.num_workers); each "
+            "reads shards of its own: lower run.num_workers, or write smaller shards (evlgen shards)"
+        )
+    looked_at = list(dataset.looked_at())
+    missing = [path for path in looked_at if not Path(path).is_file()]
+    if len(missing) > dataset.max_bad_fraction * len(looked_at):
+        raise ConfigError(
+            f"{name}: {len(missing)} of {len(looked_at)} shards looked at are not there, more than max_bad_fraction="
+            f"{dataset.max_bad_fraction:g} allows; the first is {missing[0]}. Check datasets.{name}.shards and .folder"
+        )
+
+
 def _check_ratios(ratios, data: dict):
+    unsized = [name for name, dataset in data.items() if isinstance(dataset, ImageShards)]
+    if ratios is None and unsized and len(data) > 1:
+        raise ConfigError(
+            f"run.train_dataset_ratios is needed: shards do not say how many samples they hold ({', '.join(unsized)}); "
+            f"give every training set its share, e.g. {{{', '.join(f'{name}: 1' for name in data)}}}"
+        )
     if ratios is not None and set(ratios) != set(data):
         raise ConfigError(f"run.train_dataset_ratios names {sorted(ratios)}, the training sets are {sorted(data)}")
 

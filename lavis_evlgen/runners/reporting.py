@@ -39,7 +39,7 @@ class Reporter:
             "batch": f"{images_per_step} images a step ({run.batch_size_train} x {distributed.world_size()} ranks x "
             f"{runner.accum_grad_iters} accumulated)",
             "steps": f"{runner.start_step} -> {runner.max_iters}, evaluated every {runner.iters_per_inner_epoch}",
-            "data": "; ".join(getattr(d, "description", f"{name}: {len(d)} rows") for name, d in data.items()),
+            "data": "; ".join(getattr(d, "description", None) or f"{name}: {len(d)} rows" for name, d in data.items()),
             "run folder": str(self.folder),
         }
         return facts
@@ -107,13 +107,14 @@ class Reporter:
                 "precision": precisions(model),
             },
             step=step,
-            unreadable_images={split: len(result.get("unreadable", [])), "train": len(self._bad_in_training())},
+            unreadable_images={split: len(result.get("unreadable", [])), "train": self._bad_in_training()},
         )
         write_run_card(self.folder / "result" / f"{split}_{step}.card.json", card)
         write_run_card(self.folder / "run.json", card)
 
-    def _bad_in_training(self) -> dict:
-        return self.runner.bad.found if hasattr(self.runner, "bad") else {}
+    def _bad_in_training(self) -> int:
+        """Distinct images, and what was met in shards."""
+        return len(self.runner.bad.found) + self.runner.shards.bad.count if hasattr(self.runner, "bad") else 0
 
     def _sheet(self, dataset, rows: list[dict]):
         firsts: dict = {}

@@ -13,7 +13,7 @@ from lavis_evlgen.runners import state
 class Resumable:
     """Mixin of a runner: what is in its checkpoints, and how a run goes on from one.
 
-    Reads and sets the runner's `start_step`, `best`, `_step_state`, `_unevaluated`.
+    Reads and sets the runner's `start_step`, `best`, `shards`, `_step_state`, `_unevaluated`.
     """
 
     def _content(self, step: int) -> dict:
@@ -29,6 +29,7 @@ class Resumable:
             "rng": rng,
             "best": self.best,
             "world_size": distributed.world_size(),
+            "shards": self.shards.state(step),
             "config": self.config.to_dict(),
         }
 
@@ -56,6 +57,7 @@ class Resumable:
             return
         saved = state.read(path)
         self._check_saved(saved, path)
+        self.shards.load(saved.get("shards"), path)
         self._load_model(saved["model"], path)
         load_optimizer(self.optimizer, saved["optimizer"])
         self.start_step, self.best = saved["step"], saved["best"]

@@ -27,6 +27,7 @@ from lavis_evlgen.runners.progress import Progress, startup_table
 from lavis_evlgen.runners.reporting import Reporter
 from lavis_evlgen.runners.resuming import Resumable
 from lavis_evlgen.runners.schedule import adamw
+from lavis_evlgen.runners.shard_progress import ShardProgress
 from lavis_evlgen.runners.steps import TrainingStep
 
 
@@ -70,7 +71,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         "train_splits": "must be [train]",
         "valid_splits": "splits evaluated during training, e.g. [val]",
         "test_splits": "splits evaluated at the end with the best weights, e.g. [test]",
-        "train_dataset_ratios": "shares of micro-steps, {data set: number}; left out: by size",
+        "train_dataset_ratios": "shares of micro-steps, {data set: number}; left out: by size (not with shards)",
         "device": "auto (CUDA where present), cuda, cpu",
         "log_freq": "steps between log lines (50)",
         "tensorboard": "write TensorBoard events to the run folder (true)",
@@ -181,6 +182,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
             self.start_step * self.accum_grad_iters,
             int(run.get("num_workers", 0)),
             self.device.type == "cuda",
+            self.shards.places,
         )
 
     def train(self):
@@ -193,16 +195,18 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         self.progress = Progress(
             self.output_dir, self.max_iters, self.images_per_step, self.device, tensorboard
         )
+        self.shards = ShardProgress(self.output_dir, data, int(run.get("num_workers", 0)))
         self._seed_everything()
         self._resume()
         signal.signal(signal.SIGTERM, self._on_sigterm)
         if distributed.is_main():
             self.progress.resume_at(self.start_step)
+            self.shards.bad.resume_at(self.start_step)
         self.bad = BadImages(self.output_dir, list(data.values()), resumed=self.start_step > 0)
         self.reporter = Reporter(self)
         if distributed.is_main():
             logging.info("\n%s", startup_table(self._model, self.reporter.facts(data, self.images_per_step)))
-        self._loop(iter(self._train_loader(data, ratios)))
+        self._loop(self.shards.follow(iter(self._train_loader(data, ratios))))
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved: there is nothing to wait for
         self._finish()
 
@@ -239,6 +243,8 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
 
     def _log(self, step: int, lr: float):
         self.bad.share()
+        self.shards.share(step)
+        self.shards.bad.check()
         self.step_fn.check_finite(step)
         self.progress.share()
         if distributed.is_main():

@@ -78,7 +78,11 @@ class EvlgenCaptionTask(BaseTask):
     def check_dataset(self, name: str, dataset):
         """Raises ConfigError for a data set without captions; the runner asks before anything runs."""
         if not hasattr(dataset, "references"):
-            raise ConfigError(f"run.task=evlgen_captioning needs captions, {name} has none; see run.task=evlgen_vqa")
+            raise ConfigError(
+                f"run.task=evlgen_captioning needs captions, and {name} has no references to score against: read its "
+                "annotations with image_captions, as docs/your_own.md says (COCO); for questions there is "
+                "run.task=evlgen_vqa"
+            )
 
     def build_model(self, cfg):
         if not hasattr(registry.get_model_class(cfg.model_cfg.arch), "visual_prompt"):

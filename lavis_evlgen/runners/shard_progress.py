@@ -1,0 +1,87 @@
+"""How far a run has come in its shard sets: the place of every stream, and what could not be used."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lavis_evlgen import distributed
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets import ImageShards
+from lavis_evlgen.datasets.shard_stream import Place
+from lavis_evlgen.runners.bad_shards import BadShards
+
+
+class ShardProgress:
+    """Follows one rank's batches; a run without shard sets costs it nothing.
+
+    Only batches that training has taken count: what workers have read ahead is read again after a resume.
+    """
+
+    def __init__(self, folder: Path, data: dict, num_workers: int):
+        """data: {name: training set}, in the order in which the loader has them."""
+        self.sets = {k: (name, d) for k, (name, d) in enumerate(data.items()) if isinstance(d, ImageShards)}
+        self.workers = max(1, num_workers)
+        self.places: dict[tuple[int, int], Place] = {}  # of (set, worker) of this rank
+        self.bad = BadShards(folder, {name: d.max_bad_fraction for name, d in self.sets.values()})
+
+    def follow(self, batches: Iterable[dict]) -> Iterator[dict]:
+        """The same batches, without what they say about shards."""
+        for batch in batches:
+            if self.sets and "shards" in batch:
+                k, tally = batch.pop("shards")
+                self.places[k, tally.stream % self.workers] = tally.place
+                self.bad.add(self.sets[k][0], tally)
+            yield batch
+
+    def share(self, step: int):
+        """Sum up what was bad over ranks; every rank calls it."""
+        if self.sets:
+            self.bad.share(step)
+
+    def state(self, step: int) -> dict | None:
+        """For a checkpoint, of all ranks; every rank calls it."""
+        if not self.sets:
+            return None
+        self.share(step)
+        first = distributed.rank() * self.workers
+        rows = distributed.gather_lists([(k, first + w, *place) for (k, w), place in self.places.items()])
+        sets = {name: {"shards": len(d.shards), "places": {}} for name, d in self.sets.values()}
+        for k, stream, shards, items in rows:
+            sets[self.sets[k][0]]["places"][stream] = [shards, items]
+        for name, totals in self.bad.totals.items():
+            sets[name]["totals"] = dict(totals)
+        return {"ranks": distributed.world_size(), "workers": self.workers, "sets": sets}
+
+    def load(self, saved: dict | None, path):
+        """Go on from the `state` in the checkpoint `path`. Raises ConfigError where the place would be lost."""
+        sets = (saved or {}).get("sets", {})
+        known = {k: (name, d) for k, (name, d) in self.sets.items() if name in sets}
+        if known:
+            self._check(saved, known, path)
+        for k, (name, _) in self.sets.items():
+            if k not in known:
+                logging.warning("%s holds no place in %s: it is read from its beginning", path, name)
+                continue
+            for w in range(self.workers):
+                place = sets[name]["places"].get(distributed.rank() * self.workers + w)
+                if place:
+                    self.places[k, w] = Place(*place)
+        self.bad.load({name: sets[name]["totals"] for name, _ in known.values()})
+
+    def _check(self, saved: dict, known: dict, path):
+        new_run = f"or start a new run from these weights with model.pretrained={path}"
+        then, now = (saved["ranks"], saved["workers"]), (distributed.world_size(), self.workers)
+        if then != now:
+            raise ConfigError(
+                f"{path} was trained by {then[0]} ranks with {then[1]} data workers each, this run has {now[0]} with "
+                f"{now[1]}: every worker has its own place in the shards of {', '.join(n for n, _ in known.values())}, "
+                f"and it would be lost. Keep the number of ranks and run.num_workers={then[1]}, {new_run}"
+            )
+        for name, d in known.values():
+            if saved["sets"][name]["shards"] != len(d.shards):
+                raise ConfigError(
+                    f"{path} was trained on {saved['sets'][name]['shards']} shards of {name}, now there are "
+                    f"{len(d.shards)}, and its place in them would be lost: mend datasets.{name}.shards, {new_run}"
+                )

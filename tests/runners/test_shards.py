@@ -1,0 +1,194 @@
+"""Runs on tar shards: resume at the same sample, mixtures, what is bad counted and limited, mistakes refused early."""
+
+import json
+import shutil
+from collections import Counter
+
+import pytest
+
+from lavis_evlgen.datasets.shard_stream import START, Bad, Place, Tally
+from lavis_evlgen.runners import shard_progress, state
+from lavis_evlgen.runners.bad_images import TooManyBadImages
+from lavis_evlgen.runners.bad_shards import BadShards
+from lavis_evlgen.runners.shard_progress import ShardProgress
+from tests.datasets.shard_tools import HTML, image_shards, sample, write_shard, write_shards
+from tests.run_tools import Runs, checkpoint, losses, same_tensors
+
+STEPS, SAVED = 12, 7  # an epoch is 25 samples: both are past it
+
+
+def on_shards(runs: Runs, lengths=(7, 3, 6, 5), **keys) -> Runs:
+    """Train on shards, validate on scenes."""
+    shards = write_shards(runs.folder / "shards", lengths)
+    scenes = runs.config["datasets"]["scenes"]
+    scenes["sizes"] = {"train": 0, "val": 4, "test": 0}
+    runs.config["datasets"]["image_shards"] = {
+        "shards": shards, "shuffle_window": 3, "vis_processor": scenes["vis_processor"], **keys,
+    }  # fmt: skip
+    runs.config["run"] |= {"max_iters": STEPS, "iters_per_inner_epoch": STEPS, "batch_size_train": 3, "num_workers": 2}
+    return runs
+
+
+@pytest.fixture(scope="module")
+def whole(parts, tmp_path_factory):
+    """An uninterrupted run on a mixture of shards and scenes, with a bad shard and bad samples among them."""
+    runs = on_shards(Runs(parts, tmp_path_factory.mktemp("shards")), max_bad_fraction=0.1)
+    runs.config["datasets"]["scenes"]["sizes"]["train"] = 9
+    runs.config["run"] |= {"train_dataset_ratios": {"scenes": 1, "image_shards": 3}, "accum_grad_iters": 2}
+    runs.config["run"]["iters_per_inner_epoch"] = SAVED
+    members = {}
+    for n in range(4):
+        members |= sample(f"{n}", f"the fifth {n}") | sample(f"{n}bad", "x", HTML)
+    write_shard(runs.folder / "shards" / "00004.tar", members)
+    shards = runs.config["datasets"]["image_shards"]
+    shards["shards"] = [shards["shards"], "00004.tar", "missing.tar"]
+    shards["folder"] = str(runs.folder / "shards")
+    shards["max_bad_fraction"] = 0.2
+    runs.train()
+    return runs
+
+
+def named(runs):
+    return [json.loads(line) for line in (runs.output() / "bad_shards.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_goes_on_at_the_same_samples_and_counts(whole, tmp_path):
+    runs = whole.copy(tmp_path)
+    shutil.copytree(whole.output(), runs.output())  # its files are past the checkpoint, as after a kill
+    half = checkpoint(runs.output(), state.PREVIOUS)
+    assert half["step"] == SAVED and half["shards"]["ranks"] == 1 and half["shards"]["workers"] == 2
+    assert set(half["shards"]["sets"]["image_shards"]["places"]) == {0, 1}
+    runs.train(f"run.resume_ckpt_path={runs.output() / state.PREVIOUS}")
+    assert losses(runs.output()) == losses(whole.output()) and len(losses(runs.output())) == STEPS
+    resumed, expected = checkpoint(runs.output()), checkpoint(whole.output())
+    for part in ("model", "optimizer", "rng", "shards"):
+        assert same_tensors(resumed[part], expected[part]), part
+    assert named(runs) == named(whole) and {row["step"] > SAVED for row in named(runs)} == {True, False}
+
+
+def test_what_is_bad_is_counted_by_shard_and_reason(whole):
+    totals = checkpoint(whole.output())["shards"]["sets"]["image_shards"]["totals"]
+    rows = Counter()
+    for row in named(whole):
+        rows[row["shard"].rsplit("/")[-1], row["what"]] += row["count"]
+    html = "samples: looks like HTML, perhaps an error page saved by a downloader"
+    assert set(rows) == {("00004.tar", html), ("missing.tar", "shards: it cannot be read")}
+    assert rows["00004.tar", html] == totals[html] >= 4
+    assert rows["missing.tar", "shards: it cannot be read"] == totals["shards: it cannot be read"] >= 1
+    assert totals["opened"] >= 6 and totals["met"] >= 50
+
+
+def test_the_card_counts_what_shards_held(whole, tmp_path):
+    runs = whole.copy(tmp_path)
+    runs.train("run.valid_splits=[val]", "run.max_iters=6", "run.iters_per_inner_epoch=6")
+    card = json.loads((runs.output() / "run.json").read_text())
+    assert card["unreadable_images"] == {"val": 0, "train": sum(row["count"] for row in named(runs))}
+
+
+@pytest.fixture(scope="module")
+def begun(parts, tmp_path_factory):
+    runs = on_shards(Runs(parts, tmp_path_factory.mktemp("begun")))
+    runs.train("run.max_iters=2")
+    return runs
+
+
+@pytest.mark.parametrize(
+    "option, says",
+    [
+        ("run.num_workers=1", "was trained by 1 ranks with 2 data workers each, this run has 1 with 1: every worker has"
+         " its own place in the shards of image_shards, and it would be lost. Keep the number of ranks and run.num_work"
+         "ers=2, or start a new run from these weights with model.pretrained="),
+        ("datasets.image_shards.shards={0}/shards/0000[0-2].tar", "was trained on 4 shards of image_shards, now there "
+         "are 3, and its place in them would be lost"),
+    ],
+)  # fmt: skip
+def test_a_resume_that_would_lose_its_place_is_refused(begun, option, says, capsys):
+    assert begun.command("run.resume_ckpt_path=auto", option.format(begun.folder)) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "options, says",
+    [
+        (["run.num_workers=5"], "datasets.image_shards: 4 shards for 5 data workers (ranks x run.num_workers)"),
+        (["datasets.image_shards.shards=/no/{0..9}.tar"], "10 of 10 shards looked at are not there, more than max_bad_"
+         "fraction=0.01 allows; the first is /no/0.tar. Check datasets.image_shards.shards and .folder"),
+        (["datasets.scenes.sizes.train=9"], "run.train_dataset_ratios is needed: shards do not say how many samples "
+         "they hold (image_shards); give every training set its share, e.g. {image_shards: 1, scenes: 1}"),
+        (["run.valid_splits=[train]"], "image_shards: train has no references to score against"),
+        (["datasets.image_shards.caption_ky=text"], "unknown key datasets.image_shards.caption_ky; did you mean capt"),
+        (["datasets.image_shards.caption_key=text"], "image_shards: 200 samples or shards in a row cannot be used, "
+         "mostly for one reason: its json has no key text"),
+        (["datasets.image_shards.shards=a.tar", "datasets.image_shards.shards=b.tar"], "datasets.image_shards.shards is"
+         " given 2 times in a row; quote values with braces or stars, or the shell makes several of them"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_a_run_with_one_line(runs, options, says, capsys, monkeypatch):
+    from lavis_evlgen.datasets import shard_stream
+
+    monkeypatch.setattr(shard_stream, "MOST_ITEMS", 200)  # of 10,000
+    assert on_shards(runs).command(*options) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+# ---- bookkeeping
+
+
+def tally(place=START, opened=0, met=0, bad=(), stream=0):
+    found = {(shard, whole, reason): Bad(shard, whole, reason, f"{shard}: first", n) for shard, whole, reason, n in bad}
+    return Tally(stream, place, opened, met, found)
+
+
+def test_the_limit_counts_shares_of_samples_and_of_shards(tmp_path):
+    bad = BadShards(tmp_path, {"a": 0.01})
+    bad.add("a", tally(opened=1, met=500, bad=[("x.tar", False, "html", 10)]))
+    bad.share(1), bad.check()  # 10 of at least 1000
+    bad.add("a", tally(met=100, bad=[("x.tar", False, "html", 1)])), bad.share(2)
+    with pytest.raises(TooManyBadImages) as error:
+        bad.check()
+    assert "a: 11 of 600 samples and 0 of 1 shards met so far cannot be used: samples: html (11)" in str(error.value)
+    assert "such as x.tar: first" in str(error.value) and "raise datasets.a.max_bad_fraction" in str(error.value)
+    assert len(bad.file.read_text().splitlines()) == 2
+    bad.add("a", tally(met=500)), bad.share(3), bad.check()  # 11 of 1100
+
+    bad.add("a", tally(opened=9, bad=[("y.tar", True, "cut short", 1)])), bad.share(4), bad.check()
+    bad.add("a", tally(opened=1, bad=[("z.tar", True, "cut short", 1)])), bad.share(5)
+    with pytest.raises(TooManyBadImages, match="11 of 1100 samples and 2 of 11 shards"):
+        bad.check()
+
+
+def test_the_log_speaks_when_the_count_has_doubled(tmp_path, caplog):
+    bad = BadShards(tmp_path, {"a": 1.0})
+    for step in range(1, 101):
+        bad.add("a", tally(met=10, bad=[("x.tar", False, "html", 1)])), bad.share(step)
+    assert [r.getMessage().split()[1] for r in caplog.records] == ["1", "2", "4", "8", "16", "32", "64"]
+    assert bad.count == 100 and sum(json.loads(line)["count"] for line in bad.file.read_text().splitlines()) == 100
+
+
+def test_only_what_training_took_moves_the_place(tmp_path, monkeypatch):
+    """Batches that are still in the loader do not count; of ranks, each keeps its own."""
+    data = {"scenes": [1, 2], "a": image_shards("{0..9}.tar"), "b": image_shards("{0..5}.tar")}
+    monkeypatch.setattr(shard_progress.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(shard_progress.distributed, "world_size", lambda: 2)
+    seen = [{"shards": (1, tally(Place(m, m), stream=2 + m % 2))} for m in range(5)] + [{"image": "of scenes"}]
+    progress, loader = ShardProgress(tmp_path, data, 2), iter(seen)
+    followed = progress.follow(loader)
+    taken = [next(followed) for _ in range(3)]
+    assert taken == [{}] * 3 and progress.places == {(1, 0): Place(2, 2), (1, 1): Place(1, 1)}
+    state = progress.state(3)
+    assert state["sets"]["a"] == {"shards": 10, "places": {2: [2, 2], 3: [1, 1]}, "totals": {"opened": 0, "met": 0}}
+    again = ShardProgress(tmp_path, data, 2)
+    again.load(state, "x.pth")
+    assert again.places == progress.places
+    assert list(followed)[-1] == {"image": "of scenes"}
+
+
+def test_a_set_that_is_new_in_the_mix_begins_at_its_beginning(tmp_path, caplog):
+    old = ShardProgress(tmp_path, {"a": image_shards("{0..9}.tar")}, 1)
+    old.places[0, 0] = Place(3, 4)
+    new = ShardProgress(tmp_path, {"b": image_shards("{0..5}.tar"), "a": image_shards("{0..9}.tar")}, 1)
+    new.load(old.state(1), "x.pth")
+    assert new.places == {(1, 0): Place(3, 4)} and "x.pth holds no place in b" in caplog.text
+    nothing = ShardProgress(tmp_path, {"a": [1, 2]}, 4)
+    nothing.load(old.state(1), "x.pth")
+    assert nothing.state(2) is None and not nothing.places
