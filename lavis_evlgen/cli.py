@@ -63,6 +63,17 @@ def _parser() -> argparse.ArgumentParser:
     v.add_argument("--allow-unknown", action="store_true", help="keep unknown tensors aside instead of refusing")
     v.set_defaults(run_command=convert)
 
+    s = commands.add_parser("shards", help="write tar shards from a folder of pictures and a captions file")
+    s.add_argument("out", metavar="OUT", help="folder to be made")
+    s.add_argument("--images", required=True, metavar="DIR", help="folder that the file's image names start from")
+    s.add_argument("--captions", required=True, metavar="FILE", help="COCO, Karpathy or LAVIS JSON, JSONL, CSV, TSV")
+    s.add_argument("--columns", nargs="+", default=[], metavar="COLUMN=NAME", help="the file's names: image=file ...")
+    s.add_argument("--split", help="only images of this split, of a file that names splits, e.g. train")
+    s.add_argument("--per-shard", type=_positive, default=1000, help="samples in a shard (default: 1000)")
+    s.add_argument("--seed", type=int, default=0, help="of the order in which images are written (default: 0)")
+    s.add_argument("--max-bad-fraction", type=float, default=0.01, help="of images and rows (default: 0.01)")
+    s.set_defaults(run_command=shards)
+
     k = commands.add_parser("keys", help="every config key and what it does")
     k.add_argument("section", nargs="?", choices=("run", "model", "datasets"), help="only this section")
     k.set_defaults(run_command=keys)
@@ -207,7 +218,9 @@ def doctor(args) -> int:
     from lavis.common.registry import registry
 
     from lavis_evlgen.analysis.doctor import check_images, check_memory, check_weights
+    from lavis_evlgen.analysis.doctor_shards import check_shards
     from lavis_evlgen.config import EvlgenConfig
+    from lavis_evlgen.datasets import ImageShards
 
     cfg = EvlgenConfig(args)
     print(f"ok    config {args.cfg_path}: every key is known")
@@ -220,7 +233,10 @@ def doctor(args) -> int:
     _show(findings[-1])
     for name, splits in datasets.items():
         for split, dataset in splits.items():
-            findings.append(check_images(name, split, dataset, args.limit, print))
+            if isinstance(dataset, ImageShards):
+                findings.append(check_shards(name, dataset, args.limit, print))
+            else:
+                findings.append(check_images(name, split, dataset, args.limit, print))
             _show(findings[-1])
     failed = sum(not finding.ok for finding in findings)
     print(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")
@@ -239,6 +255,25 @@ def _check_splits(run, datasets: dict, task):
         return Finding(False, "splits", str(error))
     splits = [str(split) for key in ("train_splits", "valid_splits", "test_splits") for split in run.get(key) or []]
     return Finding(True, "splits", f"{', '.join(splits)} are there and large enough")
+
+
+def shards(args) -> int:
+    """Write shards; says what to put into a config, and what was left out."""
+    from lavis_evlgen.config import ConfigError
+    from lavis_evlgen.datasets.shard_writer import write_shards
+
+    if wrong := [text for text in args.columns if "=" not in text]:
+        raise ConfigError(f"--columns {wrong[0]}: write COLUMN=NAME, e.g. image=file")
+    found = write_shards(
+        args.out, args.images, args.captions, columns=dict(text.split("=", 1) for text in args.columns),
+        split=args.split, per_shard=args.per_shard, seed=args.seed, max_bad_fraction=args.max_bad_fraction,
+    )  # fmt: skip
+    for line in [*map(str, found.unreadable), *found.problems]:
+        print(f"left out: {line}", file=sys.stderr)
+    left_out = f", {len(found.unreadable)} unreadable images and {len(found.problems)} rows left out"
+    print(f"{found.samples} samples{left_out if found.unreadable or found.problems else ''}. In a config:")
+    print(f"  datasets.image_shards.shards: {found.shards}")
+    return 0
 
 
 def _show(finding):

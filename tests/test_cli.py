@@ -138,6 +138,31 @@ def test_doctor_weighs_the_language_model_and_compares_with_what_is_free(runs, m
     assert doctor.count_trainable(model_cfg) == sum(p.numel() for p in built.parameters() if p.requires_grad)
 
 
+def test_shards_are_written_and_pass_the_doctor(runs, tmp_path, capsys):
+    images = pictures(runs).folder / "images"
+    write = ["shards", tmp_path / "out", "--images", images, "--captions", runs.folder / "captions.csv"]
+    assert evlgen(*write) == 2
+    assert "more than --max-bad-fraction 0.01 allows" in capsys.readouterr().err
+    assert evlgen(*write, "--max-bad-fraction", 0.5, "--per-shard", 1) == 0
+    words = capsys.readouterr()
+    assert words.out.startswith("2 samples, 2 unreadable images and 0 rows left out. In a config:\n")
+    assert "3.png: the file is empty (0 bytes)" in words.err and words.err.count("left out: ") == 2
+    runs.config["datasets"] = {"image_shards": {"shards": words.out.split()[-1]}}
+    assert evlgen("doctor", runs.path()) == 0
+    seen = "2 of 2 shards are there; 1, 1 samples in 2 of them; of up to 256 each, 2 are usable, 0 are not"
+    assert f"ok    data image_shards train: {seen}" in capsys.readouterr().out
+    assert evlgen("doctor", runs.path(), "--options", "datasets.image_shards.caption_key=text") == 1
+    words = capsys.readouterr().out
+    assert "FAIL  data image_shards train: " in words
+    assert "0 are usable, 2 are not: its json has no key text (2)" in words
+    assert "its json has no key text (it has caption, image, image_id)" in words
+    elsewhere = f"datasets.image_shards.shards={tmp_path}/out/0000{{0..9}}.tar"
+    assert evlgen("doctor", runs.path(), "--options", elsewhere) == 1
+    assert "00002.tar: no such file" in capsys.readouterr().out
+    assert evlgen(*write, "--columns", "image") == 2
+    assert "--columns image: write COLUMN=NAME" in capsys.readouterr().err
+
+
 def test_doctor_refuses_an_unknown_key_in_one_line(runs, capsys):
     assert evlgen("doctor", runs.path(), "--options", "model.tomer=3") == 2
     words = capsys.readouterr().err.splitlines()
