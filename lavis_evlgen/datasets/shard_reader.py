@@ -55,6 +55,8 @@ def read_shard(path, start: int = 0) -> Iterator[ShardItem]:
                     yield _item(index, group, file)
                 index += 1
         problem = None if index else "it holds no sample"
+    except FileNotFoundError:
+        problem = "it is not there"
     except OSError as error:
         problem = f"it cannot be read ({error.strerror or error})"
     if problem and index >= start:

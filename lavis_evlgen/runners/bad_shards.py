@@ -33,7 +33,10 @@ class BadShards:
     @property
     def count(self) -> int:
         """Bad samples and shards met so far, in all sets."""
-        return sum(self.bad(name, whole) for name in self.totals for whole in ("samples", "shards"))
+        return sum(map(self._any_bad, self.totals))
+
+    def _any_bad(self, name: str) -> int:
+        return self.bad(name, "samples") + self.bad(name, "shards")
 
     def bad(self, name: str, kind: str) -> int:
         """kind: samples, or shards (missing, cut short, broken)."""
@@ -72,7 +75,7 @@ class BadShards:
                     file.write(json.dumps(row) + "\n")
         if self.count >= max(1, 2 * self._said):
             self._said = self.count
-            for name in self.totals:
+            for name in filter(self._any_bad, self.totals) if distributed.is_main() else ():
                 logging.warning("%s; they are named by shard in %s", self.summary(name), self.file)
 
     def summary(self, name: str) -> str:

@@ -87,12 +87,15 @@ def test_long_names_and_pax_headers(tmp_path):
     "content, says",
     [
         (b"", "it is empty (0 bytes)"), (b"<html>" * 200, "it is not a tar file"), (b"\x1f\x8b12", "compressed (gzip)"),
-        (bytes(10_240), "it holds no sample"), (None, "it cannot be read (No such file"),
+        (bytes(10_240), "it holds no sample"), (None, "it is not there"),
+        ("folder", "it cannot be read (Is a directory)"),
     ],
 )  # fmt: skip
 def test_a_shard_that_cannot_be_opened_is_one_item(tmp_path, content, says):
     path = tmp_path / "x.tar"
-    if content is not None:
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
         path.write_bytes(content)
     keys, problems = read(path)
     assert keys == [] and len(problems) == 1 and says in problems[0]

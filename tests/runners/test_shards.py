@@ -1,15 +1,18 @@
 """Runs on tar shards: resume at the same sample, mixtures, what is bad counted and limited, mistakes refused early."""
 
 import json
+import multiprocessing
 import shutil
 from collections import Counter
 
 import pytest
+import torch
 
 from lavis_evlgen.datasets.shard_stream import START, Bad, Place, Tally
 from lavis_evlgen.runners import shard_progress, state
 from lavis_evlgen.runners.bad_images import TooManyBadImages
 from lavis_evlgen.runners.bad_shards import BadShards
+from lavis_evlgen.runners.progress import read_json_lines
 from lavis_evlgen.runners.shard_progress import ShardProgress
 from tests.datasets.shard_tools import HTML, image_shards, sample, write_shard, write_shards
 from tests.run_tools import Runs, checkpoint, losses, same_tensors
@@ -72,9 +75,9 @@ def test_what_is_bad_is_counted_by_shard_and_reason(whole):
     for row in named(whole):
         rows[row["shard"].rsplit("/")[-1], row["what"]] += row["count"]
     html = "samples: looks like HTML, perhaps an error page saved by a downloader"
-    assert set(rows) == {("00004.tar", html), ("missing.tar", "shards: it cannot be read")}
+    assert set(rows) == {("00004.tar", html), ("missing.tar", "shards: it is not there")}
     assert rows["00004.tar", html] == totals[html] >= 4
-    assert rows["missing.tar", "shards: it cannot be read"] == totals["shards: it cannot be read"] >= 1
+    assert rows["missing.tar", "shards: it is not there"] == totals["shards: it is not there"] >= 1
     assert totals["opened"] >= 6 and totals["met"] >= 50
 
 
@@ -131,6 +134,22 @@ def test_mistakes_end_a_run_with_one_line(runs, options, says, capsys, monkeypat
     assert says in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_too_many_bad_samples_end_a_run_with_one_line(runs, capsys):
+    on_shards(runs, max_bad_fraction=0.0)
+    write_shard(runs.folder / "shards" / "00001.tar", sample("a") | sample("b", "x", HTML) | sample("c"))
+    assert runs.command("run.num_workers=0") == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("train.py: image_shards: 1 of ") and "00001.tar:b: looks like HTML" in line
+    assert str(runs.output() / "bad_shards.jsonl") in line and [row["count"] for row in named(runs)] == [1]
+
+
+def test_evaluation_needs_none_of_the_shards(runs):
+    on_shards(runs)
+    (runs.folder / "shards" / "00000.tar").unlink()
+    runner = runs.train("run.test_splits=[val]", evaluate=True)
+    assert (runner.output_dir / "result" / "val_given.json").exists()
+
+
 # ---- bookkeeping
 
 
@@ -181,6 +200,35 @@ def test_only_what_training_took_moves_the_place(tmp_path, monkeypatch):
     again.load(state, "x.pth")
     assert again.places == progress.places
     assert list(followed)[-1] == {"image": "of scenes"}
+
+
+def one_of_two_ranks(rank, folder, answers):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    progress = ShardProgress(folder, {"a": image_shards("{0..9}.tar")}, 2)
+    batches = [{"shards": (0, tally(Place(5 * rank, m), 1, 2, [("x.tar", False, "html", 1)], 2 * rank + m % 2))}
+               for m in range(1, 5 + rank)]
+    list(progress.follow(batches))
+    answers.put((progress.state(7), progress.bad.count))
+
+
+def test_a_checkpoint_holds_the_places_and_counts_of_all_ranks(tmp_path):
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    ranks = [context.Process(target=one_of_two_ranks, args=(rank, tmp_path, answers), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    (state, count), other = (answers.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.kill()
+    assert other == (state, count) and count == 9
+    assert state == {
+        "ranks": 2, "workers": 2, "sets": {"a": {
+            "shards": 10, "places": {0: [0, 4], 1: [0, 3], 2: [5, 4], 3: [5, 5]},
+            "totals": {"opened": 9, "met": 18, "samples: html": 9},
+        }},
+    }  # fmt: skip
+    rows = read_json_lines(tmp_path / "bad_shards.jsonl")
+    assert [(row["step"], row["shard"], row["count"]) for row in rows] == [(7, "x.tar", 9)]
 
 
 def test_a_set_that_is_new_in_the_mix_begins_at_its_beginning(tmp_path, caplog):
