@@ -99,6 +99,8 @@ def _members(file) -> Iterator[_Member | _Problem]:
         file.seek(here)
         try:
             info = tarfile.TarInfo.fromtarfile(tar)
+            if info.size < 0 or tar.offset <= here:
+                raise tarfile.HeaderError("a size below zero")
         except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
             yield _Problem("it is cut short (the end mark is missing)")
             return

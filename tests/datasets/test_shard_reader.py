@@ -5,6 +5,8 @@ import json
 import tarfile
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from lavis_evlgen.datasets.shard_reader import read_shard
 from tests.datasets.shard_tools import sample, write_shard
@@ -141,3 +143,18 @@ def test_after_a_broken_header_reading_goes_on(tmp_path, junk):
     ]  # fmt: skip
     assert "broken in the middle" in items[2].problem
     assert [i.index for i in read_shard(path, 3)] == [3, 4]
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_whatever_is_broken_reading_ends_and_is_the_same_from_any_start(tmp_path, data):
+    content = bytearray(four(tmp_path / "x.tar").read_bytes())
+    for _ in range(data.draw(st.integers(1, 6))):
+        at, length = data.draw(st.integers(0, 9000)), data.draw(st.sampled_from([1, 8, 512, 1500]))
+        content[at : at + length] = data.draw(st.sampled_from([b"", b"\0", b"\xff", b"0", b"7"])) * length
+    path = tmp_path / "broken.tar"
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    items = list(read_shard(path))
+    assert items and [item.index for item in items] == list(range(len(items)))
+    start = data.draw(st.integers(0, len(items)))
+    assert list(read_shard(path, start)) == items[start:]

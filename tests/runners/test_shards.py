@@ -143,6 +143,26 @@ def test_too_many_bad_samples_end_a_run_with_one_line(runs, capsys):
     assert str(runs.output() / "bad_shards.jsonl") in line and [row["count"] for row in named(runs)] == [1]
 
 
+def test_the_mix_of_the_paper(runs):
+    """15 : 4 : 1, each set of shards with its own place."""
+    on_shards(runs)
+    sets = runs.config["datasets"]
+    sets["scenes"]["sizes"]["train"] = 9
+    for name, lengths in {"laion115m": (5, 4, 6), "ccs14m": (3, 3)}.items():
+        shards = write_shards(runs.folder / name, lengths)
+        sets[name] = {"folder": shards.rpartition("/")[0], "shards": shards.rpartition("/")[2]}
+        sets[name]["vis_processor"] = sets["scenes"]["vis_processor"]
+    del sets["image_shards"]
+    runs.config["run"]["train_dataset_ratios"] = {"laion115m": 15, "ccs14m": 4, "scenes": 1}
+    runs.train("run.batch_size_train=1", "run.iters_per_inner_epoch=8")
+    found = checkpoint(runs.output())["shards"]["sets"]
+    met = {name: found[name]["totals"]["met"] for name in ("laion115m", "ccs14m")}
+    assert met["laion115m"] > met["ccs14m"] > 0 and sum(met.values()) < STEPS
+    before = losses(runs.output())
+    runs.train(f"run.resume_ckpt_path={runs.output() / state.PREVIOUS}", "run.batch_size_train=1")
+    assert losses(runs.output()) == before and checkpoint(runs.output())["shards"]["sets"] == found
+
+
 def test_evaluation_needs_none_of_the_shards(runs):
     on_shards(runs)
     (runs.folder / "shards" / "00000.tar").unlink()
