@@ -120,8 +120,8 @@ def test_a_resume_that_would_lose_its_place_is_refused(begun, option, says, caps
          "they hold (image_shards); give every training set its share, e.g. {image_shards: 1, scenes: 1}"),
         (["run.valid_splits=[train]"], "image_shards: train has no references to score against"),
         (["datasets.image_shards.caption_ky=text"], "unknown key datasets.image_shards.caption_ky; did you mean capt"),
-        (["datasets.image_shards.caption_key=text"], "image_shards: 200 samples or shards in a row cannot be used, "
-         "mostly for one reason: its json has no key text"),
+        (["datasets.image_shards.caption_key=text", "run.num_workers=0"], "image_shards: 200 samples or shards in a row"
+         " cannot be used, mostly for one reason: its json has no key text"),
         (["datasets.image_shards.shards=a.tar", "datasets.image_shards.shards=b.tar"], "datasets.image_shards.shards is"
          " given 2 times in a row; quote values with braces or stars, or the shell makes several of them"),
     ],
