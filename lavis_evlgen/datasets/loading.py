@@ -135,7 +135,8 @@ def _prepare_worker(exiting, _worker: int):
     """Workers leave the cores to the model, and outlive SIGTERM while the main process works: schedulers and torch's
     launcher send it to the whole process group, and the main process still has a checkpoint to write."""
     torch.set_num_threads(1)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(143) if exiting.value else None)
+    # at exit with 0: torch raises an alarm in the main process at anything else
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if exiting.value else None)
 
 
 def _shard_stream(datasets, seed, rank, world, workers, places, k: int, worker: int) -> ShardStream:
