@@ -129,13 +129,13 @@ def _open(file) -> tarfile.TarFile | _Problem:
     head = file.read(_BLOCK)
     if not head:
         return _Problem("it is empty (0 bytes)")
-    for magic, name in _COMPRESSED.items():
-        if head.startswith(magic):
-            return _Problem(f"it is compressed ({name}): unpack it")
     file.seek(0)
     try:
         return tarfile.TarFile(fileobj=file)
     except Exception as error:
+        for magic, name in _COMPRESSED.items():
+            if head.startswith(magic):
+                return _Problem(f"it is compressed ({name}): unpack it")
         return _Problem(f"it is not a tar file ({error})")
 
 

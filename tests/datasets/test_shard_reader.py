@@ -65,12 +65,12 @@ def test_a_start_reads_only_headers_of_what_it_skips(tmp_path, monkeypatch):
 
 def test_names_as_webdataset_reads_them(tmp_path):
     members = {
-        "d.v1/a.JPG": b"1", "d.v1/a.json": b"2", "d.v1/a.cls": b"3", "d.v1/b.seg.png": b"4", "d.v1/b.png": b"5",
-        "d.v1/b.txt": b"6", "._a.jpg": b"7", "README": b"8",
+        "BZ.jpg": b"0", "d.v1/a.JPG": b"1", "d.v1/a.json": b"2", "d.v1/a.cls": b"3", "d.v1/b.seg.png": b"4",
+        "d.v1/b.png": b"5", "d.v1/b.txt": b"6", "._a.jpg": b"7", "README": b"8",
     }  # fmt: skip
     items = list(read_shard(write_shard(tmp_path / "x.tar", members)))
     assert [(item.key, item.files) for item in items] == [
-        ("d.v1/a", {"jpg": b"1", "json": b"2"}), ("d.v1/b", {"png": b"5", "txt": b"6"}),
+        ("BZ", {"jpg": b"0"}), ("d.v1/a", {"jpg": b"1", "json": b"2"}), ("d.v1/b", {"png": b"5", "txt": b"6"}),
     ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from omegaconf import OmegaConf
 
 from lavis_evlgen.datasets import DataError, ImageShardsBuilder
-from lavis_evlgen.datasets.loading import train_loader
+from lavis_evlgen.datasets.loading import FromShards, train_loader
 from lavis_evlgen.datasets.shard_stream import ShardStream
 from lavis_evlgen.datasets.shards import Ccs14mBuilder, Laion115mBuilder
 from tests.datasets.shard_tools import HTML, image_shards, jpeg, pixel_bomb, sample, write_shard, write_shards
@@ -67,9 +67,12 @@ def test_a_stream_goes_on_from_any_place_and_opens_no_shard_that_is_done(seven, 
     from lavis_evlgen.datasets import shard_stream
 
     dataset, opened = image_shards(seven, shuffle_window=window), []
-    monkeypatch.setattr(
-        shard_stream, "read_shard", lambda path, *a, read=shard_stream.read_shard: opened.append(path) or read(path, *a)
-    )
+
+    def reading(path, start, read=shard_stream.read_shard):
+        opened.append((path, start))
+        return read(path, start)
+
+    monkeypatch.setattr(shard_stream, "read_shard", reading)
     whole, places, stream = [], [], ShardStream(dataset, 1, 1, 2)
     for _ in range(30):
         samples, tally = stream.take(2)
@@ -80,7 +83,8 @@ def test_a_stream_goes_on_from_any_place_and_opens_no_shard_that_is_done(seven, 
         again = ShardStream(dataset, 1, 1, 2, place)
         found = [(s["instance_id"], s["image"].sum().item()) for s in again.take(6)[0]]
         assert found == whole[2 * done : 2 * done + 6]
-        assert opened[0] == dataset.shards[again.shard(place.shards)[1]] and len(opened) <= 4
+        block = place.items // window * window
+        assert opened[0] == (dataset.shards[again.shard(place.shards)[1]], block) and len(opened) <= 4
 
 
 GOOD, HTML_SAYS = jpeg(), "looks like HTML, perhaps an error page saved by a downloader"
@@ -243,6 +247,13 @@ def test_no_sample_is_lost_or_repeated_between_ranks_and_workers(tmp_path):
     found = [stop_and_go_on(sets, 3, 6, rank=rank, world=2, workers=2) for rank in range(2)]
     ids = [name for part in found for _, samples, _ in part for name, _ in samples]
     assert sorted(ids) == sorted(everything((6, 6, 6, 6)))
+
+
+def test_a_worker_that_is_asked_for_the_stream_of_another_refuses(seven):
+    mixture = train_loader([image_shards(seven)], None, 2, 11, 0, 1, 0, 2, False).dataset
+    mixture[FromShards(0, 1, 2)], mixture[FromShards(0, 1, 2)]
+    with pytest.raises(RuntimeError, match="a data worker reads stream 1, but was asked for stream 0"):
+        mixture[FromShards(0, 0, 2)]
 
 
 def test_the_number_of_workers_none_and_one_is_the_same(seven):
