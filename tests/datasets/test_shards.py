@@ -48,6 +48,8 @@ def test_epochs_seeds_and_windows_give_other_orders(seven):
     whole = ids(1, 4)
     assert whole == ids(1, 4) and sorted(whole[:42]) == sorted(whole[42:]) and whole[:42] != whole[42:]
     assert len({tuple(ids(seed, window, 42)) for seed, window in ((1, 4), (2, 4), (1, 1), (1, 3))}) == 4
+    longest = [[i for i in part if i[0] == "3"] for part in (whole[:42], whole[42:])]
+    assert sorted(longest[0]) == sorted(longest[1]) and longest[0] != longest[1]  # within a shard, too
     in_order = ids(1, 1, 42)
     for shard in "0123456":
         assert [int(i[2:]) for i in in_order if i[0] == shard] == list(range(LENGTHS[int(shard)]))
@@ -270,6 +272,12 @@ def test_two_shard_sets_and_a_map_style_set_in_one_mix(seven, tmp_path):
     for (k, content, _), (_, alone, _) in zip(whole, map_style, strict=True):
         assert k is not None or content == alone  # which set a micro-step draws is a function of (seed, m)
     assert stop_and_go_on(sets, 33, 50, ratios=ratios, workers=2, batch=1) == whole[:50]
+
+
+def test_two_sets_of_the_same_shards_have_orders_of_their_own(seven):
+    found = batches([image_shards(seven), image_shards(seven)], 40, ratios=[1, 1])
+    orders = [[name for k, samples, _ in found if k == which for name, _ in samples][:20] for which in (0, 1)]
+    assert len(orders[1]) == 20 and orders[0] != orders[1]
 
 
 # ---- builders
