@@ -182,5 +182,5 @@ raise SystemExit(7)  # `batches` is alive: its worker must not keep the process
 
 
 def test_a_worker_does_not_outlive_a_main_process_that_fails():
-    done = subprocess.run([sys.executable, "-c", STOPPED_MIDWAY], timeout=60, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", STOPPED_MIDWAY], timeout=180, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 7 and "Traceback" not in done.stderr
