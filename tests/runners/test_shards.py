@@ -118,7 +118,7 @@ def test_a_resume_that_would_lose_its_place_is_refused(begun, option, says, caps
          "fraction=0.01 allows; the first is /no/0.tar. Check datasets.image_shards.shards and .folder"),
         (["datasets.scenes.sizes.train=9"], "run.train_dataset_ratios is needed: shards do not say how many samples "
          "they hold (image_shards); give every training set its share, e.g. {image_shards: 1, scenes: 1}"),
-        (["run.valid_splits=[train]"], "image_shards: train has no references to score against"),
+        (["run.valid_splits=[train]"], "image_shards has no references to score against"),
         (["datasets.image_shards.caption_ky=text"], "unknown key datasets.image_shards.caption_ky; did you mean capt"),
         (["datasets.image_shards.caption_key=text", "run.num_workers=0"], "image_shards: 200 samples or shards in a row"
          " cannot be used, mostly for one reason: its json has no key text"),

@@ -125,7 +125,7 @@ def test_an_unknown_metric_is_refused_before_anything_runs():
 
 
 def test_a_data_set_without_captions_is_refused_before_anything_runs():
-    with pytest.raises(ConfigError, match="needs captions, easy_vqa has none; see run.task=evlgen_vqa"):
+    with pytest.raises(ConfigError, match="easy_vqa has no references to score .* there is run.task=evlgen_vqa"):
         task().check_dataset("easy_vqa", types.SimpleNamespace(answers={}))
 
 
