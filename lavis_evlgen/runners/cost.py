@@ -1,15 +1,22 @@
-"""What training costs, counted: operations of a real step, so that what is frozen counts as it runs."""
+"""What training costs, counted on a real batch, so that what is frozen counts as it runs."""
 
 from __future__ import annotations
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count_flops(call, *args):
-    """(what `call(*args)` returns, its floating-point operations on this rank; a multiply-add is two).
+def flops_per_image(step, batch: dict) -> float:
+    """Floating-point operations of forward and backward on one picture of `batch`; a multiply-add is two.
 
-    Counts matrix products, convolutions and attention, forward and backward, as torch's FlopCounterMode does.
+    step: the runner's TrainingStep. A pass of its own, whose gradients are thrown away: weights, random generators
+    and the steps to come stay what they were. (The counter decides which kernels torch takes, so a step under it
+    would differ from others in its last bits.) Counts matrix products, convolutions and attention.
     """
-    with FlopCounterMode(display=False) as counter:
-        result = call(*args)
-    return result, counter.get_total_flops()
+    model, device = getattr(step.model, "module", step.model), step.device
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), FlopCounterMode(display=False) as counter:
+        with step.autocast():
+            loss = model({**batch, "image": batch["image"].to(device)})["loss"]
+        torch.autograd.grad(loss, step.parameters, allow_unused=True)
+    return counter.get_total_flops() / len(batch["image"])

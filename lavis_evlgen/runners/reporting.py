@@ -65,8 +65,9 @@ class Reporter:
         self._card(name, dataset, split, step, result)
         if rows:
             self._sheet(dataset, rows)
-        if "metrics" in result and hasattr(self.runner, "progress") and split in self.runner.valid_splits:
-            self.runner.progress.write({"step": step, **scored_curve(result)})
+        curve = scored_curve(result) if "metrics" in result else {}
+        if curve and hasattr(self.runner, "progress") and split in self.runner.valid_splits:
+            self.runner.progress.write({"step": step, **curve})
         if words := self._summary(result):
             logging.info("%s at step %s: %s", split, step, words)
         if rows and split in self.runner.test_splits:

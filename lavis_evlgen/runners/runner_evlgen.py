@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import random
 import signal
@@ -21,7 +22,7 @@ from lavis_evlgen.models.checkpoints import frozen_names
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
 from lavis_evlgen.runners.checks import check_evaluation, check_splits, sets_with
-from lavis_evlgen.runners.cost import count_flops
+from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.partial import KeepsRows
 from lavis_evlgen.runners.progress import Progress, startup_table
 from lavis_evlgen.runners.reporting import Reporter
@@ -217,10 +218,14 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         if self._unevaluated:  # the run was cut off in the evaluation at the step it resumes from
             self._evaluate_and_save(self.start_step)
         self._model.train()
+        if self.start_step < self.max_iters:
+            first = next(batches)
+            self.progress.flops_per_image = flops_per_image(step_fn, first)
+            batches = itertools.chain([first], batches)
         self.progress.started = time.perf_counter()
         for step in range(self.start_step, self.max_iters):
             lr = self.lr_scheduler.step(cur_step=step)
-            values, waited, bad = self._first_step(batches) if step == self.start_step else step_fn(batches)
+            values, waited, bad = step_fn(batches)
             self.bad.add(bad)
             self.progress.update(waited, **values)
             done = step + 1
@@ -234,12 +239,6 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
                 logging.warning("SIGTERM: saved step %d in %s; stopping", done, self.output_dir)
                 distributed.stop()
                 raise SystemExit(143)
-
-    def _first_step(self, batches):
-        """The step that training costs are counted on."""
-        outcome, flops = count_flops(self.step_fn, batches)
-        self.progress.flops_per_image = flops * distributed.world_size() / self.images_per_step
-        return outcome
 
     def _log(self, step: int, lr: float):
         self.bad.share()

@@ -55,6 +55,9 @@ class TrainingStep:
         if saved.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
 
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
     def __call__(self, batches) -> tuple[dict[str, Tensor], float, list[dict]]:
         waited, bad, values = 0.0, [], {}
         for micro in range(self.accum):
@@ -73,7 +76,7 @@ class TrainingStep:
         return values, waited, bad
 
     def _forward_backward(self, batch: dict) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        with self.autocast():
             out = self.model(batch)
         loss = out["loss"]
         if distributed.initialized() and "loss_tokens" in out:

@@ -52,6 +52,6 @@ def test_the_builder_of_lavis_trains_and_is_refused_where_it_cannot_be_scored(co
     coco.train("run.num_workers=1")
     assert len(losses(coco.output())) == 4
     assert coco.command("run.valid_splits=[val]", "run.run_name=other") == 2
-    assert "coco_caption: val has no references to score against; read its annotations with image_captions" in (
+    assert "coco_caption has no references to score against: read its annotations with image_captions" in (
         capsys.readouterr().err.splitlines()[-1]
     )
