@@ -86,6 +86,17 @@ def test_round_trip_is_bit_equal_without_what_training_started_from(parts, tmp_p
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
+@pytest.mark.parametrize("connector, tokens", [("qformer", 5), ("avgpool", 5), ("linear", 17)])
+def test_round_trip_of_the_other_connectors(parts, tmp_path, connector, tokens):
+    model = build(parts, connector=connector, num_query_token=5).eval()
+    loaded = EVLGen.from_pretrained(str(model.save_pretrained(tmp_path / "b")))
+    assert torch.equal(prompt(loaded), prompt(model)) and prompt(loaded).shape[1] == tokens
+    with torch.device("meta"):
+        empty = EVLGen.from_config(OmegaConf.create(section(parts, connector=connector, num_query_token=5)))
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    assert {name: value.shape for name, value in empty.state_dict().items()} == shapes
+
+
 def test_a_bundle_holds_what_trains_and_no_frozen_weight(trained, saved):
     assert sorted(p.name for p in saved.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     state, own = load_file(saved / "model.safetensors"), trainable_state(trained)
