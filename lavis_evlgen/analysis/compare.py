@@ -94,7 +94,7 @@ def table_rows(runs: list[RunRecord]) -> list[tuple[str, ...]]:
     rows = []
     for run in runs:
         rows.append(_cells(run))
-        paper = paper_row(run.card["config"]["model"], run.card.get("step"))
+        paper = paper_row(run.card["config"], run.card.get("step"))
         if paper is not None:
             hours = "" if paper.hours is None else f"{paper.hours:g} h, 8 A100"
             cells = {"run": f"  paper: {paper.name}", "connector": paper.connector, "steps": f"{paper.steps:,}"}

@@ -58,14 +58,16 @@ def test_a_run_that_counted_nothing(tmp_path):
 
 
 def test_the_papers_row_stands_under_the_same_recipe(tmp_path):
-    recipe = {"llm_model": "facebook/opt-2.7b", "num_layers": 12}
-    card = {"step": 250_000}
-    runs = read_runs([folder_of(tmp_path / "a", card=card, **recipe), folder_of(tmp_path / "b", **recipe)])
-    rows = table_rows(runs)
-    assert len(rows) == 3
-    paper = cells(rows, 1)
-    assert (paper["CIDEr"], paper["time"], paper["scored on"]) == ("1.391", "133 h, 8 A100", "COCO val")
-    assert not table_rows(read_runs([folder_of(tmp_path / "c", card=card, llm_model="other", num_layers=12)]))[1:]
+    def papers(name, step=150_000, data=("laion115m", "ccs14m", "image_captions"), llm="facebook/opt-2.7b"):
+        model = {"connector": "tomeformer", "llm_model": llm, "num_layers": 12}
+        config = {"model": model, "datasets": dict.fromkeys(data, {})}
+        rows = table_rows(read_runs([folder_of(tmp_path / name, card={"step": step, "config": config})]))
+        return [tuple(cells(rows, 1)[column] for column in ("CIDEr", "time", "scored on"))] if rows[1:] else []
+
+    assert papers("a") == [("1.370", "80 h, 8 A100", "COCO val")]
+    assert papers("b", step=250_000) == [("1.391", "133 h, 8 A100", "COCO val")]
+    assert papers("c", data=("ccs14m", "image_captions")) == [("1.351", "80 h, 8 A100", "COCO val")]
+    assert papers("d", data=("scenes",)) == papers("e", step=151_000) == papers("f", llm="other") == []
 
 
 def test_scores_that_do_not_compare_are_named(tmp_path):

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Train a config on several GPUs at a given global batch: gradient accumulation makes up for GPUs that are not there.
+#
+#   bash run_scripts/launch.sh CONFIG [KEY=VALUE ...]
+#
+#   GPUS          GPUs of each node (those that nvidia-smi shows)
+#   NODES         nodes (1); start the same command on each, with HEAD=host:port of one of them
+#   BATCH         pictures of one GPU at a time (100)
+#   GLOBAL_BATCH  pictures of one optimizer step (1600, the paper's)
+#   DRY_RUN=1     print the command
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+    echo "launch: $1" >&2
+    exit 2
+}
+
+[ $# -ge 1 ] || fail "which config? e.g. bash run_scripts/launch.sh projects/evlgen/opt.yaml"
+config=$1
+shift
+[ -f "$config" ] || fail "$config does not exist (seen from $PWD)"
+for option in "$@"; do
+    [[ $option == *=* ]] || fail "$option is not KEY=VALUE, e.g. run.max_iters=1000"
+done
+
+if [ -z "${GPUS:-}" ]; then
+    command -v nvidia-smi >/dev/null || fail "no nvidia-smi here to count GPUs with: give their number, GPUS=8"
+    GPUS=$(nvidia-smi --list-gpus | wc -l)
+fi
+NODES=${NODES:-1} BATCH=${BATCH:-100} GLOBAL_BATCH=${GLOBAL_BATCH:-1600}
+for name in GPUS NODES BATCH GLOBAL_BATCH; do
+    [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is not a whole number above 0"
+done
+at_once=$((GPUS * NODES * BATCH))
+((GLOBAL_BATCH % at_once == 0)) ||
+    fail "GLOBAL_BATCH=$GLOBAL_BATCH is no multiple of GPUS x NODES x BATCH = $at_once: give another BATCH"
+
+launcher=(python -m torch.distributed.run --nproc_per_node "$GPUS")
+if ((NODES > 1)); then
+    [ -n "${HEAD:-}" ] || fail "NODES=$NODES needs HEAD=host:port, where the nodes find each other"
+    launcher+=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$HEAD" --rdzv_id "${JOB:-evlgen}")
+fi
+accumulate=$((GLOBAL_BATCH / at_once))
+command=("${launcher[@]}" train.py --cfg-path "$config" --options
+    "run.batch_size_train=$BATCH" "run.accum_grad_iters=$accumulate" "$@")
+if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit
+fi
+[ -f .venv/bin/activate ] && source .venv/bin/activate
+exec "${command[@]}"

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Table 1: EVLGen with OPT-2.7b. bash run_scripts/paper/table1_opt.sh ROW [KEY=VALUE ...], ROW one of
+#   250k  150k        12 layers, LAION-115M + CCS-14M + COCO
+#   150k-11m          12 layers, CCS-14M + COCO
+#   90k               6 layers (the paper does not say how many tokens they leave; here 29, as the others)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+row=${1:-}
+shift || true
+case $row in
+    250k) set -- opt run.max_iters=250000 "$@" ;;
+    150k) set -- opt run.max_iters=150000 "$@" ;;
+    150k-11m) set -- ccs run.max_iters=150000 "$@" ;;
+    90k) set -- opt run.max_iters=90000 model.num_layers=6 'model.tome_r={target: 29}' "$@" ;;
+    *) echo "table1_opt: which row? 250k, 150k, 150k-11m or 90k" >&2 && exit 2 ;;
+esac
+config=projects/evlgen/$1.yaml
+shift
+exec bash run_scripts/launch.sh "$config" run.output_dir=output/paper/table1 "run.run_name=opt2.7b-$row" "$@"

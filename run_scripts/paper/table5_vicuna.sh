@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Table 5: EVLGen with Vicuna-7b. bash run_scripts/paper/table5_vicuna.sh ROW [KEY=VALUE ...], ROW one of
+#   250k  150k  90k   LAION-115M + CCS-14M + COCO
+#   150k-11m          CCS-14M + COCO
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+row=${1:-}
+shift || true
+case $row in
+    250k | 150k | 90k) set -- vicuna "run.max_iters=${row%k}000" "$@" ;;
+    150k-11m) set -- ccs model.model_type=vicuna7b run.max_iters=150000 "$@" ;;
+    *) echo "table5_vicuna: which row? 250k, 150k, 150k-11m or 90k" >&2 && exit 2 ;;
+esac
+config=projects/evlgen/$1.yaml
+shift
+exec bash run_scripts/launch.sh "$config" run.output_dir=output/paper/table5 "run.run_name=vicuna7b-$row" "$@"

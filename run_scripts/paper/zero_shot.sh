@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Tables 1, 2, 5: scores of a trained model. bash run_scripts/paper/zero_shot.sh BENCHMARK CHECKPOINT [KEY=VALUE ...]
+#   BENCHMARK   coco, vqav2, gqa, okvqa, nocaps or flickr30k (docs/evaluation.md: where their files go)
+#   CHECKPOINT  checkpoint_best.pth of a run, or a bundle;  Vicuna: add model.model_type=vicuna7b
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+config=projects/evlgen/eval/${1:-}.yaml checkpoint=${2:-}
+if [ ! -f "$config" ] || [ -z "$checkpoint" ]; then
+    echo "zero_shot: which benchmark (coco, vqav2, gqa, okvqa, nocaps, flickr30k), and which checkpoint?" >&2
+    exit 2
+fi
+shift 2
+command=(python -m torch.distributed.run --nproc_per_node "${GPUS:-1}" evaluate.py --cfg-path "$config"
+    --options "model.pretrained=$checkpoint" "$@")
+if [ -n "${DRY_RUN:-}" ]; then
+    printf '%q ' "${command[@]}"
+    echo
+    exit
+fi
+[ -f .venv/bin/activate ] && source .venv/bin/activate
+exec "${command[@]}"

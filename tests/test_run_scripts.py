@@ -1,0 +1,97 @@
+"""The scripts of the paper's tables: what they would start is a config that loads, at the paper's global batch."""
+
+import argparse
+import os
+import shlex
+import subprocess
+
+import pytest
+
+from lavis_evlgen import plugin  # noqa: F401
+from lavis_evlgen.config import EvlgenConfig
+from tests.run_tools import ROOT
+
+SCRIPTS = ROOT / "run_scripts"
+MIX, CCS = {"laion115m", "ccs14m", "image_captions"}, {"ccs14m", "image_captions"}
+# arguments -> (model type, connector, steps, data)
+TRAINING = {
+    "paper/table1_opt.sh 250k": ("opt2.7b", "tomeformer", 250_000, MIX),
+    "paper/table1_opt.sh 150k": ("opt2.7b", "tomeformer", 150_000, MIX),
+    "paper/table1_opt.sh 150k-11m": ("opt2.7b", "tomeformer", 150_000, CCS),
+    "paper/table1_opt.sh 90k": ("opt2.7b", "tomeformer", 90_000, MIX),
+    "paper/table1_blip2.sh 1": ("pretrain", None, 250_000, MIX),
+    "paper/table1_blip2.sh 2": ("opt2.7b", "qformer", 80_000, MIX),
+    "paper/table5_vicuna.sh 250k": ("vicuna7b", "tomeformer", 250_000, MIX),
+    "paper/table5_vicuna.sh 150k": ("vicuna7b", "tomeformer", 150_000, MIX),
+    "paper/table5_vicuna.sh 90k": ("vicuna7b", "tomeformer", 90_000, MIX),
+    "paper/table5_vicuna.sh 150k-11m": ("vicuna7b", "tomeformer", 150_000, CCS),
+    "paper/table8_vit.sh vicuna7b clip_L": ("vicuna7b", "tomeformer", 60_000, CCS),
+    "paper/table9_r.sh 13": ("opt2.7b", "tomeformer", 60_000, CCS),
+}
+
+
+def script(words: str, **environment) -> subprocess.CompletedProcess:
+    name, *arguments = words.split()
+    command = ["bash", str(SCRIPTS / name), *arguments]
+    known = {key: value for key, value in os.environ.items() if key not in ("GPUS", "NODES", "BATCH", "HEAD")}
+    return subprocess.run(command, capture_output=True, text=True, env=known | environment, cwd="/")
+
+
+def started(words: str, **environment) -> tuple[list[str], EvlgenConfig]:
+    """(the command that the script would run, its config)."""
+    done = script(words, DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    command = shlex.split(done.stdout)
+    options = command[command.index("--options") + 1 :]
+    path = ROOT / command[command.index("--cfg-path") + 1]
+    return command, EvlgenConfig(argparse.Namespace(cfg_path=str(path), options=options))
+
+
+@pytest.mark.parametrize("words", TRAINING)
+def test_a_table_trains_the_papers_recipe(words):
+    command, cfg = started(words, GPUS="8")
+    kind, connector, steps, data = TRAINING[words]
+    run, model = cfg.run_cfg, cfg.model_cfg
+    assert (model.model_type, model.get("connector"), run.max_iters) == (kind, connector, steps)
+    assert set(cfg.datasets_cfg) == set(run.train_dataset_ratios) == data
+    assert command[3:5] == ["--nproc_per_node", "8"] and run.batch_size_train * 8 * run.accum_grad_iters == 1600
+    assert (run.init_lr, run.min_lr, run.warmup_steps) == (1e-4, 1e-5, 5000)
+
+
+def test_options_of_a_table_reach_the_config():
+    assert started("paper/table9_r.sh 25 run.seed=7", GPUS="1", BATCH="50")[1].model_cfg.tome_r == 25
+    assert started("paper/table1_opt.sh 90k", GPUS="8")[1].model_cfg.tome_r == {"target": 29}
+    assert started("paper/table8_vit.sh opt2.7b clip_L run.seed=7", GPUS="8")[1].run_cfg.seed == 7
+    _, cfg = started("paper/zero_shot.sh vqav2 some.pth model.model_type=vicuna7b")
+    assert (cfg.model_cfg.pretrained, cfg.model_cfg.model_type, cfg.run_cfg.evaluate) == ("some.pth", "vicuna7b", True)
+
+
+def test_several_nodes_meet_at_one_of_them():
+    command, cfg = started("launch.sh projects/evlgen/opt.yaml", GPUS="4", NODES="2", HEAD="first:29500", JOB="7")
+    assert command[:12] == shlex.split(
+        "python -m torch.distributed.run --nproc_per_node 4 --nnodes 2 --rdzv_backend c10d --rdzv_endpoint first:29500"
+    ) + ["--rdzv_id"]
+    assert cfg.run_cfg.batch_size_train * 8 * cfg.run_cfg.accum_grad_iters == 1600
+
+
+@pytest.mark.parametrize(
+    "words, environment, message",
+    [
+        ("launch.sh", {}, "which config"),
+        ("launch.sh projects/none.yaml", {}, "projects/none.yaml does not exist"),
+        ("launch.sh projects/evlgen/opt.yaml max_iters", {"GPUS": "8"}, "max_iters is not KEY=VALUE"),
+        ("launch.sh projects/evlgen/opt.yaml", {"GPUS": "3"}, "no multiple of GPUS x NODES x BATCH = 300"),
+        ("launch.sh projects/evlgen/opt.yaml", {"GPUS": "many"}, "GPUS=many is not a whole number"),
+        ("launch.sh projects/evlgen/opt.yaml", {"GPUS": "4", "NODES": "2"}, "needs HEAD=host:port"),
+        ("paper/table1_opt.sh 10k", {}, "which row"),
+        ("paper/table5_vicuna.sh", {}, "which row"),
+        ("paper/table1_blip2.sh 3", {}, "which stage"),
+        ("paper/table8_vit.sh opt2.7b", {}, "which LLM"),
+        ("paper/table9_r.sh many", {}, "how many merges"),
+        ("paper/zero_shot.sh gqa", {}, "which checkpoint"),
+        ("slurm.sh projects/evlgen/opt.yaml", {}, "start it with sbatch"),
+    ],
+)
+def test_a_script_says_what_it_lacks(words, environment, message):
+    done = script(words, **environment)
+    assert done.returncode != 0 and message in done.stderr, done.stderr
