@@ -2,12 +2,14 @@
 
 LAVIS 1.0.2 was written for transformers 4.25 and for one cluster. `apply()` makes `import lavis`
 and its models work on transformers 4.49 to 4.57; each bridge looks whether it is needed, does one
-thing, and is recorded in `applied()`. No warning is silenced and no LAVIS file is edited.
+thing, and is recorded in `applied()`. No LAVIS file is edited, and no warning
+is silenced but those that `import lavis` itself raises about torch's old names.
 """
 
 import importlib
 import logging
 import os
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,7 +39,9 @@ def apply() -> None:
         return
     environment.import_torchvision()  # LAVIS would, and its error would not say what to do
     reexport_pruning_helpers()  # before the first `import lavis`, which is what it makes possible
-    import lavis  # noqa: F401  registers LAVIS's models, tasks, builders and processors
+    with warnings.catch_warnings():  # of its old imports, at which its users can do nothing
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*(torch.jit.script|torch.cuda.amp)")
+        import lavis  # noqa: F401  registers LAVIS's models, tasks, builders and processors
 
     restore_generate()
     repeat_for_beams_once()

@@ -197,5 +197,6 @@ def _check_columns(path, header: Iterable[str], columns: dict):
         if wanted not in header and (column not in _OPTIONAL or column in columns):
             raise DataError(
                 f"{path} has no column {wanted!r}; its columns are {quoted(header)}. Needed are image, question and "
-                f"answer: set columns.{column}=NAME to the one that holds the {column.replace('_', ' ')}"
+                f"answer: set datasets.image_questions.columns.{column}=NAME to the one that holds "
+                f"the {column.replace('_', ' ')}"
             )

@@ -36,7 +36,10 @@ def _by_counts(path: str, place: str, items: list, counts) -> dict[str, list]:
     if any(not isinstance(count, int) or count < 0 for count in counts.values()):
         raise DataError(f"{place}.split takes numbers of images, not {counts}")
     if sum(counts.values()) > len(items):
-        raise DataError(f"{place}.split asks for {counts}, but {path} has {len(items)}")
+        tenth = max(len(items) // 10, 1)
+        fitting = f"{{train: {max(len(items) - 2 * tenth, 1)}, val: {tenth}, test: {tenth}}}"
+        asked = f"{place}.split asks for {counts}, but {path} has {len(items)} images"
+        raise DataError(f"{asked}; set the three together, e.g. '{place}.split={fitting}'")
     for split, count in counts.items():
         if count:
             found[split] = items[start:start + count]

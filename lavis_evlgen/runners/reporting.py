@@ -74,7 +74,7 @@ class Reporter:
             for row in rows[:8]:
                 said, references, _ = self._shown(row)
                 word = "answer" if hasattr(self.runner.task, "shown") else "caption"
-                logging.info("  %s: %s\n      reference: %s", word, said, references[0])
+                logging.info("  %s: %s\n      reference: %s", word, " ".join(said.split()), references[0])
 
     def _summary(self, result: dict) -> str | None:
         """One line of a result, by the task where it has its own way; LAVIS's own tasks have no line."""
@@ -136,9 +136,13 @@ class Reporter:
                 logging.info("%s: %s", split, words)
             for metric, reason in result.get("unscored", {}).items():
                 logging.info("%s was not scored: %s", metric, reason)
-        files = ("run.json", "loss.png", "captions.png", "log.jsonl", "result/")
-        there = ", ".join(name for name in files if (self.folder / name).exists())
-        logging.info("run folder: %s (%s, checkpoints)", self.folder, there)
+        logging.info("%s", self.where())
+
+    def where(self) -> str:
+        """The run folder and what is in it."""
+        files = ("run.json", "loss.png", "captions.png", "log.jsonl", "result/", "checkpoint_last.pth")
+        there = [name for name in files if (self.folder / name).exists()]
+        return f"run folder: {self.folder} ({', '.join(there).replace('checkpoint_last.pth', 'checkpoints')})"
 
 
 def precisions(model) -> dict[str, str]:

@@ -289,7 +289,10 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
     def evaluate(self, cur_epoch="given", skip_reload=True) -> dict:
         """Evaluate test_splits with the weights the model has now."""
         self.reporter = Reporter(self)
-        return {split: self.eval_epoch(split, cur_epoch) for split in self.test_splits}
+        results = {split: self.eval_epoch(split, cur_epoch) for split in self.test_splits}
+        if distributed.is_main():
+            logging.info("%s", self.reporter.where())
+        return results
 
     def _finish(self):
         """Test with the best weights (the last ones where nothing was validated), and say where things are."""
