@@ -30,7 +30,7 @@ def drawn(finished, tmp_path):
         paths.append(tmp_path / f"{row}.png")
         dataset.pil_image(row).save(paths[-1])
     rows = json.loads(next((finished.output() / "result").glob("test_?.json")).read_text())["rows"]
-    return paths, [row["caption"] for row in rows[:2]]
+    return paths, [" ".join(row["caption"].split()) for row in rows[:2]]
 
 
 def test_caption_says_what_the_run_said(finished, drawn, capsys):
