@@ -44,10 +44,4 @@ fi
 accumulate=$((GLOBAL_BATCH / at_once))
 command=("${launcher[@]}" train.py --cfg-path "$config" --options
     "run.batch_size_train=$BATCH" "run.accum_grad_iters=$accumulate" "$@")
-if [ -n "${DRY_RUN:-}" ]; then
-    printf '%q ' "${command[@]}"
-    echo
-    exit
-fi
-[ -f .venv/bin/activate ] && source .venv/bin/activate
-exec "${command[@]}"
+exec bash run_scripts/start.sh "${command[@]}"

@@ -19,7 +19,7 @@ from lavis_evlgen.models.connectors import CONNECTORS, READS
 from lavis_evlgen.models.freezing import DTYPES, check_precision
 from lavis_evlgen.models.language import folder_and_file
 from lavis_evlgen.models.sources import WeightsError, resolve
-from lavis_evlgen.models.vision import LAVIS_VITS, load_vision_encoder
+from lavis_evlgen.models.vision import LAVIS_VITS, vision_of
 
 
 @dataclass
@@ -103,10 +103,9 @@ def check_weights(model_cfg) -> Iterator[Finding]:
 def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
     """(parameters, bytes) of the ViT and the language model, built without memory; what cannot be is absent."""
     counts = {}
-    keys = {"vit_model": "eva_clip_g", "image_size": 224, "vit_precision": "fp16", "vit_path": None, "vit_layer": None}
     try:
         with torch.device("meta"):
-            vision = load_vision_encoder(*(model_cfg.get(key, default) for key, default in keys.items()))
+            vision = vision_of(model_cfg)
         weights = list(vision.parameters())
         counts["vision encoder"] = sum(p.numel() for p in weights), sum(p.numel() * p.element_size() for p in weights)
     except (OSError, ImportError):

@@ -5,11 +5,12 @@ header. The format is recognised by what the file contains.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.records import (
+    RowsFile,
+    check_column,
     encodes,
     given_columns,
     has_words,
@@ -33,15 +34,8 @@ class CaptionRow(NamedTuple):
     split: str | None = None
 
 
-@dataclass
-class CaptionsFile:
-    """What a captions file holds: usable `rows`, one line of `problems` for each other row, `notes`."""
-
-    path: str
-    format: str
-    rows: list[CaptionRow] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+class CaptionsFile(RowsFile):
+    """What a captions file holds; `rows` are CaptionRows."""
 
     def add(self, where: str, image, caption, image_id=None, split=None):
         """Keep the row, or say what is wrong with it."""
@@ -141,11 +135,7 @@ def _read_records(path, kind: str, records: Iterable[tuple[str, dict]], columns:
     """Rows as dicts, from a table, a list or lines; `caption` may be a list of captions."""
     found, seen = CaptionsFile(str(path), kind), {}
     name = {column: columns.get(column, column) for column in COLUMNS}
-    for where, record in records:
-        if not isinstance(record, dict):
-            found.problems.append(f"{where}: not a row but {record!r:.40}")
-            continue
-        seen.update(record)
+    for where, record in found.dicts(records, seen):
         captions = record.get(name["caption"])
         captions = captions if isinstance(captions, list) and captions else [captions]
         for caption in captions:
@@ -159,9 +149,5 @@ def _read_records(path, kind: str, records: Iterable[tuple[str, dict]], columns:
 def _check_columns(path, header: Iterable[str], columns: dict):
     for column in COLUMNS:
         wanted = columns.get(column, column)
-        if wanted not in header and (column not in _OPTIONAL or column in columns):
-            raise DataError(
-                f"{path} has no column {wanted!r}; its columns are {quoted(header)}. Needed are image and "
-                f"caption: set datasets.image_captions.columns.{column}=NAME to the one that holds "
-                f"the {column.replace('_', ' ')}"
-            )
+        if column not in _OPTIONAL or column in columns:
+            check_column(path, header, column, wanted, "image and caption", "datasets.image_captions")

@@ -7,12 +7,13 @@ file contains.
 
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.questions import Question
 from lavis_evlgen.datasets.records import (
+    RowsFile,
+    check_column,
     encodes,
     given_columns,
     looks_like_json,
@@ -35,15 +36,8 @@ class QuestionRow(NamedTuple):
     split: str | None = None
 
 
-@dataclass
-class QuestionsFile:
-    """What a file of questions holds: usable `rows`, one line of `problems` for each other row, `notes`."""
-
-    path: str
-    format: str
-    rows: list[QuestionRow] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+class QuestionsFile(RowsFile):
+    """What a file of questions holds; `rows` are QuestionRows."""
 
     def add(self, where: str, image, question, answers, question_id=None, image_id=None, split=None, kind=None):
         """Keep the row, or say what is wrong with it; without an id, a question's number in the file is its id."""
@@ -174,11 +168,7 @@ def _read_records(path, kind: str, records: Iterable[tuple[str, dict]], columns:
     """Rows as dicts, from a table, a list or lines; the answer may be a list of answers, and be named `answers`."""
     found, seen = QuestionsFile(str(path), kind), {}
     name = {column: columns.get(column, column) for column in COLUMNS}
-    for where, record in records:
-        if not isinstance(record, dict):
-            found.problems.append(f"{where}: not a row but {record!r:.40}")
-            continue
-        seen.update(record)
+    for where, record in found.dicts(records, seen):
         answers = record.get(name["answer"], record.get("answers"))
         answers = answers if isinstance(answers, list) else [answers]
         optional = {column: record.get(name[column]) for column in _OPTIONAL}
@@ -194,9 +184,5 @@ def _check_columns(path, header: Iterable[str], columns: dict):
         wanted = columns.get(column, column)
         if column == "answer" and column not in columns and "answers" in header:
             continue
-        if wanted not in header and (column not in _OPTIONAL or column in columns):
-            raise DataError(
-                f"{path} has no column {wanted!r}; its columns are {quoted(header)}. Needed are image, question and "
-                f"answer: set datasets.image_questions.columns.{column}=NAME to the one that holds "
-                f"the {column.replace('_', ' ')}"
-            )
+        if column not in _OPTIONAL or column in columns:
+            check_column(path, header, column, wanted, "image, question and answer", "datasets.image_questions")

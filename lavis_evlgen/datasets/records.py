@@ -8,8 +8,9 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from lavis_evlgen.datasets.errors import DataError
 
@@ -153,3 +154,32 @@ def _unquote(cell: str) -> str:
 def quoted(keys: Iterable[str]) -> str:
     """Names in quotes, joined by commas."""
     return ", ".join(map(repr, keys)) or "nothing"
+
+
+@dataclass
+class RowsFile:
+    """What a file of annotations holds: usable `rows`, one line of `problems` for each other row, `notes`."""
+
+    path: str
+    format: str
+    rows: list = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def dicts(self, records: Iterable[tuple[str, Any]], seen: dict) -> Iterator[tuple[str, dict]]:
+        """The records that are dicts, the others noted as problems; `seen` gets the keys of all of them."""
+        for where, record in records:
+            if isinstance(record, dict):
+                seen.update(record)
+                yield where, record
+            else:
+                self.problems.append(f"{where}: not a row but {record!r:.40}")
+
+
+def check_column(path, header: Iterable[str], column: str, wanted: str, needed: str, place: str):
+    """Raises DataError when the header lacks `wanted`, which holds `column`; needed: all that a row must have."""
+    if wanted not in header:
+        raise DataError(
+            f"{path} has no column {wanted!r}; its columns are {quoted(header)}. Needed are {needed}: set "
+            f"{place}.columns.{column}=NAME to the one that holds the {column.replace('_', ' ')}"
+        )

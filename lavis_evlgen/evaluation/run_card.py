@@ -88,6 +88,13 @@ def read_json_lines(file: Path) -> list[dict]:
         return rows
 
 
+def drop_rows_after(file: Path, step: int):
+    """Forget the rows of a .jsonl file after `step`: a resumed run makes them again (0: all, of an earlier run)."""
+    if file.exists():
+        kept = [row for row in read_json_lines(file) if row["step"] <= step]
+        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
 def plain(value: Any) -> Any:
     """`value` as JSON types: containers, dataclasses, OmegaConf, numpy and torch scalars and arrays.
 

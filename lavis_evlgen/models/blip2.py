@@ -23,7 +23,7 @@ from lavis_evlgen.models.checkpoints import load_checkpoint_file
 from lavis_evlgen.models.connector_base import bert_config, bert_folder, bert_state, is_random
 from lavis_evlgen.models.connector_qformer import NUM_QUERY_TOKEN
 from lavis_evlgen.models.sources import WeightsError
-from lavis_evlgen.models.vision import load_vision_encoder
+from lavis_evlgen.models.vision import VISION_KEYS, vision_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_lm")
@@ -46,12 +46,7 @@ class Blip2Stage1(Blip2Qformer):
         "load_pretrained": "LAVIS's switch; false: leave `pretrained` aside (true)",
         "load_finetuned": "accepted from LAVIS configs; must be false: use pretrained",
         "pretrained": "checkpoint of this stage to start from; empty: connector_init",
-        "vit_model": "eva_clip_g, clip_L, or a Hugging Face vision model (id, folder, DINOv2 .onnx)",
-        "vit_path": "local weights of eva_clip_g or clip_L; empty: LAVIS's download",
-        "vit_layer": "hidden layer of a Hugging Face ViT to read (0 embeddings, negative from the end)",
-        "vit_precision": "fp32, fp16, bf16, or auto: bf16 where the GPU (without one: the processor) has it, else fp32",
-        "freeze_vit": "must be true: the vision encoder stays frozen",
-        "image_size": "side of the input picture in pixels",
+        **VISION_KEYS,
         "connector_init": "BERT that the Q-Former starts from and whose tokenizer reads the captions (id or folder)",
         "num_query_token": "learned queries (32)",
         "embed_dim": "width of the contrastive space (256)",
@@ -134,15 +129,8 @@ class Blip2Stage1(Blip2Qformer):
                 raise ValueError(f"{key}: {cfg.get(key)} asked; {cls.CONFIG_KEYS[key]}")
         if is_random(cfg.get("connector_init")):
             raise ValueError("connector_init: BLIP-2's first stage needs a BERT, whose tokenizer reads the captions")
-        vision = load_vision_encoder(
-            cfg.get("vit_model", "eva_clip_g"),
-            cfg.get("image_size", 224),
-            cfg.get("vit_precision", "fp16"),
-            cfg.get("vit_path"),
-            cfg.get("vit_layer"),
-        )
         model = cls(
-            vision,
+            vision_of(cfg),
             bert_folder(cfg["connector_init"]),
             cfg.get("dropout"),
             num_query_token=int(cfg.get("num_query_token") or NUM_QUERY_TOKEN),

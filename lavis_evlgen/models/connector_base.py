@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lavis_evlgen.models.sources import WeightsError, load_from_hub, on_meta, read_state_dict, resolve
 from lavis_evlgen.nn import MergeMap
+from lavis_evlgen.nn.tomeformer import by_bert_names
 
 # keys of `connector_sizes`, and what a BERT's config.json calls them
 SIZES = {
@@ -77,11 +78,5 @@ def bert_config(folder: str) -> dict:
 
 
 def bert_state(folder: str) -> dict[str, Tensor]:
-    """The weights of a BERT folder under BertModel's names: no `bert.` in front, no `gamma` and `beta` of old."""
-    words = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    state = {}
-    for name, value in read_state_dict(folder, "connector_init").items():
-        for old, new in words.items():
-            name = name.replace(old, new)
-        state[name.removeprefix("bert.")] = value
-    return state
+    """The weights of a BERT folder under BertModel's names."""
+    return by_bert_names(read_state_dict(folder, "connector_init"))

@@ -16,7 +16,7 @@ from lavis_evlgen.models.checkpoints import load_checkpoint_file
 from lavis_evlgen.models.connectors import CONNECTORS, SIZES, VisualPrompt, build_connector
 from lavis_evlgen.models.freezing import check_precision
 from lavis_evlgen.models.language import LanguageModel, load_language_model
-from lavis_evlgen.models.vision import load_vision_encoder
+from lavis_evlgen.models.vision import VISION_KEYS, vision_of
 from lavis_evlgen.nn import across_picture_share
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
@@ -47,12 +47,7 @@ class EVLGen(Bundled, BaseModel):
         "pretrained": "trainable weights to start from: a checkpoint, a .safetensors file or a bundle's folder; "
         "empty: an untrained connector",
         "finetuned": "checkpoint loaded when load_finetuned is true",
-        "vit_model": "eva_clip_g, clip_L, or a Hugging Face vision model (id, folder, DINOv2 .onnx)",
-        "vit_path": "local weights of eva_clip_g or clip_L; empty: LAVIS's download",
-        "vit_layer": "hidden layer of a Hugging Face ViT to read (0 embeddings, negative from the end)",
-        "vit_precision": "fp32, fp16, bf16, or auto: bf16 where the GPU (without one: the processor) has it, else fp32",
-        "freeze_vit": "must be true: the vision encoder stays frozen",
-        "image_size": "side of the input picture in pixels",
+        **VISION_KEYS,
         "drop_path_rate": "accepted from LAVIS configs; a frozen ViT has none, so it must be 0",
         "use_grad_checkpoint": "accepted from LAVIS configs; a frozen ViT has no gradients, so it must be false",
         "connector": f"the connector: {', '.join(CONNECTORS)}",
@@ -277,13 +272,7 @@ def build_evlgen(cls, cfg) -> EVLGen:
         raise ValueError(f"llm_model {cfg.llm_model} and opt_model {cfg.opt_model} differ; give one")
     if not (cfg.get("llm_model") or cfg.get("opt_model")):
         raise ValueError(f"llm_model is not set; give {cls.CONFIG_KEYS['llm_model']}")
-    vision = load_vision_encoder(
-        cfg.get("vit_model", "eva_clip_g"),
-        cfg.get("image_size", 224),
-        cfg.get("vit_precision", "fp16"),
-        cfg.get("vit_path"),
-        cfg.get("vit_layer"),
-    )
+    vision = vision_of(cfg)
     connector = build_connector(vision, _plain(cfg))  # before the language model, which may take minutes to load
     precision = check_precision(cfg.get("llm_precision", "fp16"), "llm_precision")
     llm, tokenizer = load_language_model(cfg.get("llm_model") or cfg.get("opt_model"), precision)

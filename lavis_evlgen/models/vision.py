@@ -52,6 +52,15 @@ class _LinspaceOnCPU(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+# keys of a model config that choose the vision encoder
+VISION_KEYS = {
+    "vit_model": "eva_clip_g, clip_L, or a Hugging Face vision model (id, folder, DINOv2 .onnx)",
+    "vit_path": "local weights of eva_clip_g or clip_L; empty: LAVIS's download",
+    "vit_layer": "hidden layer of a Hugging Face ViT to read (0 embeddings, negative from the end)",
+    "vit_precision": "fp32, fp16, bf16, or auto: bf16 where the GPU (without one: the processor) has it, else fp32",
+    "freeze_vit": "must be true: the vision encoder stays frozen",
+    "image_size": "side of the input picture in pixels",
+}
 # name: (architecture, file of the download, LAVIS's resizing of its position embeddings)
 LAVIS_VITS = {
     "eva_clip_g": (eva_clip_g, "eva_vit_g.pth", eva_vit.interpolate_pos_embed),
@@ -142,6 +151,17 @@ def _cast_matrices(vit: nn.Module, dtype: torch.dtype) -> nn.Module:
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(dtype)
     return vit
+
+
+def vision_of(cfg) -> nn.Module:
+    """The frozen vision encoder that a model config (VISION_KEYS) names."""
+    return load_vision_encoder(
+        cfg.get("vit_model", "eva_clip_g"),
+        cfg.get("image_size", 224),
+        cfg.get("vit_precision", "fp16"),
+        cfg.get("vit_path"),
+        cfg.get("vit_layer"),
+    )
 
 
 def load_vision_encoder(

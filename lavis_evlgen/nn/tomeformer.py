@@ -165,9 +165,7 @@ class TomeFormer(nn.Module):
 
         Fewer layers than the BERT are taken from its bottom; a missing or misshapen tensor is an error.
         """
-        state = {k.removeprefix("bert."): v for k, v in state.items()}
-        state = {k.replace("LayerNorm.gamma", "LayerNorm.weight"): v for k, v in state.items()}
-        state = {k.replace("LayerNorm.beta", "LayerNorm.bias"): v for k, v in state.items()}
+        state = by_bert_names(state)
         own = self.state_dict()
         missing = [k for k in own if k not in state]
         if missing:
@@ -183,6 +181,17 @@ class TomeFormer(nn.Module):
                 )
             tensor.copy_(state[name])
         return sorted(set(state) - set(own))
+
+
+def by_bert_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A BERT's weights under BertModel's names: no `bert.` in front, no `gamma` and `beta` of old."""
+    words = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    named = {}
+    for name, value in state.items():
+        for old, new in words.items():
+            name = name.replace(old, new)
+        named[name.removeprefix("bert.")] = value
+    return named
 
 
 def _init_bert(module: nn.Module):

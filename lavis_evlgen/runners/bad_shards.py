@@ -12,8 +12,8 @@ from collections import Counter
 from pathlib import Path
 
 from lavis_evlgen import distributed
+from lavis_evlgen.evaluation.run_card import drop_rows_after
 from lavis_evlgen.runners.bad_images import TooManyBadImages
-from lavis_evlgen.runners.progress import read_json_lines
 
 # shares are of at least this many: one bad sample among the first ten is not yet a tenth of the set
 LEAST_SAMPLES, LEAST_SHARDS = 1000, 100
@@ -44,9 +44,7 @@ class BadShards:
 
     def resume_at(self, step: int):
         """Drop rows after `step`: what they counted will be met again (0: all, of an earlier run in this folder)."""
-        if self.file.exists():
-            kept = [row for row in read_json_lines(self.file) if row["step"] <= step]
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        drop_rows_after(self.file, step)
 
     def load(self, totals: dict[str, dict]):
         """Go on with the totals of a checkpoint."""

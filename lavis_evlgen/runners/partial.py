@@ -14,8 +14,8 @@ import torch
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.loading import eval_loader
+from lavis_evlgen.evaluation.run_card import read_json_lines
 from lavis_evlgen.models.checkpoints import trainable_state
-from lavis_evlgen.runners.progress import read_json_lines
 from lavis_evlgen.runners.resuming import MAY_CHANGE, flat
 
 

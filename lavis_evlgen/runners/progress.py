@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lavis_evlgen import distributed
 from lavis_evlgen.evaluation.plots import loss_plot
-from lavis_evlgen.evaluation.run_card import read_json_lines
+from lavis_evlgen.evaluation.run_card import drop_rows_after, read_json_lines
 
 COUNTERS = ("skipped_steps",)  # values that count up over the run: a window shows the last, not the mean
 
@@ -81,9 +81,7 @@ class Progress:
 
     def resume_at(self, step: int):
         """Drop log lines after `step`: those steps will be run again (0: all, of an earlier run in this folder)."""
-        if self.file.exists():
-            kept = [row for row in read_json_lines(self.file) if row["step"] <= step]
-            self.file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        drop_rows_after(self.file, step)
 
     def update(self, waited: float, **values: torch.Tensor):
         """Add one step's values (tensors on the device; nothing is read) and its wait for data in seconds."""

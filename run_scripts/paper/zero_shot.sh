@@ -12,10 +12,4 @@ fi
 shift 2
 command=(python -m torch.distributed.run --nproc_per_node "${GPUS:-1}" evaluate.py --cfg-path "$config"
     --options "model.pretrained=$checkpoint" "$@")
-if [ -n "${DRY_RUN:-}" ]; then
-    printf '%q ' "${command[@]}"
-    echo
-    exit
-fi
-[ -f .venv/bin/activate ] && source .venv/bin/activate
-exec "${command[@]}"
+exec bash run_scripts/start.sh "${command[@]}"
