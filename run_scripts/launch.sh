@@ -4,7 +4,9 @@
 #   bash run_scripts/launch.sh CONFIG [KEY=VALUE ...]
 #
 #   GPUS          GPUs of each node (those that nvidia-smi shows)
-#   NODES         nodes (1); start the same command on each, with HEAD=host:port of one of them
+#   NODES         nodes (1); start the same command on each, with HEAD=host:port of one of them. A node that died may
+#                 be started again while the others wait; with run.resume_ckpt_path=auto the run then goes on
+#   RESTARTS      how often the processes may be started again after a node died (3)
 #   BATCH         pictures of one GPU at a time (100)
 #   GLOBAL_BATCH  pictures of one optimizer step (1600, the paper's)
 #   DRY_RUN=1     print the command
@@ -28,8 +30,8 @@ if [ -z "${GPUS:-}" ]; then
     command -v nvidia-smi >/dev/null || fail "no nvidia-smi here to count GPUs with: give their number, GPUS=8"
     GPUS=$(nvidia-smi --list-gpus | wc -l)
 fi
-NODES=${NODES:-1} BATCH=${BATCH:-100} GLOBAL_BATCH=${GLOBAL_BATCH:-1600}
-for name in GPUS NODES BATCH GLOBAL_BATCH; do
+NODES=${NODES:-1} BATCH=${BATCH:-100} GLOBAL_BATCH=${GLOBAL_BATCH:-1600} RESTARTS=${RESTARTS:-3}
+for name in GPUS NODES BATCH GLOBAL_BATCH RESTARTS; do
     [[ ${!name} =~ ^[1-9][0-9]*$ ]] || fail "$name=${!name} is not a whole number above 0"
 done
 at_once=$((GPUS * NODES * BATCH))
@@ -40,6 +42,9 @@ launcher=(python -m torch.distributed.run --nproc_per_node "$GPUS")
 if ((NODES > 1)); then
     [ -n "${HEAD:-}" ] || fail "NODES=$NODES needs HEAD=host:port, where the nodes find each other"
     launcher+=(--nnodes "$NODES" --rdzv_backend c10d --rdzv_endpoint "$HEAD" --rdzv_id "${JOB:-evlgen}")
+    launcher+=(--max_restarts "$RESTARTS")
+    # a launcher that shares its store publishes the address once: a node that comes back would wait for it in vain
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 fi
 accumulate=$((GLOBAL_BATCH / at_once))
 command=("${launcher[@]}" train.py --cfg-path "$config" --options

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run a command in the project's environment, from the repository's root; DRY_RUN=1 prints it instead.
+# Run a command from the repository's root, in the environment that is active, else in .venv; DRY_RUN=1 prints it.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -n "${DRY_RUN:-}" ]; then
@@ -7,5 +7,5 @@ if [ -n "${DRY_RUN:-}" ]; then
     echo
     exit
 fi
-[ -f .venv/bin/activate ] && source .venv/bin/activate
+[ -z "${VIRTUAL_ENV:-}" ] && [ -f .venv/bin/activate ] && source .venv/bin/activate
 exec "$@"

@@ -77,7 +77,7 @@ class Progress:
         self.count, self.waited, self.started = 0, 0.0, time.perf_counter()
         self.paused = 0.0
         self.seconds_per_step = None
-        self.flops_per_image = None  # of training, once a step has been counted
+        self.flops_per_image = None  # of training, once a batch has been counted
 
     def resume_at(self, step: int):
         """Drop log lines after `step`: those steps will be run again (0: all, of an earlier run in this folder)."""

@@ -10,6 +10,7 @@ import torch
 from lavis_evlgen import distributed
 from lavis_evlgen.evaluation.plots import caption_sheet
 from lavis_evlgen.evaluation.run_card import run_card, write_run_card
+from lavis_evlgen.runners import state
 from lavis_evlgen.runners.progress import part_rows
 from lavis_evlgen.runners.steps import amp_of
 
@@ -140,9 +141,10 @@ class Reporter:
 
     def where(self) -> str:
         """The run folder and what is in it."""
-        files = ("run.json", "loss.png", "captions.png", "log.jsonl", "result/", "checkpoint_last.pth")
-        there = [name for name in files if (self.folder / name).exists()]
-        return f"run folder: {self.folder} ({', '.join(there).replace('checkpoint_last.pth', 'checkpoints')})"
+        parts = {name: name for name in ("run.json", "loss.png", "captions.png", "log.jsonl", "result/")}
+        parts["checkpoints"] = state.LAST
+        there = [part for part, file in parts.items() if (self.folder / file).exists()]
+        return f"run folder: {self.folder} ({', '.join(there)})"
 
 
 def precisions(model) -> dict[str, str]:
