@@ -92,6 +92,13 @@ def _check_ratios(ratios, data: dict):
         raise ConfigError(f"run.train_dataset_ratios names {sorted(ratios)}, the training sets are {sorted(data)}")
 
 
+def check_training(run, meanings: dict[str, str]):
+    """What no training goes without. meanings: of the keys."""
+    for key in ("max_iters", "iters_per_inner_epoch", "init_lr", "batch_size_train"):
+        if run.get(key) is None:
+            raise ConfigError(f"run.{key} is not set: {meanings[key]}")
+
+
 def check_evaluation(run, model):
     """An evaluation needs splits, and weights; a run's checkpoint goes to model.pretrained."""
     if run.get("resume_ckpt_path"):

@@ -21,7 +21,7 @@ from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.checkpoints import frozen_names
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
-from lavis_evlgen.runners.checks import check_evaluation, check_splits, sets_with
+from lavis_evlgen.runners.checks import check_evaluation, check_splits, check_training, sets_with
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.partial import KeepsRows
 from lavis_evlgen.runners.progress import Progress, startup_table
@@ -86,9 +86,14 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         run = cfg.run_cfg
         if run.get("evaluate"):
             check_evaluation(run, cfg.model_cfg)
+        else:
+            check_training(run, self.CONFIG_KEYS)
         check_splits(run, datasets, task)
         self._folder = self._run_folder(run, job_id)
-        super().__init__(cfg, task, model, datasets, job_id)
+        # RunnerIter's own asks for max_iters where nothing is trained
+        super(RunnerIter, self).__init__(cfg, task, model, datasets, job_id)
+        self.max_iters = int(run.get("max_iters") or 0)
+        self.iters_per_inner_epoch = int(run.get("iters_per_inner_epoch") or 0)
         self._device = distributed.start(run.get("device", "auto"))
         self.seed = int(run.get("seed", 42))
         self.start_step, self.best = 0, {"agg_metrics": None, "step": 0}

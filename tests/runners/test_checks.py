@@ -31,6 +31,8 @@ from tests.run_tools import checkpoint, losses, same_tensors
         ("datasets.scenes.vis_processor.eval.image_size=14", "eval.image_size=14, but model.image_size=28"),
         ("model.load_finetuned=true", "load_finetuned is true, but finetuned names no checkpoint"),
         ("run.device=cuda:0", "run.device: 'cuda:0' is not one of auto, cuda, cpu"),
+        ("run.max_iters=null", "run.max_iters is not set: optimizer steps of the run"),
+        ("run.init_lr=null", "run.init_lr is not set: learning rate"),
         ("run.device=mps", "run.device: 'mps' is not one of auto, cuda, cpu"),
         ("model.prompt=one two three four five six seven eight nine ten", "has room for"),
     ],
@@ -51,6 +53,16 @@ def test_refused_before_the_first_step(runs, option, says, capsys):
 def test_evaluation_that_would_measure_something_else_is_refused(runs, option, says, capsys):
     assert runs.command(option, script="evaluate.py") == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_evaluation_needs_nothing_of_training(runs, tmp_path):
+    """As the configs of projects/evlgen/eval."""
+    runs = runs.copy(tmp_path, test_splits=["test"])
+    for key in ("max_iters", "iters_per_inner_epoch", "init_lr", "min_lr", "warmup_lr", "warmup_steps",
+                "weight_decay", "batch_size_train", "amp", "log_freq"):  # fmt: skip
+        del runs.config["run"][key]
+    assert runs.command(script="evaluate.py") == 0
+    assert (runs.output() / "result" / "test_given.json").exists()
 
 
 def test_evaluation_without_weights_says_so(runs, capsys):
