@@ -1,11 +1,13 @@
-"""Pure PyTorch building blocks: token merging, TomeFormer, the prefix language-model loss."""
+"""Pure PyTorch building blocks: token merging, TomeFormer, temporal mixing, the prefix language-model loss."""
 
 from lavis_evlgen.nn.losses import across_picture_share, prefix_lm_loss
 from lavis_evlgen.nn.merging import MergeMap, match, merge_schedule, tokens_after
+from lavis_evlgen.nn.temporal import TemporalMixing
 from lavis_evlgen.nn.tomeformer import TomeFormer, TomeFormerConfig
 
 __all__ = [
     "MergeMap",
+    "TemporalMixing",
     "TomeFormer",
     "TomeFormerConfig",
     "match",
