@@ -3,6 +3,7 @@
 import lavis_evlgen.datasets  # noqa: F401
 import lavis_evlgen.models.blip2  # noqa: F401
 import lavis_evlgen.models.evlgen  # noqa: F401
+import lavis_evlgen.models.evlgen_video  # noqa: F401
 import lavis_evlgen.processors  # noqa: F401
 import lavis_evlgen.runners  # noqa: F401
 import lavis_evlgen.tasks  # noqa: F401

@@ -24,8 +24,10 @@ from transformers import (
 import lavis_evlgen  # noqa: F401  (its bridges come before LAVIS)
 from lavis_evlgen.models.connectors import TomeFormerConnector
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.evlgen_video import EVLGenVideo
 from lavis_evlgen.models.language import LanguageModel
-from lavis_evlgen.models.vision import wrap_hugging_face
+from lavis_evlgen.models.temporal_vision import TemporalVision
+from lavis_evlgen.models.vision import VisionEncoder, _LayerNorm1e6, clip_vit, eva_vit, wrap_hugging_face
 from lavis_evlgen.nn import TomeFormerConfig
 
 IMAGE_SIZE, PATCH = 28, 7  # 16 patches
@@ -42,6 +44,11 @@ _VIT = {"image_size": IMAGE_SIZE, "patch_size": PATCH, "initializer_range": _SPR
 def pictures(batch: int, seed: int = 0, size: int = IMAGE_SIZE) -> torch.Tensor:
     """(B, 3, size, size) of noise, the same for the same seed."""
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def clips(batch: int, frames: int = 3, seed: int = 0) -> torch.Tensor:
+    """(B, 3, T, H, W) of noise, as LAVIS's video processors give clips."""
+    return pictures(batch * frames, seed).unflatten(0, (batch, frames)).transpose(1, 2)
 
 
 def tiny_tokenizer(bos: str | None = "<s>", eos: str = "</s>", pad: str | None = "<pad>"):
@@ -112,6 +119,31 @@ def tiny_siglip(seed: int = 0, **kw) -> SiglipVisionModel:
     return SiglipVisionModel(SiglipVisionConfig(**_VIT | config | kw)).eval()
 
 
+def tiny_eva(image_size: int = IMAGE_SIZE) -> nn.Module:
+    """LAVIS's EVA-CLIP-g, width 24, 2 blocks, patch 14."""
+    return eva_vit.VisionTransformer(
+        img_size=image_size, patch_size=14, use_mean_pooling=False, embed_dim=24, depth=2, num_heads=2,
+        mlp_ratio=2, qkv_bias=True, norm_layer=_LayerNorm1e6,
+    )  # fmt: skip
+
+
+def tiny_lavis_clip(image_size: int = IMAGE_SIZE) -> nn.Module:
+    """LAVIS's CLIP-L, width 24, 2 blocks, patch 14."""
+    return clip_vit.VisionTransformer(
+        image_size, 14, width=24, layers=3, heads=2, use_grad_checkpointing=False
+    )
+
+
+def tiny_lavis_vision(kind=tiny_eva, seed: int = 0, precision: str = "fp32") -> VisionEncoder:
+    """One of LAVIS's ViTs in miniature as a frozen VisionEncoder of 5 tokens."""
+    torch.manual_seed(seed)
+    vit = kind()
+    with torch.no_grad():
+        for parameter in vit.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return VisionEncoder(vit, 24, 5, 1, precision)
+
+
 def tiny_vision(kind=tiny_dinov2, precision: str = "fp32", layer: int | None = None, **kw):
     """A tiny ViT as a frozen VisionEncoder."""
     return wrap_hugging_face(kind(**kw), IMAGE_SIZE, precision, layer)
@@ -139,17 +171,39 @@ def tiny_evlgen(
     vision=None,
     seed: int = 0,
     connector=None,
+    kind=EVLGen,
     **kw,
 ) -> EVLGen:
     """EVLGen of about 30,000 numbers on the CPU, float32, in training mode.
 
-    llm: llama | opt; vision: a VisionEncoder; connector: TomeFormerConfig fields; kw goes to EVLGen
+    llm: llama | opt; vision: a VisionEncoder; connector: TomeFormerConfig fields; kw goes to the class `kind`
     (prompt, prompt_scale, lr_scale).
     """
     vision = vision or tiny_vision(seed=seed)
     connector = tiny_connector(vision, seed, **connector or {})
-    model = EVLGen(vision, connector, tiny_language_model(llm, bos, max_txt_len, seed=seed), **kw)
+    model = kind(vision, connector, tiny_language_model(llm, bos, max_txt_len, seed=seed), **kw)
     if "prompt_scale" not in kw:
         torch.manual_seed(seed)
         nn.init.normal_(model.llm_proj.weight, std=_SPREAD)
     return model.train()
+
+
+def tiny_evlgen_video(
+    vision=None, temporal: bool = True, residual: str = "gated", positions: bool = False, alpha: float = 0.0, **kw
+) -> EVLGenVideo:
+    """The same on clips of 3 frames, with the weights of `tiny_evlgen(vision=vision)`.
+
+    alpha: how far the gates stand open; then the temporal modules attend sharply, and positions are not 0. kw: as
+    tiny_evlgen, and num_frames, frame_pooling.
+    """
+    vision = vision or tiny_vision()
+    if temporal:
+        vision = TemporalVision(vision, residual, 3 if positions else None)
+        torch.manual_seed(7)
+        with torch.no_grad():
+            for name, parameter in vision.temporal.named_parameters():
+                if name.endswith("alpha"):
+                    parameter.fill_(alpha)
+                elif alpha:
+                    nn.init.normal_(parameter, std=_SPREAD)
+    return tiny_evlgen(vision=vision, kind=EVLGenVideo, **{"num_frames": 3, **kw})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,13 +31,22 @@ def frozen_names(model: nn.Module) -> set[str]:
     return names
 
 
-def load_trainable(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
+def load_trainable(model: nn.Module, state: dict, source: str, additions: Iterable[set[str]] = ()) -> None:
     """Load a checkpoint's tensors; a trainable tensor that is missing, unknown or misshapen is an error.
 
-    Frozen weights in the file are loaded too (older checkpoints carry them). Raises WeightsError that names
-    what differs.
+    Frozen weights in the file are loaded too (older checkpoints carry them). additions: groups of names that a
+    checkpoint of a simpler model lacks; a group that is absent as a whole stays as built, and is counted in the log.
+    Raises WeightsError that names what differs.
     """
-    check_trainable(model, state, source)
+    own = model.state_dict()
+    absent = [group for group in additions if group and not group & set(state)]
+    for group in absent:
+        numbers = sum(own[name].numel() for name in group)
+        logging.info(
+            "%s has none of %d tensors (%d numbers) such as %s: they start as built",
+            source, len(group), numbers, min(group),
+        )  # fmt: skip
+    check_trainable(model, state | {name: own[name] for group in absent for name in group}, source)
     model.load_state_dict(state, strict=False)
 
 
@@ -77,8 +88,11 @@ def _other_frozen_parts(state: dict, own: dict) -> list[str]:
     return words
 
 
-def load_checkpoint_file(model: nn.Module, path: str) -> None:
-    """Load a `checkpoint_*.pth` of ours (its "model" part), a plain state dict or a bundle's folder into `model`."""
+def load_checkpoint_file(model: nn.Module, path: str, additions: Iterable[set[str]] = ()) -> None:
+    """Load a `checkpoint_*.pth` of ours (its "model" part), a plain state dict or a bundle's folder into `model`.
+
+    additions: as load_trainable.
+    """
     if not Path(path).exists():
         raise WeightsError(f"checkpoint {path} does not exist (seen from {Path.cwd()})")
     state = read_state_dict(path, "checkpoint")
@@ -87,4 +101,4 @@ def load_checkpoint_file(model: nn.Module, path: str) -> None:
             f"checkpoint {path} is in the released layout (it has {RELEASED}): `evlgen convert {path} OUT`, "
             "and give the folder OUT"
         )
-    load_trainable(model, state, path)
+    load_trainable(model, state, path, additions)

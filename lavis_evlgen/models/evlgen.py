@@ -111,6 +111,14 @@ class EVLGen(Bundled, BaseModel):
         nn.init.normal_(self.llm_proj.weight, std=std)
         nn.init.zeros_(self.llm_proj.bias)
 
+    def token_counts(self) -> str:
+        """From how many visual tokens to how many of the prompt, for the start-up table."""
+        return f"{self.visual_encoder.num_tokens} visual -> {self.connector.num_output_tokens} in the prompt"
+
+    def additions(self) -> list[set[str]]:
+        """Groups of trainable tensors that `pretrained` may lack as a whole (checkpoints.load_trainable)."""
+        return []
+
     @property
     def device(self) -> torch.device:
         return self.llm_proj.weight.device
@@ -120,10 +128,14 @@ class EVLGen(Bundled, BaseModel):
         head, _, rest = name.partition(".")
         return self.connector.part_of(rest) if head == "connector" else head
 
+    def connect(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
+        """image (B, 3, H, W) -> the connector's tokens (B, L', D_c)."""
+        visual_tokens = self.ln_vision(self.visual_encoder(image))  # (B, L, D_v)
+        return self.connector(visual_tokens, return_source=return_source)
+
     def visual_prompt(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
         """image (B, 3, H, W) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2."""
-        visual_tokens = self.ln_vision(self.visual_encoder(image))  # (B, L, D_v)
-        prompt = self.connector(visual_tokens, return_source=return_source)  # (B, L', D_c)
+        prompt = self.connect(image, return_source)  # (B, L', D_c)
         prompt.tokens = self.llm_proj(prompt.tokens)  # (B, L', D_l)
         return prompt
 
@@ -227,7 +239,7 @@ class EVLGen(Bundled, BaseModel):
         """image_embeds (B, L', D_c): the connector's tokens; image_embeds_proj (B, L', D_l): the LLM's prompt."""
         if mode != "image":
             raise ValueError(f"mode: {mode!r}; EVLGen has image features only")
-        tokens = self.connector(self.ln_vision(self.visual_encoder(samples["image"]))).tokens
+        tokens = self.connect(samples["image"]).tokens
         return BlipOutputFeatures(image_embeds=tokens, image_embeds_proj=self.llm_proj(tokens))
 
     def load_checkpoint(self, url_or_filename: str):
@@ -240,7 +252,7 @@ class EVLGen(Bundled, BaseModel):
             check_frozen(self, content, url_or_filename)
             for difference in differences(content, self.config or {}):
                 logging.warning("%s: not as it was trained: %s", url_or_filename, difference)
-        load_checkpoint_file(self, url_or_filename)
+        load_checkpoint_file(self, url_or_filename, self.additions())
 
     def load_checkpoint_from_config(self, cfg, **kwargs):
         if cfg.get("load_finetuned", False):
@@ -252,19 +264,27 @@ class EVLGen(Bundled, BaseModel):
         if path:
             self.load_checkpoint(path)
         else:
-            logging.info("no model.pretrained: ln_vision, connector and llm_proj are untrained")
+            logging.info("no model.pretrained: %s are untrained", ", ".join(self.PARTS))
+
+    @classmethod
+    def build(cls, cfg) -> EVLGen:
+        """The model of a config, without a checkpoint."""
+        return build_evlgen(cls, cfg)
 
     @classmethod
     def from_config(cls, cfg) -> EVLGen:
         """Build from a LAVIS model config (keys: CONFIG_KEYS) and load `pretrained` where given."""
-        model = build_evlgen(cls, cfg)
+        model = cls.build(cfg)
         model.config = _plain(cfg)
         model.load_checkpoint_from_config(cfg)
         return model
 
 
-def build_evlgen(cls, cfg) -> EVLGen:
-    """Vision encoder, connector and language model of `cfg`, without a checkpoint."""
+def build_evlgen(cls, cfg, vision_of=vision_of, **more) -> EVLGen:
+    """Vision encoder (by `vision_of(cfg)`), connector and language model of `cfg`, without a checkpoint.
+
+    more: further arguments of `cls`.
+    """
     for key, needed in (("freeze_vit", True), ("drop_path_rate", 0), ("use_grad_checkpoint", False)):
         if cfg.get(key, needed) != needed:
             raise ValueError(f"{key}: {cfg.get(key)} asked; {cls.CONFIG_KEYS[key]}")
@@ -283,6 +303,7 @@ def build_evlgen(cls, cfg) -> EVLGen:
         cfg.get("prompt", ""),
         cfg.get("prompt_scale", "released"),
         _plain(cfg.get("lr_scale")),
+        **more,
     )
 
 

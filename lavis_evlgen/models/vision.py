@@ -85,6 +85,10 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
+        return self.encode(image)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """`forward` as torch's gradient mode is: for an encoder with trainable modules between its frozen blocks."""
         with torch.autocast(image.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
             return self.vit(image).float()  # (B, L, D_v)
 
@@ -103,7 +107,7 @@ class HuggingFaceViT(nn.Module):
         config = getattr(model.config, "vision_config", model.config)
         if not hasattr(config, "patch_size"):
             raise ValueError(f"vit_model: {type(model).__name__} is no vision transformer: it has no patch size")
-        self.layer = layer
+        self.layer, self.reads_embeddings = layer, False
         self.resize = {}
         if getattr(config, "image_size", image_size) != image_size and config.model_type != "dinov2":
             self.resize = {"interpolate_pos_encoding": True}
@@ -114,6 +118,7 @@ class HuggingFaceViT(nn.Module):
 
     def _tap(self, blocks: nn.ModuleList, wanted: int):
         # Hooks rather than output_hidden_states: which class still answers to that differs between releases.
+        self.reads_embeddings = wanted == 0
         if wanted:
             blocks[-1].register_forward_hook(self._keep_output)
         else:

@@ -30,9 +30,8 @@ class Reporter:
         runner, run = self.runner, self.runner.config.run_cfg
         model = runner.unwrap_dist_model(runner.model)
         facts = {}
-        if hasattr(getattr(model, "connector", None), "num_output_tokens"):
-            before, after = model.visual_encoder.num_tokens, model.connector.num_output_tokens
-            facts["tokens"] = f"{before} visual -> {after} in the prompt"
+        if hasattr(model, "token_counts"):
+            facts["tokens"] = model.token_counts()
         device = torch.cuda.get_device_name(runner.device) if runner.device.type == "cuda" else "cpu"
         threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
         facts |= {

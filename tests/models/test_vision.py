@@ -3,13 +3,12 @@
 import pytest
 import torch
 import transformers
-from lavis.models import clip_vit, eva_vit
 from safetensors.torch import save_file
 
 from lavis_evlgen.models import vision
 from lavis_evlgen.models.sources import WeightsError
 from lavis_evlgen.models.vision import load_vision_encoder, wrap_hugging_face
-from tests.tiny import pictures, tiny_clip, tiny_dinov2, tiny_siglip, tiny_vision
+from tests.tiny import pictures, tiny_clip, tiny_dinov2, tiny_eva, tiny_lavis_clip, tiny_siglip, tiny_vision
 
 KINDS = pytest.mark.parametrize("kind", [tiny_dinov2, tiny_clip, tiny_siglip])
 
@@ -113,19 +112,6 @@ def test_a_missing_source_names_the_key(tmp_path):
         load_vision_encoder(str(tmp_path), vit_path="x.pth")
     with pytest.raises(ValueError, match="vit_layer: clip_L has one output"):
         load_vision_encoder("clip_L", vit_layer=3)
-
-
-def tiny_eva(image_size):
-    return eva_vit.VisionTransformer(
-        img_size=image_size, patch_size=14, use_mean_pooling=False, embed_dim=24, depth=2, num_heads=2,
-        mlp_ratio=2, qkv_bias=True, norm_layer=vision._LayerNorm1e6,
-    )  # fmt: skip
-
-
-def tiny_lavis_clip(image_size):
-    return clip_vit.VisionTransformer(
-        image_size, 14, width=24, layers=3, heads=2, use_grad_checkpointing=False
-    )
 
 
 BUILDERS = {"eva_clip_g": tiny_eva, "clip_L": tiny_lavis_clip}

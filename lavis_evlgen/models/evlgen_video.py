@@ -1,0 +1,129 @@
+"""EVLGen-Video: the image model on clips, frames mixed inside its frozen ViT; and the baselines that mix them after."""
+
+from __future__ import annotations
+
+from lavis.common.registry import registry
+from torch import Tensor
+
+from lavis_evlgen.models.connectors import VisualPrompt
+from lavis_evlgen.models.evlgen import CONFIGS, EVLGen, build_evlgen
+from lavis_evlgen.models.temporal_vision import TEMPORAL_KEYS, TemporalVision, temporal_vision_of
+from lavis_evlgen.nn import MergeMap
+
+POOLINGS = {
+    "mean": "frames' ViT features averaged, then one pass of the connector (released)",
+    "concat": "each frame through the connector, the prompts one after the other",
+    "connector_mean": "each frame through the connector, the prompts averaged",
+}
+
+
+@registry.register_model("evlgen_video")
+class EVLGenVideo(EVLGen):
+    """EVLGen-Video (EVLGen, section 3.3). Types: opt2.7b, vicuna7b, quickstart.
+
+    `samples["image"]` is (B, 3, T, H, W), as LAVIS's video processors give clips, or (B, 3, H, W), clips of one frame;
+    all else is EVLGen. With temporal=false and frame_pooling concat or connector_mean it is the paper's baselines.
+
+    >>> model, vis, txt = load_model_and_preprocess("evlgen_video", "quickstart", is_eval=True)
+    >>> model.generate({"image": vis["eval"]("clip.mp4")[None]})
+    """
+
+    TYPES = ("opt2.7b", "vicuna7b", "quickstart")
+    PRETRAINED_MODEL_CONFIG_DICT = {name: str(CONFIGS / f"evlgen_video_{name}.yaml") for name in TYPES}
+    NUMBERS = {**EVLGen.NUMBERS, "num_frames": (1, None)}
+    PARTS = (*EVLGen.PARTS, "temporal")
+    CONFIG_KEYS = {
+        **EVLGen.CONFIG_KEYS,
+        "arch": "the model class in LAVIS's registry: evlgen_video",
+        "model_type": f"which default config: {', '.join(TYPES)}",
+        **TEMPORAL_KEYS,
+        "num_frames": "frames of a clip (4); the processors' n_frms must agree. Pictures are clips of one frame",
+        "frame_pooling": "; ".join(f"{name}: {meaning}" for name, meaning in POOLINGS.items()),
+        "lr_scale": f"learning-rate factor of each part: {', '.join(PARTS)}",
+    }
+
+    def __init__(self, *parts, num_frames: int = 4, frame_pooling: str = "mean", **settings):
+        super().__init__(*parts, **settings)
+        if frame_pooling not in POOLINGS:
+            raise ValueError(f"frame_pooling: {frame_pooling!r} is not one of {', '.join(POOLINGS)}")
+        self.num_frames, self.frame_pooling = num_frames, frame_pooling
+        self.temporal = isinstance(self.visual_encoder, TemporalVision)
+
+    @classmethod
+    def build(cls, cfg) -> EVLGenVideo:
+        frames = {"num_frames": cfg.get("num_frames", 4), "frame_pooling": cfg.get("frame_pooling", "mean")}
+        return build_evlgen(cls, cfg, temporal_vision_of, **frames)
+
+    def part_of(self, name: str) -> str:
+        return "temporal" if name.startswith("visual_encoder.temporal.") else super().part_of(name)
+
+    def additions(self) -> list[set[str]]:
+        """The temporal modules, of which an image model has none, and the position embeddings, all zero at first."""
+        names = {name for name in self.state_dict() if name.startswith("visual_encoder.temporal.")}
+        positions = {name for name in names if name.endswith(".positions")}
+        return [names - positions, positions]
+
+    def token_counts(self) -> str:
+        each, out = self.visual_encoder.num_tokens, self.connector.num_output_tokens
+        out *= self.num_frames if self.frame_pooling == "concat" else 1
+        return f"{self.num_frames} frames of {each} visual -> {out} in the prompt (frame_pooling {self.frame_pooling})"
+
+    def frame_tokens(self, image: Tensor) -> Tensor:
+        """image (B, 3, T, H, W) or (B, 3, H, W) -> the ViT's tokens of each frame (B, T, L, D_v), T = 1 for a picture.
+
+        Raises ValueError for another shape, and for clips that are not `num_frames` long.
+        """
+        frames = self._frames(image)  # (B, T, 3, H, W)
+        batch, count = frames.shape[:2]
+        flat = frames.flatten(0, 1)  # (B T, 3, H, W)
+        tokens = self.visual_encoder(flat, count) if self.temporal else self.visual_encoder(flat)
+        return tokens.unflatten(0, (batch, count))
+
+    def _frames(self, image: Tensor) -> Tensor:
+        if image.ndim == 4 and image.shape[1] == 3:
+            return image[:, None]
+        if image.ndim != 5 or image.shape[1] != 3:
+            raise ValueError(
+                f"image: of shape {tuple(image.shape)}; clips are (B, 3, T, H, W), colours before frames as LAVIS's "
+                "video processors have them, and pictures (B, 3, H, W)"
+            )
+        if image.shape[2] not in (1, self.num_frames):
+            raise ValueError(
+                f"image: clips of {image.shape[2]} frames, but model.num_frames is {self.num_frames}: set it, or "
+                "n_frms of the video processors, so that they agree"
+            )
+        return image.transpose(1, 2)
+
+    def connect(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
+        """image (B, 3, T, H, W) or (B, 3, H, W) -> the connector's tokens of each clip, (B, L', D_c).
+
+        The source of `concat` maps the T L tokens of all frames to the T L' of the prompt; a token of `connector_mean`
+        has one source in each frame, so there is no such map and it raises ValueError.
+        """
+        tokens = self.frame_tokens(image)  # (B, T, L, D_v)
+        count = tokens.shape[1]
+        if self.frame_pooling == "mean":
+            return self.connector(self.ln_vision(tokens.mean(1)), return_source=return_source)
+        prompt = self.connector(self.ln_vision(tokens.flatten(0, 1)), return_source=return_source)  # (B T, L', D_c)
+        return concatenated(prompt, count) if self.frame_pooling == "concat" else averaged(prompt, count)
+
+
+def concatenated(prompt: VisualPrompt, frames: int) -> VisualPrompt:
+    """Prompts of single frames (B T, L', D) -> (B, T L', D), frame after frame; mask and source likewise."""
+    mask = None if prompt.mask is None else prompt.mask.unflatten(0, (-1, frames)).flatten(1, 2)
+    tokens = prompt.tokens.unflatten(0, (-1, frames)).flatten(1, 2)
+    if prompt.source is None:
+        return VisualPrompt(tokens, mask)
+    slots = prompt.source.num_slots
+    slot = prompt.source.slot.unflatten(0, (-1, frames))  # (B, T, L)
+    first = slots * slot.new_tensor(range(frames))[:, None]  # of each frame's slots
+    return VisualPrompt(tokens, mask, MergeMap((slot + first).flatten(1, 2), slots * frames))
+
+
+def averaged(prompt: VisualPrompt, frames: int) -> VisualPrompt:
+    """Prompts of single frames (B T, L', D) -> their mean (B, L', D); raises ValueError where there is none."""
+    if prompt.mask is not None:
+        raise ValueError("frame_pooling: connector_mean needs prompts of one length; take mean or concat")
+    if prompt.source is not None:
+        raise ValueError("frame_pooling: a token of connector_mean stands for other patches in each frame: no source")
+    return VisualPrompt(prompt.tokens.unflatten(0, (-1, frames)).mean(1))

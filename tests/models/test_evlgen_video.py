@@ -1,0 +1,302 @@
+"""EVLGen-Video on tiny parts: what it is on static clips, what order does, the baselines, and which weights load."""
+
+import json
+import logging
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from lavis_evlgen.models.checkpoints import trainable_state
+from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.evlgen_video import POOLINGS, EVLGenVideo, averaged, concatenated
+from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.models.temporal_vision import TemporalVision
+from lavis_evlgen.models.vision import VisionEncoder
+from lavis_evlgen.runners.progress import startup_table
+from lavis_evlgen.runners.schedule import parameter_groups
+from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
+from tests.run_tools import same_tensors
+from tests.tiny import (
+    IMAGE_SIZE,
+    clips,
+    pictures,
+    tiny_clip,
+    tiny_evlgen,
+    tiny_evlgen_video,
+    tiny_lavis_clip,
+    tiny_lavis_vision,
+    tiny_siglip,
+    tiny_vision,
+)
+
+T = 3
+ORDER = [2, 0, 1]
+VITS = {
+    "dinov2": tiny_vision, "clip": lambda: tiny_vision(tiny_clip), "siglip": lambda: tiny_vision(tiny_siglip),
+    "eva_clip_g": tiny_lavis_vision, "clip_L": lambda: tiny_lavis_vision(tiny_lavis_clip),
+}  # fmt: skip
+
+
+def static(batch: int = 2) -> torch.Tensor:
+    return pictures(batch)[:, :, None].expand(-1, -1, T, -1, -1)
+
+
+def tokens(model, image) -> torch.Tensor:
+    return model.eval().visual_prompt(image).tokens
+
+
+@pytest.mark.parametrize("vit", VITS)
+@torch.no_grad()
+def test_closed_gates_are_the_image_model(vit):
+    """Frame by frame bit for bit; a picture, and a clip that stands still, too."""
+    video, image = tiny_evlgen_video(VITS[vit]()), tiny_evlgen(vision=VITS[vit]())
+    flat = clips(2).transpose(1, 2).flatten(0, 1)
+    assert torch.equal(video.frame_tokens(clips(2)).flatten(0, 1), image.visual_encoder(flat))
+    expected = tokens(image, pictures(2))
+    assert torch.equal(tokens(video, pictures(2)), expected)
+    assert torch.equal(tokens(video, pictures(2)[:, :, None]), expected)
+    torch.testing.assert_close(tokens(video, static()), expected, rtol=1e-4, atol=1e-4)  # a mean of three equals
+    assert (tokens(video, clips(2)) - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@torch.no_grad()
+def test_convex_is_the_image_model_on_static_clips_whatever_it_has_learned(positions):
+    image = tiny_evlgen()
+    convex = tiny_evlgen_video(residual="convex", alpha=0.8, positions=positions)
+    torch.testing.assert_close(convex.frame_tokens(static())[:, 0], image.visual_encoder(pictures(2)))
+    torch.testing.assert_close(tokens(convex, static()), tokens(image, pictures(2)), rtol=1e-4, atol=1e-4)
+    for residual in ("gated", "paper"):
+        other = tiny_evlgen_video(residual=residual, alpha=0.8)
+        assert (other.frame_tokens(static())[:, 0] - image.visual_encoder(pictures(2))).abs().max() > 0.1
+
+
+@torch.no_grad()
+def test_only_positions_tell_the_order_of_frames():
+    plain, ordered = tiny_evlgen_video(alpha=0.8), tiny_evlgen_video(alpha=0.8, positions=True)
+    shuffled = clips(2)[:, :, ORDER]
+    torch.testing.assert_close(tokens(plain, shuffled), tokens(plain, clips(2)), rtol=1e-3, atol=1e-3)
+    assert (tokens(ordered, shuffled) - tokens(ordered, clips(2))).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("vit", VITS)
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_what_learns(vit, pooling):
+    model = tiny_evlgen_video(VITS[vit](), alpha=0.5, positions=True, frame_pooling=pooling)
+    model({"image": clips(2), "text_input": ["a dog", "two cats sleep"]})["loss"].backward()
+    parts = set()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts.add(model.part_of(name))
+            if "token_type" not in name and not name.endswith("key.bias"):  # their gradients are 0
+                assert parameter.grad.abs().sum() > 0, name
+        else:
+            assert name.startswith(("visual_encoder.vit.", "language_model.")) and parameter.grad is None, name
+    assert parts == set(EVLGenVideo.PARTS)
+
+
+@pytest.mark.parametrize("vit", VITS)
+def test_without_temporal_modules_the_vit_leaves_no_graph(vit):
+    model = tiny_evlgen_video(VITS[vit](), temporal=False)
+    assert type(model.visual_encoder) is VisionEncoder and not any("temporal" in n for n, _ in model.named_parameters())
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t), lambda t: t):
+        assert not model.frame_tokens(clips(2)).requires_grad and not saved
+        mixed = tiny_evlgen_video(VITS[vit]())
+        assert mixed.frame_tokens(clips(2)).requires_grad and saved
+
+
+@torch.no_grad()
+def test_the_baselines_are_sums_over_the_image_model():
+    image = tiny_evlgen().eval()
+    alone = torch.stack([tokens(image, clips(2)[:, :, t]) for t in range(T)], 1)  # (B, T, L', D)
+    concat = tiny_evlgen_video(temporal=False, frame_pooling="concat")
+    torch.testing.assert_close(tokens(concat, clips(2)), alone.flatten(1, 2), rtol=1e-4, atol=1e-4)
+    late = tiny_evlgen_video(temporal=False, frame_pooling="connector_mean")
+    torch.testing.assert_close(tokens(late, clips(2)), alone.mean(1), rtol=1e-4, atol=1e-4)
+    features = torch.stack([image.visual_encoder(clips(2)[:, :, t]) for t in range(T)]).mean(0)
+    expected = image.llm_proj(image.connector(image.ln_vision(features)).tokens)
+    early = tiny_evlgen_video(temporal=False)
+    torch.testing.assert_close(tokens(early, clips(2)), expected, rtol=1e-4, atol=1e-4)
+    for model in (concat, late, early):  # of one frame they are all the image model
+        assert torch.equal(tokens(model, pictures(2)), tokens(image, pictures(2)))
+    assert concat.token_counts() == "3 frames of 17 visual -> 27 in the prompt (frame_pooling concat)"
+    assert early.token_counts() == "3 frames of 17 visual -> 9 in the prompt (frame_pooling mean)"
+
+
+@torch.no_grad()
+def test_source_and_mask_of_concatenated_frames():
+    model = tiny_evlgen_video(temporal=False, frame_pooling="concat").eval()
+    prompt = model.connect(clips(2), return_source=True)
+    image = tiny_evlgen().eval()
+    assert prompt.source.num_slots == 27 == prompt.tokens.shape[1] and prompt.source.slot.shape == (2, 17 * T)
+    for t in range(T):
+        one = image.connect(clips(2)[:, :, t], return_source=True).source
+        assert torch.equal(prompt.source.slot[:, 17 * t : 17 * (t + 1)], one.slot + 9 * t)
+    late = tiny_evlgen_video(temporal=False, frame_pooling="connector_mean").eval()
+    with pytest.raises(ValueError, match="stands for other patches in each frame: no source"):
+        late.connect(clips(1), return_source=True)
+    prompt = tiny_evlgen().connect(pictures(2 * T))
+    prompt.mask = torch.arange(2 * T * 9).view(2 * T, 9) % 2
+    assert torch.equal(concatenated(prompt, T).mask, prompt.mask.reshape(2, T * 9))
+    with pytest.raises(ValueError, match="connector_mean needs prompts of one length; take mean or concat"):
+        averaged(prompt, T)
+
+
+def test_captions_features_and_the_task_take_clips():
+    model = tiny_evlgen_video(alpha=0.5).eval()
+    captions = model.generate({"image": clips(2)}, num_beams=2, max_length=5)
+    assert len(captions) == 2 and all(isinstance(text, str) for text in captions)
+    features = model.extract_features({"image": clips(2)})
+    assert features.image_embeds.shape == (2, 9, 16) and features.image_embeds_proj.shape == (2, 9, 32)
+    task = EvlgenCaptionTask({"num_beams": 1, "max_length": 4}, metrics=["CIDEr"], tokenizer="simple")
+    batch = {"image": clips(3), "text_input": ["a dog", "a red square", "two cats"], "image_id": ["a", "b", "c"],
+             "instance_id": ["0", "1", "2"], "bad": []}  # fmt: skip
+    rows = task.evaluation(model, [batch])
+    prompt = model.visual_prompt(clips(3))
+    neighbours = type(prompt)(prompt.tokens[[2, 0, 1]])
+    shuffled = model.loss_of(neighbours, batch)[0].tolist()
+    assert [row["image_id"] for row in rows] == ["a", "b", "c"]
+    assert [row["loss_shuffled"] for row in rows] == pytest.approx(shuffled, rel=1e-4)
+    assert all(row["loss"] != row["loss_shuffled"] for row in rows)
+
+
+def test_shapes_that_are_no_clips():
+    model = tiny_evlgen_video()
+    with pytest.raises(ValueError, match=r"of shape \(2, 4, 3, 28, 28\); clips are \(B, 3, T, H, W\), colours before"):
+        model.visual_prompt(clips(2, 4).transpose(1, 2))
+    with pytest.raises(ValueError, match="clips of 4 frames, but model.num_frames is 3: set it, or n_frms"):
+        model.visual_prompt(clips(2, 4))
+    with pytest.raises(ValueError, match="frame_pooling: 'max' is not one of mean, concat, connector_mean"):
+        tiny_evlgen_video(frame_pooling="max")
+
+
+def test_parts_rates_and_the_start_up_table():
+    model = tiny_evlgen_video(positions=True, lr_scale={"temporal": 0.25})
+    groups = {group["name"]: group for group in parameter_groups(model, 0.05)}
+    assert groups["temporal"]["lr_scale"] == groups["temporal (no decay)"]["lr_scale"] == 0.25
+    numbers = sum(p.numel() for key in ("temporal", "temporal (no decay)") for p in groups[key]["params"])
+    assert numbers == 3 * (2 * (24 * 256 + 256) + 1 + T * 24)
+    table = startup_table(model, {"tokens": model.token_counts()})
+    row = next(line for line in table.splitlines() if line.strip().startswith("│ temporal"))
+    assert "0.04M" in row and "0.25" in row and "3 frames of 17 visual -> 9" in table
+
+
+# what checkpoints hold
+
+
+def moved(model, seed: int = 5):
+    """Its trainable weights are nobody's start any more."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def save(model, folder, **changes):
+    torch.save({"model": trainable_state(model) | changes}, folder / "checkpoint.pth")
+    return str(folder / "checkpoint.pth")
+
+
+def test_checkpoints_hold_the_temporal_modules_and_load_strictly(tmp_path):
+    trained = moved(tiny_evlgen_video(positions=True))
+    state = trainable_state(trained)
+    temporal = {name for name in state if name.startswith("visual_encoder.")}
+    parts = ("query.weight", "query.bias", "key.weight", "key.bias", "alpha", "positions")
+    assert temporal == {f"visual_encoder.temporal.{i}.{part}" for i in range(3) for part in parts}
+    fresh = tiny_evlgen_video(positions=True)
+    fresh.load_checkpoint(save(trained, tmp_path))
+    assert same_tensors(trainable_state(fresh), state)
+    assert torch.equal(tokens(fresh, clips(2)), tokens(trained, clips(2)))
+    del state["visual_encoder.temporal.1.query.bias"]
+    torch.save({"model": state}, tmp_path / "less.pth")
+    with pytest.raises(WeightsError, match="1 trainable tensors are missing, first visual_encoder.temporal.1.query.b"):
+        fresh.load_checkpoint(str(tmp_path / "less.pth"))
+    with pytest.raises(WeightsError, match="18 tensors have no place in this model, first visual_encoder.temporal"):
+        tiny_evlgen().load_checkpoint(str(tmp_path / "checkpoint.pth"))
+
+
+def test_an_image_checkpoint_starts_a_video_model(tmp_path, caplog):
+    image = moved(tiny_evlgen())
+    path = save(image, tmp_path)
+    video = tiny_evlgen_video()
+    with caplog.at_level(logging.INFO):
+        video.load_checkpoint(path)
+    numbers = 3 * (2 * (24 * 256 + 256) + 1)
+    assert f"{path} has none of 15 tensors ({numbers} numbers) such as visual_encoder.temporal.0.alpha" in caplog.text
+    with torch.no_grad():
+        torch.testing.assert_close(tokens(video, static()), tokens(image, pictures(2)), rtol=1e-4, atol=1e-4)
+        assert torch.equal(tokens(video, pictures(2)), tokens(image, pictures(2)))
+    baseline = tiny_evlgen_video(temporal=False)
+    baseline.load_checkpoint(path)
+    assert same_tensors(trainable_state(baseline), trainable_state(image))
+
+
+def test_positions_can_be_added_to_a_video_checkpoint(tmp_path, caplog):
+    trained = moved(tiny_evlgen_video())
+    ordered = tiny_evlgen_video(positions=True)
+    with caplog.at_level(logging.INFO):
+        ordered.load_checkpoint(save(trained, tmp_path))
+    assert "has none of 3 tensors (216 numbers) such as visual_encoder.temporal.0.positions" in caplog.text
+    with torch.no_grad():
+        assert torch.equal(tokens(ordered, clips(2)), tokens(trained, clips(2)))
+
+
+def section(parts, **changes) -> dict:
+    return {
+        "arch": "evlgen_video", "model_type": "quickstart", **parts, "image_size": IMAGE_SIZE, "num_layers": 2,
+        "vit_precision": "fp32", "llm_precision": "fp32", "tome_r": {"target": 9}, "num_frames": 3,
+    } | changes  # fmt: skip
+
+
+def build(cls, parts, **changes):
+    return cls.from_config(OmegaConf.create(section(parts, **changes)))
+
+
+def test_bundles(parts, tmp_path, caplog):
+    trained = moved(build(EVLGenVideo, parts, residual="convex", temporal_positions=True))
+    trained.save_pretrained(tmp_path / "video")
+    loaded = EVLGenVideo.from_pretrained(str(tmp_path / "video"))
+    assert isinstance(loaded.visual_encoder, TemporalVision) and loaded.num_frames == 3
+    assert torch.equal(tokens(loaded, clips(2)), tokens(trained, clips(2)))
+    with pytest.raises(WeightsError, match="holds a evlgen_video, which EVLGen is not"):
+        EVLGen.from_pretrained(str(tmp_path / "video"))
+
+    cfg = {k: v for k, v in section(parts, arch="evlgen").items() if k != "num_frames"}
+    image = moved(EVLGen.from_config(OmegaConf.create(cfg)))
+    image.save_pretrained(tmp_path / "image")
+    with caplog.at_level(logging.INFO):
+        video = build(EVLGenVideo, parts, pretrained=str(tmp_path / "image"))
+    assert "has none of 15 tensors" in caplog.text
+    assert torch.equal(tokens(video, pictures(2)), tokens(image, pictures(2)))
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"residual": "soft"}, "residual: 'soft' is not one of gated, convex, paper"),
+        ({"frame_pooling": "late"}, "frame_pooling: 'late' is not one of mean, concat, connector_mean"),
+        ({"vit_layer": 0}, "vit_layer: 0 reads the embeddings"),
+        ({"use_grad_checkpoint": True}, "use_grad_checkpoint: True asked"),
+    ],
+)
+def test_settings_that_cannot_be(change, says, parts):
+    with torch.device("meta"), pytest.raises(ValueError, match=says):
+        build(EVLGenVideo, parts, **change)
+
+
+def test_pictures_train_and_score_a_video_model(runs):
+    """A run on pictures, clips of one frame: task, runner, costs, the shuffled and the blind baseline as they are."""
+    runs.config["model"] |= {"arch": "evlgen_video", "num_frames": 2}
+    runs.config["run"] |= {"valid_splits": ["val"], "max_iters": 2, "iters_per_inner_epoch": 2}
+    runs.train()
+    (result,) = (json.loads(path.read_text()) for path in (runs.output() / "result").glob("val_?.json"))
+    assert result["loss_gap"] != 0 and result["blind"]["CIDEr"] >= 0 and result["pictures"] == 6
+    saved = torch.load(runs.output() / "checkpoint_last.pth", weights_only=True)["model"]
+    assert sum(name.startswith("visual_encoder.temporal.") for name in saved) == 15
+    assert all(saved[f"visual_encoder.temporal.{i}.alpha"].abs() > 0 for i in range(3))
+    row = json.loads((runs.output() / "log.jsonl").read_text().splitlines()[0])
+    assert row["flops_per_image"] > 0
