@@ -27,8 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="evlgen", description="Tools around EVLGen runs.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    c = commands.add_parser("caption", help="caption pictures with the model of a run folder")
-    c.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    c = commands.add_parser("caption", help="caption pictures (a video model: clips) with the model of a run folder")
+    c.add_argument("images", nargs="+", metavar="IMAGE", help="picture files; clips for a video model")
     c.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint), or a bundle's folder")
     c.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
     c.add_argument("--prompt", help="text that captions begin with (default: the run's)")
@@ -93,7 +93,6 @@ def caption(args) -> int:
 
     from lavis_evlgen import distributed
     from lavis_evlgen.datasets import UnreadableImage
-    from lavis_evlgen.datasets.image_files import open_image
     from lavis_evlgen.models.bundle import is_bundle
     from lavis_evlgen.tasks.captioning import decoding_of
 
@@ -109,7 +108,7 @@ def caption(args) -> int:
     failed = 0
     for path in args.images:
         try:
-            image = vis(open_image(path))[None].to(device)
+            image = _pixels(vis, path)[None].to(device)
         except UnreadableImage as error:
             print(f"evlgen caption: {error}", file=sys.stderr)
             failed += 1
@@ -119,6 +118,21 @@ def caption(args) -> int:
             text = model.generate(samples, **decoding)[0]
         print(f"{path}\t{' '.join(text.split())}")  # a line a picture, whatever an untrained model says
     return int(failed > 0)
+
+
+def _pixels(vis, path: str):
+    """(3, H, W) of a picture or, by a video processor, (3, T, H, W) of a clip; raises UnreadableImage."""
+    from lavis_evlgen.datasets import UnreadableImage
+    from lavis_evlgen.datasets.image_files import open_image
+
+    if not (hasattr(vis, "n_frms") or hasattr(vis, "num_frames")):
+        return vis(open_image(path))
+    if not Path(path).is_file():
+        raise UnreadableImage(path, "no such file")
+    try:
+        return vis(path)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UnreadableImage(path, f"the model captions clips, and as a clip: {one_line(error)}") from error
 
 
 def _run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:

@@ -37,7 +37,7 @@ class EVLGenVideo(EVLGen):
         "arch": "the model class in LAVIS's registry: evlgen_video",
         "model_type": f"which default config: {', '.join(TYPES)}",
         **TEMPORAL_KEYS,
-        "num_frames": "frames of a clip (4); the processors' n_frms must agree. Pictures are clips of one frame",
+        "num_frames": "frames of a clip (4), as many as the video processors take. Pictures are clips of one frame",
         "frame_pooling": "; ".join(f"{name}: {meaning}" for name, meaning in POOLINGS.items()),
         "lr_scale": f"learning-rate factor of each part: {', '.join(PARTS)}",
     }
@@ -89,8 +89,8 @@ class EVLGenVideo(EVLGen):
             )
         if image.shape[2] not in (1, self.num_frames):
             raise ValueError(
-                f"image: clips of {image.shape[2]} frames, but model.num_frames is {self.num_frames}: set it, or "
-                "n_frms of the video processors, so that they agree"
+                f"image: clips of {image.shape[2]} frames, but model.num_frames is {self.num_frames}: set it, or the "
+                "number of frames of the video processors (num_frames; n_frms of LAVIS's), so that they agree"
             )
         return image.transpose(1, 2)
 

@@ -9,16 +9,19 @@ Every key of the file is used, kept aside, left out or refused, and the report s
 | `VLconnector.*` | `connector.tomeformer.*` (BERT's names) |
 | `opt_proj.*` or `llm_proj.*` | `llm_proj.*` |
 | `VLconnector.pooler.*`, `VLconnector.embeddings.position_ids` | unused by the model: kept in `extra.safetensors` |
-| `visual_encoder.*`, `opt_model.*`, `llm_model.*` | frozen, public elsewhere: counted and left out |
+| `visual_encoder.blocks.N.temporal_merge.*` (a video model's) | `visual_encoder.temporal.N.*` |
+| other `visual_encoder.*`, `opt_model.*`, `llm_model.*` | frozen, public elsewhere: counted and left out |
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -36,10 +39,12 @@ from lavis_evlgen.models.bundle import (
 from lavis_evlgen.models.checkpoints import RELEASED
 from lavis_evlgen.models.connectors import TomeFormerConnector
 from lavis_evlgen.models.sources import WeightsError, read_state_dict
-from lavis_evlgen.nn import TomeFormerConfig
+from lavis_evlgen.nn import TemporalMixing, TomeFormerConfig
 
 PROJECTIONS = ("opt_proj", "llm_proj")
 NAMES = {"VL_proj.": "connector.input_proj.", "VLconnector.": "connector.tomeformer."}
+THEIR_TEMPORAL = re.compile(r"visual_encoder\.blocks\.(\d+)\.temporal_merge\.(.+)")
+OUR_TEMPORAL = re.compile(r"visual_encoder\.temporal\.(\d+)\.(.+)")
 FROZEN = ("visual_encoder.", "opt_model.", "llm_model.")
 UNUSED = ("VLconnector.pooler.", "VLconnector.embeddings.position_ids", "VLconnector.embeddings.word_embeddings.")
 # (projection, LLM width) -> model type; the same for ViT width -> vit_model: what the paper trained
@@ -48,9 +53,11 @@ TYPES = {
     ("llm_proj", 4096): "vicuna7b", ("llm_proj", 5120): "vicuna13b",
 }  # fmt: skip
 VITS = {1408: "eva_clip_g", 1024: "clip_L"}
+BLOCKS = {"eva_clip_g": 39, "clip_L": 21}
 # settings that the released code does not have: what it does in their place
 RELEASED_SETTINGS = {
     "bos": "after", "merge_mean": "plain", "partition": "alternate", "proportional_attention": False,
+    "temporal": True, "residual": "gated", "frame_pooling": "mean",
 }  # fmt: skip
 
 
@@ -99,12 +106,16 @@ def _millions(numbers) -> str:
 def from_released(path: str, cls, changes: dict | None = None, allow_unknown: bool = False):
     """(state by our names, config.json, extra tensors, report) of the released checkpoint at `path`.
 
-    cls: EVLGen; changes: keys of the model section that the file does not tell (tome_r, vit_model, llm_model, ...).
+    cls: EVLGen (for a video model's file, EVLGenVideo is taken); changes: keys of the model section that the file does
+    not tell (tome_r, vit_model, llm_model, ...).
     Raises WeightsError for a file of another kind, for missing, misshapen or unknown tensors, and ValueError for
     a setting that cannot be.
     """
     state = read_state_dict(str(path), "convert")
     _check_kind(state, path)
+    more = {}
+    if any(THEIR_TEMPORAL.fullmatch(name) for name in state):
+        cls, more = registry.get_model_class("evlgen_video"), _one_wide_gates(state)
     projection = _projection(state, path)
     check_keys(cls, changes or {}, "--options")
     kind, section = _section(state, projection, cls, changes or {}, path)
@@ -121,7 +132,7 @@ def from_released(path: str, cls, changes: dict | None = None, allow_unknown: bo
     }
     source = f"Converted from a released checkpoint, `{Path(path).name}`."
     preprocess = default_preprocess(cls, kind, section)
-    content = compose(section, preprocess, None, frozen, source=source, released={"projection": projection})
+    content = compose(section, preprocess, None, frozen, source=source, released={"projection": projection, **more})
     used = {ours: tensor for ours, tensor in report.used.values()}
     return used, content, report.kept | report.unknown, report
 
@@ -130,16 +141,18 @@ def _check_kind(state: dict, path):
     strange = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if strange is not None:
         raise WeightsError(f"convert: {path}: {strange} is no tensor: this is no checkpoint")
-    temporal = [name for name in state if ".temporal_merge." in name]
-    if temporal:
-        raise WeightsError(
-            f"convert: {path} is a video checkpoint: {len(temporal)} tensors mix frames inside the ViT, first "
-            f"{temporal[0]}. The image model has no place for them, and without them its connector sees other tokens"
-        )
     if RELEASED not in state:
         ours = next((name for name in state if name.startswith("connector.")), None)
         why = f"it has {ours}, so it is in our layout already" if ours else f"it has no {RELEASED}"
         raise WeightsError(f"convert: {path} is not in the layout of released EVLGen checkpoints: {why}")
+
+
+def _one_wide_gates(state: dict) -> dict:
+    """Gates without dimension become (1,), as ours are; what `to_released` must know to turn them back."""
+    gates = [name for name in state if name.endswith(".temporal_merge.alpha") and state[name].ndim == 0]
+    for name in gates:
+        state[name] = state[name].reshape(1)
+    return {"alpha_shape": []} if gates else {}
 
 
 def _projection(state: dict, path) -> str:
@@ -151,6 +164,8 @@ def _projection(state: dict, path) -> str:
 
 
 def _our_name(name: str, projection: str) -> str:
+    if temporal := THEIR_TEMPORAL.fullmatch(name):
+        return "visual_encoder.temporal.{}.{}".format(*temporal.groups())
     head = name.partition(".")[0]
     if head == projection:
         return "llm_proj" + name[len(head) :]
@@ -166,6 +181,7 @@ def _section(state: dict, projection: str, cls, changes: dict, path) -> tuple[st
     """
     width, vit_width = state[f"{projection}.weight"].shape[0], state[RELEASED].shape[1]
     known = TYPES.get((projection, width))
+    known = known if known in cls.PRETRAINED_MODEL_CONFIG_DICT else None
     kind = known or TYPES[projection, {"opt_proj": 2560, "llm_proj": 4096}[projection]]
     section = OmegaConf.to_container(OmegaConf.load(cls.default_config_path(kind)).model)
     for key in STARTS + (() if known else ("model_type", "llm_model")):
@@ -213,8 +229,19 @@ def _empty_parts(section: dict, state: dict, projection: str) -> nn.Module:
     with torch.device("meta"):
         config = TomeFormerConfig(tome_r=section["tome_r"], **section["connector_sizes"], **body)
         connector = TomeFormerConnector(width, config)
-        parts = {"ln_vision": nn.LayerNorm(width), "connector": connector}
+        parts = {"ln_vision": nn.LayerNorm(width), "connector": connector, **_temporal(section, state, width)}
         return nn.ModuleDict({**parts, "llm_proj": nn.Linear(connector.width, llm_width)})
+
+
+def _temporal(section: dict, state: dict, width: int) -> dict[str, nn.Module]:
+    """The temporal modules of every block of the section's ViT, of an unknown ViT as many as the file has."""
+    blocks = [int(found[1]) for found in map(THEIR_TEMPORAL.fullmatch, state) if found]
+    if not blocks or not section["temporal"]:
+        return {}
+    count = BLOCKS.get(section["vit_model"], max(blocks) + 1)
+    max_frames = section["num_frames"] if section["temporal_positions"] else None
+    mixings = nn.ModuleList(TemporalMixing(width, section["residual"], max_frames) for _ in range(count))
+    return {"visual_encoder": nn.ModuleDict({"temporal": mixings})}
 
 
 def sort_keys(state: dict[str, Tensor], our_name: Callable[[str], str], expected: dict) -> Report:
@@ -222,7 +249,7 @@ def sort_keys(state: dict[str, Tensor], our_name: Callable[[str], str], expected
     report = Report()
     for name, tensor in state.items():
         ours, frozen = our_name(name), next((p for p in FROZEN if name.startswith(p)), None)
-        if frozen:
+        if frozen and not THEIR_TEMPORAL.fullmatch(name):
             counts = report.frozen.setdefault(frozen, [0, 0])
             counts[0] += 1
             counts[1] += tensor.numel()
@@ -262,13 +289,19 @@ def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
     section = content["model"]
     if section.get("connector", "tomeformer") != "tomeformer":
         raise WeightsError(f"convert: {folder} has a {section['connector']}; the released layout has TomeFormer only")
+    if section.get("temporal_positions"):
+        raise WeightsError(f"convert: {folder} has temporal positions, for which the released layout has no place")
     opt = content["frozen"]["language model"]["model_type"] == "opt"
     projection = content.get("released", {}).get("projection") or PROJECTIONS[0 if opt else 1]
+    gate = content.get("released", {}).get("alpha_shape", [1])
     theirs = {ours: name for name, ours in NAMES.items()} | {"llm_proj.": projection + "."}
     state, lines = {}, []
     for name, tensor in load_file(folder / WEIGHTS).items():
         prefix = next((p for p in theirs if name.startswith(p)), None)
         released = theirs[prefix] + name.removeprefix(prefix) if prefix else name
+        if temporal := OUR_TEMPORAL.fullmatch(name):
+            released = "visual_encoder.blocks.{}.temporal_merge.{}".format(*temporal.groups())
+            tensor = tensor.reshape(gate) if name.endswith(".alpha") else tensor
         state[released] = tensor
         lines.append(f"used    {name}  {_shape(tensor)} -> {released}")
     extra = load_file(folder / EXTRA) if (folder / EXTRA).exists() else {}

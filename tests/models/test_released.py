@@ -193,7 +193,6 @@ MISSING = "VLconnector.encoder.layer.1.output.dense.bias"
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda s: s | {"visual_encoder.blocks.0.temporal_merge.alpha": torch.zeros(1)}, "is a video checkpoint: 1"),
         (without(MISSING), "1 tensors are missing, first what is here connector.tomeformer.encoder.layer.1.output"),
         (lambda s: s | {"itc_head.weight": torch.zeros(2)}, "1 tensors are unknown: itc_head.weight; --allow-unknown"),
         (lambda s: s | {"llm_proj.weight": s["opt_proj.weight"]}, "must have one of opt_proj and llm_proj; it has o"),
