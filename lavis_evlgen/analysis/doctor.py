@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from lavis.common.registry import registry
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavis_evlgen.datasets import UnreadableImage
+from lavis_evlgen.datasets import UNREADABLE
 from lavis_evlgen.models.bundle import empty_model
 from lavis_evlgen.models.connectors import CONNECTORS, READS
 from lavis_evlgen.models.freezing import DTYPES, check_precision
@@ -41,7 +41,7 @@ def check_images(name: str, split: str, dataset, limit: int | None, say) -> Find
     def open_one(row: int):
         try:
             dataset.pil_image(row)
-        except UnreadableImage as error:
+        except UNREADABLE as error:
             return error
         return None
 

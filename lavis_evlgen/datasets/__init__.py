@@ -2,7 +2,7 @@
 
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
 from lavis_evlgen.datasets.easy_vqa import EasyVqaBuilder
-from lavis_evlgen.datasets.errors import DataError, UnreadableImage
+from lavis_evlgen.datasets.errors import UNREADABLE, DataError, UnreadableImage
 from lavis_evlgen.datasets.image_captions import ImageCaptionDataset, ImageCaptionsBuilder
 from lavis_evlgen.datasets.image_questions import ImageQuestionDataset, ImageQuestionsBuilder
 from lavis_evlgen.datasets.questions import AskedImage, Question, QuestionDataset
@@ -25,5 +25,6 @@ __all__ = [
     "ImageShardsBuilder",
     "ScenesBuilder",
     "ScenesDataset",
+    "UNREADABLE",
     "UnreadableImage",
 ]

@@ -1,5 +1,7 @@
 """The two errors of the data room: a mistake in what was asked for, and a picture that cannot be read."""
 
+from lavis_evlgen.clips import UnreadableVideo
+
 
 class DataError(ValueError):
     """Data or a data config that cannot be used; the message names the thing, the place and the mend."""
@@ -14,3 +16,6 @@ class UnreadableImage(DataError):
 
     def __str__(self) -> str:
         return f"cannot read the image {self.path}: {self.reason}"
+
+
+UNREADABLE = (UnreadableImage, UnreadableVideo)  # what may be wrong with one sample: counted, not fatal

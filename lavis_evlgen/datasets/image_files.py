@@ -1,7 +1,6 @@
 """Open one image, of a file or of bytes, completely, or say in one line why it cannot be opened."""
 
 import io
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -10,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from lavis_evlgen.datasets.errors import UnreadableImage
+from lavis_evlgen.file_troubles import EMPTY, head_of, looks_like, trouble_with
 
 
 def open_image(path) -> Image.Image:
@@ -17,14 +17,15 @@ def open_image(path) -> Image.Image:
 
     Decoding happens here and not later, so that a truncated file fails where it can still be counted.
     """
-    _check_file(path)
+    if trouble := trouble_with(path):
+        raise UnreadableImage(path, trouble)
     return _decode(path, path)
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
     """As `open_image`, of a file's content; `name` says which in the error."""
     if not content:
-        raise UnreadableImage(name, _EMPTY)
+        raise UnreadableImage(name, EMPTY)
     return _decode(io.BytesIO(content), name)
 
 
@@ -46,7 +47,6 @@ def _decode(source, name) -> Image.Image:
         raise UnreadableImage(name, f"broken or truncated ({type(error).__name__}: {error})") from None
 
 
-_EMPTY = "the file is empty (0 bytes)"
 _PILLOW_SWITCH = Lock()
 
 
@@ -59,19 +59,6 @@ def _whole_files_only() -> Iterator[None]:
             yield
         finally:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
-
-
-def _check_file(path):
-    try:
-        size = os.stat(path).st_size
-    except FileNotFoundError:
-        raise UnreadableImage(path, "no such file") from None
-    except (OSError, ValueError) as error:
-        raise UnreadableImage(path, str(error)) from None
-    if os.path.isdir(path):
-        raise UnreadableImage(path, "a folder, not a file")
-    if size == 0:
-        raise UnreadableImage(path, _EMPTY)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -88,16 +75,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _what_it_looks_like(source) -> str:
-    if isinstance(source, io.BytesIO):
-        head = source.getvalue()[:512]
-    else:
-        with open(source, "rb") as file:
-            head = file.read(512)
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype", b"<html", b"<head", b"<body")):
-        return "looks like HTML, perhaps an error page saved by a downloader"
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the picture; run `git lfs pull` in that folder"
-    if head and all(byte in b"\t\r\n" or 32 <= byte < 127 for byte in head):
-        return "looks like text, not a picture"
-    return "not an image format that Pillow can read"
+    head = head_of(source.getvalue() if isinstance(source, io.BytesIO) else source)
+    return looks_like(head, "picture") or "not an image format that Pillow can read"

@@ -3,7 +3,7 @@
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
 
-from lavis_evlgen.datasets.errors import DataError, UnreadableImage
+from lavis_evlgen.datasets.errors import UNREADABLE, DataError
 
 MAX_TRIES = 64  # distinct unreadable images in a row before a training sample is given up
 
@@ -12,8 +12,10 @@ class ReadableRows(BaseDataset):
     """The reading half of our data sets: row number in, sample out.
 
     Needs `name`, `split`, `is_train` and `annotation`, a list of rows with `image_id`. Subclasses say in
-    `_load(row)` how a picture is had, or raise UnreadableImage, and in `_sample` what a sample holds.
+    `_load(row)` how a picture or clip is had, or raise one of UNREADABLE, and in `_sample` what a sample holds.
     """
+
+    noun = "images"  # what the rows are about, in messages
 
     def _load(self, row: dict) -> Image.Image:
         raise NotImplementedError(f"{type(self).__name__} must say how a row's picture is loaded")
@@ -37,18 +39,18 @@ class ReadableRows(BaseDataset):
                 continue
             try:
                 return self._sample(row, self._load(row), bad)
-            except UnreadableImage as error:
+            except UNREADABLE as error:
                 failed.add(row["image_id"])
                 bad.append({"image": error.path, "reason": error.reason})
             if len(failed) == MAX_TRIES:
                 break
         raise DataError(
-            f"{self.name}: {len(bad)} images in a row cannot be read, from row {index} of {self.split} "
-            f"on; the first is {bad[0]['image']} ({bad[0]['reason']}). Check the images folder."
+            f"{self.name}: {len(bad)} {self.noun} in a row cannot be read, from row {index} of {self.split} "
+            f"on; the first is {bad[0]['image']} ({bad[0]['reason']}). Check the {self.noun} folder."
         )
 
     def _eval_sample(self, row: dict) -> dict:
         try:
             return self._sample(row, self._load(row), [])
-        except UnreadableImage as error:  # another picture would be scored against the wrong references
+        except UNREADABLE as error:  # another picture would be scored against the wrong references
             return self._sample(row, None, [{"image": error.path, "reason": error.reason}])

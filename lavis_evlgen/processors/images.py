@@ -13,7 +13,7 @@ STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
-_SIZE_KEYS = {
+SIZE_KEYS = {
     "image_size": "side of the square tensor in pixels",
     "mean": "clip, imagenet, half, or three numbers (pixels in 0..1)",
     "std": "as mean; left away, it follows the name given as mean",
@@ -34,7 +34,8 @@ def _statistic(processor: str, key: str, value) -> list[float]:
 
 class _ImageProcessor(BaseProcessor):
     NAME = ""
-    CONFIG_KEYS: dict[str, str] = _SIZE_KEYS
+    CONFIG_KEYS: dict[str, str] = SIZE_KEYS
+    TO_FLOAT = transforms.ToTensor()  # what turns pixels into floats of 0..1
 
     def _build(self, image_size: int, mean, std, steps: list):
         if image_size < 1:
@@ -45,7 +46,7 @@ class _ImageProcessor(BaseProcessor):
             std = mean
         mean, std = _statistic(self.NAME, "mean", mean), _statistic(self.NAME, "std", std)
         normalize = transforms.Normalize(mean, std)
-        self.transform = transforms.Compose([*steps, transforms.ToTensor(), normalize])
+        self.transform = transforms.Compose([*steps, self.TO_FLOAT, normalize])
 
     @classmethod
     def from_config(cls, cfg=None):
@@ -53,7 +54,7 @@ class _ImageProcessor(BaseProcessor):
 
 
 def _resize(image_size: int):
-    return transforms.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC)
+    return transforms.Resize((image_size, image_size), interpolation=InterpolationMode.BICUBIC, antialias=True)
 
 
 @registry.register_processor("evlgen_image_train")
@@ -65,7 +66,7 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
 
     NAME = "evlgen_image_train"
     CONFIG_KEYS = {
-        **_SIZE_KEYS,
+        **SIZE_KEYS,
         "min_scale": "smallest share of the picture's area that a crop keeps, above 0 up to 1 (1: no crop)",
         "flip": "mirror half of the pictures left to right (not where captions say left or right)",
     }
@@ -77,7 +78,7 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
         steps = [_resize(image_size)]
         if min_scale < 1:
             crop = transforms.RandomResizedCrop(
-                image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC
+                image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
             )
             steps = [crop]
         if flip:
