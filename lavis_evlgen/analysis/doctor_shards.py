@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 from lavis_evlgen.analysis.doctor import Finding
-from lavis_evlgen.datasets import ImageShards, UnreadableImage
+from lavis_evlgen.datasets import UNREADABLE, ImageShards, UnreadableImage
 from lavis_evlgen.datasets.shard_reader import read_shard
 
 _DECODED = 256  # samples of each shard that is looked into
@@ -24,7 +24,7 @@ def check_shards(name: str, dataset: ImageShards, limit: int | None, say) -> Fin
     sizes, good, reasons = [], 0, Counter()
     for index in sorted({0, last // 2, last}):
         sizes.append(0)
-        for item in read_shard(dataset.shards[index]):
+        for item in read_shard(dataset.shards[index], media=dataset.MEDIA):
             sizes[-1] += item.problem is None
             if item.problem is None and sizes[-1] > limit:
                 continue
@@ -62,6 +62,6 @@ def _trouble(dataset: ImageShards, index: int, item) -> UnreadableImage | None:
         return UnreadableImage(dataset.shards[index], item.problem)
     try:
         dataset.sample(index, item)
-    except UnreadableImage as error:
+    except UNREADABLE as error:
         return error
     return None

@@ -7,9 +7,11 @@ from lavis_evlgen.datasets.image_captions import ImageCaptionDataset, ImageCapti
 from lavis_evlgen.datasets.image_questions import ImageQuestionDataset, ImageQuestionsBuilder
 from lavis_evlgen.datasets.questions import AskedImage, Question, QuestionDataset
 from lavis_evlgen.datasets.scenes import ScenesBuilder, ScenesDataset
-from lavis_evlgen.datasets.shards import ImageShards, ImageShardsBuilder
+from lavis_evlgen.datasets.shards import ImageShards, ImageShardsBuilder, VideoShards
+from lavis_evlgen.datasets.video_captions import VideoCaptionDataset, VideoCaptionsBuilder, WebvidBuilder
 
 __all__ = [
+    "UNREADABLE",
     "AskedImage",
     "CaptionDataset",
     "CaptionedImage",
@@ -25,6 +27,9 @@ __all__ = [
     "ImageShardsBuilder",
     "ScenesBuilder",
     "ScenesDataset",
-    "UNREADABLE",
     "UnreadableImage",
+    "VideoCaptionDataset",
+    "VideoCaptionsBuilder",
+    "VideoShards",
+    "WebvidBuilder",
 ]

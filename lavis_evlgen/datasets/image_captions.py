@@ -7,7 +7,7 @@ from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
 from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLITS, CaptionDatasetBuilder
 from lavis_evlgen.datasets.captions_file import CaptionRow, read_captions_file
 from lavis_evlgen.datasets.errors import DataError
-from lavis_evlgen.datasets.image_folder import ImageFolder, images_folder
+from lavis_evlgen.datasets.image_folder import ImageFolder, data_folder
 from lavis_evlgen.datasets.records import report_problems
 
 
@@ -24,6 +24,7 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
     """Builds splits of captioned image files; relative paths start at the current folder."""
 
     NAME = "image_captions"
+    THING = "image"  # what a row is about: its column in tables, and, as a plural, the key of the folder
     train_dataset_cls = eval_dataset_cls = ImageCaptionDataset
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_captions.yaml")}
     CONFIG_KEYS = {
@@ -35,12 +36,18 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
         "columns": "the file's column names where they differ: {image: …, caption: …, image_id: …, split: …}",
     }
 
-    def build(self) -> dict[str, ImageCaptionDataset]:
-        folder = images_folder(self.config.get("images"), "datasets.image_captions")
+    @property
+    def place(self) -> str:
+        """The config's section."""
+        return f"datasets.{self.NAME}"
+
+    def build(self) -> dict[str, CaptionDataset]:
+        key = f"{self.THING}s"
+        folder = data_folder(self.config.get(key), self.place, key)
         datasets = {}
         for split, items in self._items_by_split().items():
-            datasets[split] = ImageCaptionDataset(
-                self.NAME, split, items, images=folder, max_bad_fraction=self.config.max_bad_fraction,
+            datasets[split] = self.train_dataset_cls(
+                self.NAME, split, items, **{key: folder}, max_bad_fraction=self.config.max_bad_fraction,
                 **self.processors(split),
             )
         return datasets
@@ -49,20 +56,20 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
         captions, annotations = self.config.get("captions"), self.config.get("annotations")
         if bool(captions) == bool(annotations):
             raise DataError(
-                f"datasets.image_captions has {'both' if captions else 'neither'} of `captions` (one file, "
+                f"{self.place} has {'both' if captions else 'neither'} of `captions` (one file, "
                 "with `split`) and `annotations` (a file per split); give one of the two"
             )
         if captions:
-            return split_items(captions, self._read(captions), self.config.get("split"))
-        splitting.check_split_names("datasets.image_captions.annotations", annotations)
+            return split_items(captions, self._read(captions), self.config.get("split"), self.place)
+        splitting.check_split_names(f"{self.place}.annotations", annotations)
         found = {split: group_by_image(annotations[split], self._read(annotations[split]))
                  for split in SPLITS if annotations.get(split)}
         splitting.report_shared_images(found)
         return found
 
     def _read(self, path: str) -> list[CaptionRow]:
-        found = read_captions_file(path, self.config.get("columns"))
-        report_problems(path, found, self.config.max_bad_fraction, "datasets.image_captions")
+        found = read_captions_file(path, self.config.get("columns"), self.THING, self.place)
+        report_problems(path, found, self.config.max_bad_fraction, self.place)
         return found.rows
 
 
@@ -83,6 +90,8 @@ def group_by_image(path: str, rows: list[CaptionRow]) -> list[CaptionedImage]:
     return [CaptionedImage(image, ids[image], tuple(texts)) for image, texts in captions.items()]
 
 
-def split_items(path: str, rows: list[CaptionRow], split) -> dict[str, list[CaptionedImage]]:
+def split_items(
+    path: str, rows: list[CaptionRow], split, place: str = "datasets.image_captions"
+) -> dict[str, list[CaptionedImage]]:
     """The images of each split that has any. `split`: counts {train: N, …}, or "from_file"."""
-    return splitting.split_items(path, "datasets.image_captions", rows, group_by_image(path, rows), split)
+    return splitting.split_items(path, place, rows, group_by_image(path, rows), split)

@@ -46,10 +46,10 @@ def _file_names(folder: str) -> set[str]:
         return set()
 
 
-def images_folder(folder, place: str) -> str:
-    """`folder`, the value of `images` in the config's section `place`. Raises DataError where it is no folder."""
+def data_folder(folder, place: str, key: str = "images") -> str:
+    """`folder`, the value of `key` in the config's section `place`. Raises DataError where it is no folder."""
     if not folder:
-        raise DataError(f"the images folder is not given; set {place}.images=FOLDER")
+        raise DataError(f"the {key} folder is not given; set {place}.{key}=FOLDER")
     if not Path(folder).is_dir():
-        raise DataError(f"{place}.images={folder} is not a folder here ({Path.cwd()}); {WHERE_FROM}")
+        raise DataError(f"{place}.{key}={folder} is not a folder here ({Path.cwd()}); {WHERE_FROM}")
     return str(folder)

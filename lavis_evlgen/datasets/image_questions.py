@@ -5,7 +5,7 @@ from lavis.common.registry import registry
 from lavis_evlgen.datasets import splitting
 from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLITS, CaptionDatasetBuilder
 from lavis_evlgen.datasets.errors import DataError
-from lavis_evlgen.datasets.image_folder import ImageFolder, images_folder
+from lavis_evlgen.datasets.image_folder import ImageFolder, data_folder
 from lavis_evlgen.datasets.questions import AskedImage, QuestionDataset, group_by_image
 from lavis_evlgen.datasets.questions_file import QuestionRow, read_questions_file
 from lavis_evlgen.datasets.records import report_problems
@@ -63,7 +63,7 @@ class ImageQuestionsBuilder(QuestionsBuilder):
     }
 
     def build(self) -> dict[str, ImageQuestionDataset]:
-        folder = images_folder(self.config.get("images"), self.PLACE)
+        folder = data_folder(self.config.get("images"), self.PLACE)
         return self.make(self._items_by_split(), folder)
 
     def _items_by_split(self) -> dict[str, list[AskedImage]]:

@@ -40,17 +40,17 @@ class _Problem(NamedTuple):
     words: str
 
 
-def read_shard(path, start: int = 0) -> Iterator[ShardItem]:
+def read_shard(path, start: int = 0, media: tuple[str, ...] = IMAGES) -> Iterator[ShardItem]:
     """Items of the shard at `path` from item `start` on; earlier ones are skipped without reading their content.
 
-    Members of one sample lie side by side: KEY.jpg (jpeg, png, webp) and KEY.json or KEY.txt; others are no matter.
+    Members of one sample lie side by side: KEY.jpg (others of `media`) and KEY.json or KEY.txt; the rest is no matter.
     Whatever is wrong with the shard as a whole (missing, cut short, broken in the middle, without samples) is an item
     too, so that the sequence is the same whenever it is read. Raises nothing that comes from the file.
     """
     index = 0
     try:
         with open(path, "rb") as file:
-            for group in _groups(_members(file)):
+            for group in _groups(_members(file, media)):
                 if index >= start:
                     yield _item(index, group, file)
                 index += 1
@@ -88,8 +88,8 @@ def _groups(members: Iterator[_Member | _Problem]) -> Iterator[list[_Member] | _
         yield group
 
 
-def _members(file) -> Iterator[_Member | _Problem]:
-    """Image and caption files of the archive in order, and its problems where they are."""
+def _members(file, media: tuple[str, ...]) -> Iterator[_Member | _Problem]:
+    """Media and caption files of the archive in order, and its problems where they are."""
     size, tar = os.fstat(file.fileno()).st_size, _open(file)
     if isinstance(tar, _Problem):
         yield tar
@@ -118,7 +118,7 @@ def _members(file) -> Iterator[_Member | _Problem]:
             continue
         here = tar.offset
         found = _NAME.fullmatch(info.name) if info.isreg() else None
-        if found and found[2].lower() in (*IMAGES, *CAPTIONS):
+        if found and found[2].lower() in (*media, *CAPTIONS):
             if info.offset_data + info.size > size:
                 yield _Problem(f"it is cut short (in {info.name})")
                 return

@@ -1,7 +1,7 @@
-"""`image_shards`, `ccs14m`, `laion115m`: captioned images in tar shards, streamed for training.
+"""`image_shards`, `ccs14m`, `laion115m`, `video_shards`: captioned images or clips in tar shards, for training.
 
 Shards are as webdataset and img2dataset write them: one holds KEY.jpg (jpeg, png, webp) and, beside it, KEY.json with
-the caption under `caption_key`, or KEY.txt.
+the caption under `caption_key`, or KEY.txt. Shards of clips hold KEY.mp4 (webm, mkv, avi, mov) in the image's place.
 """
 
 import json
@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from lavis.common.registry import registry
 
+from lavis_evlgen.clips import VideoFile
 from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, CaptionDatasetBuilder
 from lavis_evlgen.datasets.errors import DataError, UnreadableImage
 from lavis_evlgen.datasets.image_files import decode_image
@@ -31,6 +32,7 @@ class ImageShards:
     """
 
     split, is_train = "train", True
+    MEDIA, A_THING = IMAGES, "an image"  # extensions of what a sample shows
 
     def __init__(self, name: str, shards: Sequence[str], *, vis_processor, text_processor, caption_key: str = "caption",
                  shuffle_window: int = 256, max_bad_fraction: float = 0.01):
@@ -47,22 +49,25 @@ class ImageShards:
         """Item of shard `index` as a sample; draws from Python's and torch's generators. Raises UnreadableImage."""
         where = f"{self.shards[index]}:{item.key}"
         captions = self.captions(item, where)
-        image = next((item.files[kind] for kind in item.files if kind in IMAGES), None)
-        if image is None:
-            raise UnreadableImage(where, f"a caption without an image ({', '.join(IMAGES)}) beside it")
+        content = next((item.files[kind] for kind in item.files if kind in self.MEDIA), None)
+        if content is None:
+            raise UnreadableImage(where, f"a caption without {self.A_THING} ({', '.join(self.MEDIA)}) beside it")
         caption = captions[0] if len(captions) == 1 else random.choice(captions)
         return {
-            "image": self.vis_processor(decode_image(image, where)),  # (3, H, W)
+            "image": self.vis_processor(self._open(content, where)),  # (3, H, W)
             "text_input": self.text_processor(caption),
             "image_id": where,
             "instance_id": f"{index}:{item.index}",
         }
 
+    def _open(self, content: bytes, where: str):
+        return decode_image(content, where)
+
     def captions(self, item: ShardItem, where: str) -> list[str]:
         """All captions of an item, at least one: of its json where there is one, else its txt."""
         content = item.files.get("json", item.files.get("txt"))
         if content is None:
-            raise UnreadableImage(where, "an image without a caption (json or txt of the same name) beside it")
+            raise UnreadableImage(where, f"{self.A_THING} without a caption (json or txt of the same name) beside it")
         found = self._of_json(content, where) if "json" in item.files else _text(content, where)
         captions = found if isinstance(found, list) and found else [found]
         if not all(has_words(caption) and encodes(caption) for caption in captions):
@@ -99,13 +104,22 @@ def _text(content: bytes, where: str) -> str:
         raise UnreadableImage(where, f"its txt is not UTF-8 ({error})") from None
 
 
+class VideoShards(ImageShards):
+    """Captioned clips in tar shards; a sample's `image` is (3, T, H, W)."""
+
+    MEDIA, A_THING = ("mp4", "webm", "mkv", "avi", "mov"), "a clip"
+
+    def _open(self, content: bytes, where: str) -> VideoFile:
+        return VideoFile(content, where)
+
+
 @registry.register_builder("image_shards")
 class ImageShardsBuilder(CaptionDatasetBuilder):
     """Builds the training split of tar shards that are files here; other splits come from another data set."""
 
     NAME = "image_shards"
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_shards.yaml")}
-    NEEDS_FOLDER = False
+    NEEDS_FOLDER, DATASET = False, ImageShards
     CONFIG_KEYS = {
         **COMMON_KEYS,
         "shards": "tar files: a brace list {00000..00099}.tar, a glob, a folder, or a list of those",
@@ -121,7 +135,7 @@ class ImageShardsBuilder(CaptionDatasetBuilder):
         if not config.get("shards"):
             raise DataError(f"{place}.shards is not given; set e.g. {place}.shards='/data/{{00000..00099}}.tar'")
         shards = config.shards if isinstance(config.shards, str) else list(config.shards)
-        train = ImageShards(
+        train = self.DATASET(
             self.NAME, ShardNames(shards, config.get("folder"), f"{place}.shards"), caption_key=config.caption_key,
             shuffle_window=config.shuffle_window, max_bad_fraction=config.max_bad_fraction, **self.processors("train"),
         )  # fmt: skip
@@ -142,3 +156,12 @@ class Laion115mBuilder(ImageShardsBuilder):
 
     NAME, NEEDS_FOLDER = "laion115m", True
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "laion115m.yaml")}
+
+
+@registry.register_builder("video_shards")
+class VideoShardsBuilder(ImageShardsBuilder):
+    """As image_shards, of clips."""
+
+    NAME, DATASET = "video_shards", VideoShards
+    DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "video_shards.yaml")}
+    CONFIG_KEYS = {**ImageShardsBuilder.CONFIG_KEYS, "data_type": "videos (LAVIS asks for it)"}

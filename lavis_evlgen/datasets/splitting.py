@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from lavis_evlgen.datasets.builder import SPLITS
 from lavis_evlgen.datasets.errors import DataError
 
-# Names of splits in the wild; Karpathy's restval is COCO val that he adds to training.
+# Names of splits in the wild; Karpathy's restval is COCO val that he adds to training, MSR-VTT has validate.
 _SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
-                "dev": "val", "test": "test"}
+                "validate": "val", "dev": "val", "test": "test"}
 
 
 def split_items(path: str, place: str, rows: Sequence, items: list, split) -> dict[str, list]:

@@ -1,4 +1,4 @@
-"""Unreadable images: counted once each, named in bad_images.jsonl, fatal above `max_bad_fraction`."""
+"""Unreadable images and videos: counted once each, named in bad_images.jsonl, fatal above `max_bad_fraction`."""
 
 from __future__ import annotations
 
@@ -15,6 +15,11 @@ class TooManyBadImages(RuntimeError):
     """More of the data is unreadable than the config tolerates."""
 
 
+def noun_of(dataset) -> str:
+    """What its rows are about, for messages: images or videos."""
+    return getattr(dataset, "noun", "images")
+
+
 class BadImages:
     """Distinct unreadable images of a run, over all ranks after `share()`."""
 
@@ -25,6 +30,7 @@ class BadImages:
         # the loosest limit of the mix: with several sets, an image does not say which one it is from
         self.total = sum(getattr(d, "num_images", len(d)) for d in datasets)
         self.allowed = sum(getattr(d, "max_bad_fraction", 0.0) * getattr(d, "num_images", len(d)) for d in datasets)
+        self.noun = " and ".join(sorted({noun_of(d) for d in datasets})) or "images"
         self.found: dict[str, str] = {}
         self.new: list[dict] = []
         if resumed:
@@ -51,14 +57,14 @@ class BadImages:
                 file.writelines(json.dumps(entry) + "\n" for entry in fresh.values())
             first = next(iter(fresh.values()))
             logging.warning(
-                "%d unreadable images so far, of %d; new: %s (%s)%s; all are named in %s",
-                len(self.found), self.total, first["image"], first["reason"],
+                "%d unreadable %s so far, of %d; new: %s (%s)%s; all are named in %s",
+                len(self.found), self.noun, self.total, first["image"], first["reason"],
                 f" and {len(fresh) - 1} more" if len(fresh) > 1 else "", self.file,
             )  # fmt: skip
         if len(self.found) > self.allowed:
             image, reason = next(iter(self.found.items()))
             raise TooManyBadImages(
-                f"{len(self.found)} of {self.total} images are unreadable, more than max_bad_fraction allows "
+                f"{len(self.found)} of {self.total} {self.noun} are unreadable, more than max_bad_fraction allows "
                 f"({self.allowed:g}); the first is {image} ({reason}). Mend or remove them (all are named in "
                 f"{self.file}), or raise datasets.NAME.max_bad_fraction"
             )
@@ -73,16 +79,16 @@ def check_unreadable(folder: Path, split: str, dataset, entries: list[dict]):
         return
     entries = list({entry["image"]: entry for entry in entries}.values())  # several questions may share a picture
     file, total = folder / "bad_images.jsonl", getattr(dataset, "num_images", len(dataset))
+    count = f"{len(entries)} of {total} {noun_of(dataset)} are unreadable"
     first = f"{entries[0]['image']} ({entries[0]['reason']})"
     if distributed.is_main():
         listed = {(entry["image"], entry.get("split")) for entry in read_json_lines(file)}
         with open(file, "a") as out:
             fresh = [{**entry, "split": split} for entry in entries if (entry["image"], split) not in listed]
             out.writelines(json.dumps(entry) + "\n" for entry in fresh)
-        words = f"{len(entries)} of {total} images are unreadable, first {first}; all are named in {file}"
-        logging.warning("%s: %s", split, words)
+        logging.warning("%s: %s, first %s; all are named in %s", split, count, first, file)
     if len(entries) > getattr(dataset, "max_bad_fraction", 0.0) * total:
         raise TooManyBadImages(
-            f"{split}: {len(entries)} of {total} images are unreadable, more than max_bad_fraction allows; the first "
-            f"is {first}. Mend or remove them (all are named in {file}), or raise datasets.NAME.max_bad_fraction"
+            f"{split}: {count}, more than max_bad_fraction allows; the first is {first}. Mend or remove them (all are "
+            f"named in {file}), or raise datasets.NAME.max_bad_fraction"
         )

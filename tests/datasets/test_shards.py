@@ -70,9 +70,9 @@ def test_a_stream_goes_on_from_any_place_and_opens_no_shard_that_is_done(seven, 
 
     dataset, opened = image_shards(seven, shuffle_window=window), []
 
-    def reading(path, start, read=shard_stream.read_shard):
+    def reading(path, start, media, read=shard_stream.read_shard):
         opened.append((path, start))
-        return read(path, start)
+        return read(path, start, media)
 
     monkeypatch.setattr(shard_stream, "read_shard", reading)
     whole, places, stream = [], [], ShardStream(dataset, 1, 1, 2)
