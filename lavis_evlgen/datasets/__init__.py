@@ -5,6 +5,7 @@ from lavis_evlgen.datasets.easy_vqa import EasyVqaBuilder
 from lavis_evlgen.datasets.errors import UNREADABLE, DataError, UnreadableImage
 from lavis_evlgen.datasets.image_captions import ImageCaptionDataset, ImageCaptionsBuilder
 from lavis_evlgen.datasets.image_questions import ImageQuestionDataset, ImageQuestionsBuilder
+from lavis_evlgen.datasets.moving_scenes import MovingScenesBuilder, MovingScenesDataset
 from lavis_evlgen.datasets.questions import AskedImage, Question, QuestionDataset
 from lavis_evlgen.datasets.scenes import ScenesBuilder, ScenesDataset
 from lavis_evlgen.datasets.shards import ImageShards, ImageShardsBuilder, VideoShards
@@ -21,6 +22,8 @@ __all__ = [
     "ImageCaptionsBuilder",
     "ImageQuestionDataset",
     "ImageQuestionsBuilder",
+    "MovingScenesBuilder",
+    "MovingScenesDataset",
     "Question",
     "QuestionDataset",
     "ImageShards",

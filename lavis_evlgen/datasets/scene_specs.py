@@ -96,7 +96,12 @@ def combinations_of(kind: str, split: str) -> tuple[tuple, ...]:
         found = [("count", look, count) for look in looks for count in (2, 3, 4)]
     else:
         found = [("pair", *pair, relation) for pair in combinations(looks, 2) for relation in RELATIONS]
-    found.sort(key=lambda combination: number_of("combination", combination))
+    return share_of(found, split)
+
+
+def share_of(combinations: list[tuple], split: str) -> tuple[tuple, ...]:
+    """Those of the combinations that belong to a split, whatever their order: SHARES of them, drawn by their text."""
+    found = sorted(combinations, key=lambda combination: number_of("combination", combination))
     first_val = round(SHARES["train"] * len(found))
     first_test = round((SHARES["train"] + SHARES["val"]) * len(found))
     bounds = {"train": (0, first_val), "val": (first_val, first_test), "test": (first_test, len(found))}
@@ -119,14 +124,14 @@ def sample_scene(seed: int, split: str, index: int, kinds: dict[str, float]) -> 
     return Scene(kind, things, background, relation, number_of("noise", seed, split, index) % 2**32)
 
 
-def _free(dice: Dice, side: float) -> float:
+def free_centre(dice: Dice, side: float) -> float:
     """A centre at which an object of this side stays inside the margins."""
     return dice.uniform(MARGIN + side / 2, 1 - MARGIN - side / 2)
 
 
 def _place_one(dice: Dice, look: tuple[str, str], size: str) -> Thing:
     side = dice.uniform(*SIZES[size])
-    return Thing(*look, size, _free(dice, side), _free(dice, side), side)
+    return Thing(*look, size, free_centre(dice, side), free_centre(dice, side), side)
 
 
 def _place_two(dice: Dice, look: tuple, other: tuple, relation: str) -> tuple[Thing, Thing, str]:
@@ -139,7 +144,7 @@ def _place_two(dice: Dice, look: tuple, other: tuple, relation: str) -> tuple[Th
     order = (0, 1) if relation in ("left of", "above") else (1, 0)
     along = {order[0]: start + sides[order[0]] / 2}
     along[order[1]] = start + sides[order[0]] + gap + sides[order[1]] / 2
-    across = [_free(dice, max(sides))]
+    across = [free_centre(dice, max(sides))]
     level = across[0] + dice.uniform(-0.06, 0.06)
     across.append(min(max(level, MARGIN + sides[1] / 2), 1 - MARGIN - sides[1] / 2))
     things = []

@@ -22,7 +22,10 @@ class ScenesDataset(CaptionDataset):
         self.seed, self.image_size = seed, image_size
         kinds = dict.fromkeys(KINDS, 1) if kinds is None else kinds
         self.kinds = {kind: float(kinds.get(kind) or 0) for kind in KINDS}
-        _check(size, image_size, captions_per_image, kinds, self.kinds)
+        check_drawing("datasets.scenes", size, image_size, kinds, self.kinds)
+        if not 1 <= captions_per_image <= CAPTIONS_PER_SCENE:
+            asked = f"datasets.scenes.captions_per_image={captions_per_image}"
+            raise DataError(f"{asked} must be 1 to {CAPTIONS_PER_SCENE}")
         items = (self._item(split, index) for index in range(size))
         definition = [_DRAWING, seed, image_size, self.kinds]
         super().__init__(
@@ -41,18 +44,16 @@ class ScenesDataset(CaptionDataset):
         return draw_scene(sample_scene(self.seed, self.split, row["image"], self.kinds), self.image_size)
 
 
-def _check(size: int, image_size: int, captions_per_image: int, given: dict, kinds: dict[str, float]):
-    if unknown := set(given) - set(KINDS):
-        raise DataError(f"datasets.scenes.kinds.{min(unknown)} is unknown; kinds are {', '.join(KINDS)}")
+def check_drawing(place: str, size: int, image_size: int, given: dict, kinds: dict[str, float]):
+    """Raises DataError for kinds `given` that are not of `kinds`, weights that are none, and nothing to draw."""
+    if unknown := set(given) - set(kinds):
+        raise DataError(f"{place}.kinds.{min(unknown)} is unknown; kinds are {', '.join(kinds)}")
     if min(kinds.values()) < 0 or sum(kinds.values()) <= 0:
-        raise DataError(f"datasets.scenes.kinds={kinds} must be weights, none below 0 and one above")
-    if not 1 <= captions_per_image <= CAPTIONS_PER_SCENE:
-        asked = f"datasets.scenes.captions_per_image={captions_per_image}"
-        raise DataError(f"{asked} must be 1 to {CAPTIONS_PER_SCENE}")
+        raise DataError(f"{place}.kinds={kinds} must be weights, none below 0 and one above")
     if image_size < 16:
-        raise DataError(f"datasets.scenes.image_size={image_size} is too small to draw in; give 16 or more")
+        raise DataError(f"{place}.image_size={image_size} is too small to draw in; give 16 or more")
     if size < 1:
-        raise DataError(f"datasets.scenes.sizes has a split of {size} pictures; give 1 or more")
+        raise DataError(f"{place}.sizes has a split of {size} pictures; give 1 or more")
 
 
 @registry.register_builder("scenes")

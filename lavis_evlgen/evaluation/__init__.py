@@ -5,6 +5,7 @@
 
 from lavis_evlgen.evaluation.blind import BlindScores, blind_scores, score_with_blind
 from lavis_evlgen.evaluation.caption_metrics import CaptionScores, score_captions
+from lavis_evlgen.evaluation.order import order_accuracy
 from lavis_evlgen.evaluation.run_card import run_card, write_run_card
 from lavis_evlgen.evaluation.vqa_metrics import AnswerScores, score_answers
 
@@ -13,6 +14,7 @@ __all__ = [
     "BlindScores",
     "CaptionScores",
     "blind_scores",
+    "order_accuracy",
     "run_card",
     "score_answers",
     "score_captions",
