@@ -17,6 +17,11 @@ SECTIONS = ("run", "model", "datasets")
 # model keys that take one of several kinds of value ({target}, {r, inflection}, a list): what is given replaces the
 # default, unless it only changes keys that the default has
 REPLACED = ("tome_r",)
+# model keys that image and video processors follow
+SAID_ONCE = ("image_size", "num_frames")
+# LAVIS's builders of captioned clips, and what reads the same files: theirs download, and give samples without `image`
+LAVIS_CLIPS = {"msrvtt_caption": "video_captions.type=msrvtt", "msvd_caption": "video_captions.type=msvd",
+               "vatex_caption": "video_captions"}
 
 
 class ConfigError(ValueError):
@@ -58,18 +63,19 @@ class EvlgenConfig(Config):
             under = merged.model.get(key)
             mappings = isinstance(under, DictConfig) and isinstance(value, DictConfig)
             merged.model[key] = OmegaConf.merge(under, value) if mappings and set(value) <= set(under) else value
-        self._image_size_once(merged, config)
+        for key in SAID_ONCE:
+            self._said_once(key, merged, config)
         return merged
 
     @staticmethod
-    def _image_size_once(merged: DictConfig, given: DictConfig):
-        """Image processors whose image_size nobody gave take the model's."""
-        side = merged.model.get("image_size")
+    def _said_once(key: str, merged: DictConfig, given: DictConfig):
+        """Image and video processors whose `key` nobody gave take the model's."""
+        value = merged.model.get(key)
         for name, section in merged.datasets.items():
             for stage, processor in (section.get("vis_processor") or {}).items():
-                place = f"datasets.{name}.vis_processor.{stage}.image_size"
-                if side is not None and "image_size" in processor and OmegaConf.select(given, place) is None:
-                    processor.image_size = side
+                place = f"datasets.{name}.vis_processor.{stage}.{key}"
+                if value is not None and key in processor and OmegaConf.select(given, place) is None:
+                    processor[key] = value
 
     def _check_sections(self, config):
         for section in SECTIONS:
@@ -108,6 +114,9 @@ class EvlgenConfig(Config):
         self._known("model.model_type", config.model.get("model_type"), types)
         for name in config.datasets:
             builder = self._registered("datasets", name, "builder_name_mapping")
+            if name in LAVIS_CLIPS and str(config.model.get("arch")).startswith("evlgen"):
+                words = "LAVIS's own builder downloads when it is built, and its clips do not fit EVLGen"
+                raise ConfigError(f"{self.path}: datasets.{name}: {words}; take datasets.{LAVIS_CLIPS[name]}")
             kind = config.datasets[name].get("type", "default")
             self._known(f"datasets.{name}.type", kind, builder.DATASET_CONFIG_DICT)
         self._registered("run.task", config.run.get("task"), "task_name_mapping")
@@ -167,10 +176,11 @@ class EvlgenConfig(Config):
                 found = self._registered(f"{place}.name", processor.get("name"), "processor_name_mapping")
                 if hasattr(found, "CONFIG_KEYS"):
                     self._refuse_unknown(processor, {**found.CONFIG_KEYS, "name": ""}, f"{place}.")
-                side, wanted = processor.get("image_size"), self.config.model.get("image_size")
-                if side is not None and wanted is not None and side != wanted:
-                    words = f"{place}.image_size={side}, but model.image_size={wanted}; leave it out"
-                    raise ConfigError(f"{self.path}: {words}")
+                for key in SAID_ONCE:
+                    given, wanted = processor.get(key), self.config.model.get(key)
+                    if given is not None and wanted is not None and given != wanted:
+                        words = f"{place}.{key}={given}, but model.{key}={wanted}; leave it out"
+                        raise ConfigError(f"{self.path}: {words}")
 
     def _refuse_unknown(self, section, known: dict, prefix: str):
         for key in section:

@@ -182,6 +182,27 @@ def test_options_that_are_no_assignment(path, option):
         load(path, option)
 
 
+def test_the_number_of_frames_is_said_once(tmp_path, monkeypatch):
+    model = registry.get_model_class("evlgen")
+    monkeypatch.setattr(model, "CONFIG_KEYS", {**model.CONFIG_KEYS, "num_frames": "of a clip"})
+    config = run_config(PARTS, tmp_path / "output")
+    config["datasets"] = {"moving_scenes": {}, "scenes": config["datasets"]["scenes"]}
+    config["model"] |= {"num_frames": 7}
+    path = write_config(tmp_path, config)
+    stages = load(path).config.datasets.moving_scenes.vis_processor
+    assert [stages[stage].num_frames for stage in ("train", "eval")] == [7, 7]
+    with pytest.raises(ConfigError, match=r"eval\.num_frames=3, but model\.num_frames=7; leave it out"):
+        load(path, "datasets.moving_scenes.vis_processor.eval.num_frames=3")
+
+
+@pytest.mark.parametrize("name", ["msrvtt_caption", "msvd_caption", "vatex_caption"])
+def test_lavis_builders_of_clips_are_refused_with_what_reads_their_files(tmp_path, name):
+    config = run_config(PARTS, tmp_path / "output")
+    config["datasets"] = {name: {}}
+    with pytest.raises(ConfigError, match=rf"datasets\.{name}: .*downloads.*take datasets\.video_captions"):
+        load(write_config(tmp_path, config))
+
+
 def test_nearest_or_the_list():
     assert nearest("max_iter", ["max_iters", "seed"]) == "; did you mean max_iters?"
     assert nearest("q", ["seed", "amp"]) == "; known: amp, seed"

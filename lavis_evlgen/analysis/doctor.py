@@ -59,9 +59,23 @@ def check_images(name: str, split: str, dataset, limit: int | None, say) -> Find
     seen = f"{len(rows) - len(bad)} found and readable, {len(missing)} missing, {unreadable} unreadable"
     seen += f" (at most {allowed:g} tolerated)" if bad else ""
     seen += f"; {dataset.num_images - len(rows)} not looked at" if len(rows) < dataset.num_images else ""
+    seen += f"; {first_clip(dataset)}" if hasattr(dataset, "clip") and len(bad) < len(rows) else ""
     details = [f"{error.path}: {error.reason}" for error in bad[:10]]
     details += [f"... and {len(bad) - 10} more"] if len(bad) > 10 else []
     return Finding(len(bad) <= allowed, f"data {name} {split}", seen, details)
+
+
+def first_clip(dataset) -> str:
+    """Frames, frames a second and size of the first clip that opens."""
+    for row in range(len(dataset)):
+        try:
+            clip = dataset.clip(row)
+            _, height, width, _ = clip.frames([0]).shape
+        except UNREADABLE:
+            continue
+        fps = f" at {clip.fps:.4g} a second" if hasattr(clip, "fps") else ""
+        return f"first clip: {len(clip)} frames{fps}, {width} x {height}"
+    return "no clip opens"
 
 
 def _one_row_per_image(dataset) -> list[int]:
