@@ -144,13 +144,33 @@ class EVLGen(Bundled, BaseModel):
         texts = samples["text_input"]
         return self.language_model.loss(prompt.tokens, texts, self._prompts(samples, len(texts)), prompt.mask)
 
+    @torch.no_grad()
+    def sample(self, prompt: VisualPrompt, samples: dict, **sampling) -> list[list[int]]:
+        """Token ids of captions drawn under these prompts, a picture's in a row; as LanguageModel.sample."""
+        prompts = self._prompts(samples, len(prompt.tokens))
+        return self.language_model.sample(prompt.tokens, prompts, prompt.mask, **sampling)
+
+    def log_probs_of(
+        self, prompt: VisualPrompt, samples: dict, sampled: list[list[int]], temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability (N,) in nats of sampled ids, as many for each picture, and tokens (N,); differentiable."""
+        pictures = len(prompt.tokens)
+        each = len(sampled) // pictures
+        prompts = [text for text in self._prompts(samples, pictures) for _ in range(each)]
+        mask = None if prompt.mask is None else prompt.mask.repeat_interleave(each, 0)
+        visual = prompt.tokens.repeat_interleave(each, 0)  # (N, L', D_l)
+        return self.language_model.log_probs(visual, sampled, prompts, mask, temperature)
+
     def forward(self, samples: dict) -> dict[str, Tensor]:
         """samples: image (B, 3, H, W), text_input list[str]. loss: mean over supervised tokens (EVLGen, eq. 3).
 
         `loss_tokens` is their number, so that a trainer can weight ranks rightly; `across_picture_share` is the share
-        of the prompt's power that is variance across pictures (0: the connector has collapsed).
+        of the prompt's power that is variance across pictures (0: the connector has collapsed). samples["objective"],
+        a function of (model, visual prompt, samples), replaces the caption's loss by that of a task.
         """
         prompt = self.visual_prompt(samples["image"])
+        if "objective" in samples:
+            return samples["objective"](self, prompt, samples)
         sums, tokens = self.loss_of(prompt, samples)
         total, count = sums.sum(), tokens.sum()
         share = across_picture_share(prompt.tokens)

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 from lavis_evlgen.models import gguf
 from lavis_evlgen.models.freezing import DTYPES, freeze
+from lavis_evlgen.models.sampling import GumbelRows, up_to_end
 from lavis_evlgen.models.sources import load_from_hub, on_meta, resolve
 from lavis_evlgen.models.tokenization import TextEncoder, pad_rows
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
@@ -144,6 +145,27 @@ class LanguageModel(nn.Module):
         for prompt, (_, labels) in zip(prompts, pairs, strict=True):
             if all(label == IGNORE for label in labels):
                 self.check_prompt(prompt)
+        return self._nats(visual, pairs, mask, self._head)
+
+    def log_probs(
+        self,
+        visual: Tensor,
+        sampled: list[list[int]],
+        prompts: list[str],
+        mask: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """visual (B, P, D_l), ids that `sample` drew -> per sample: log-probability (B,) in nats, tokens (B,).
+
+        Differentiable, and what `sample` drew with at this temperature; an end token counts as any other.
+        """
+        starts = [self.text.encode(p.rstrip()) for p in prompts]
+        pairs = [(start + ids, [IGNORE] * len(start) + ids) for start, ids in zip(starts, sampled, strict=True)]
+        sums, tokens = self._nats(visual, pairs, mask, lambda hidden: self._head(hidden) / temperature)
+        return -sums, tokens
+
+    def _nats(self, visual: Tensor, pairs: list[tuple[list[int], list[int]]], mask: Tensor | None, head):
+        """Summed cross-entropy (B,) of the labels of (ids, labels) after the visual prompt, and their number (B,)."""
         ragged = mask is not None
         embeds, mask, start = self._assemble(visual, mask, [ids for ids, _ in pairs])
         extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows
@@ -151,24 +173,59 @@ class LanguageModel(nn.Module):
         if ragged:
             embeds, mask, labels = _pads_to("right", mask, embeds, mask, labels)
         hidden = self._body(inputs_embeds=embeds, attention_mask=mask)
-        return prefix_lm_loss(hidden, labels, self._head)
+        return prefix_lm_loss(hidden, labels, head)
 
     @torch.no_grad()
     def generate(
         self, visual: Tensor, prompts: list[str], mask: Tensor | None = None, **decoding
     ) -> list[str]:
         """visual (B, P, D_l) -> B x num_return_sequences texts; decoding: Hugging Face `generate` arguments."""
+        return self.text.decode(self._generate(visual, prompts, mask, **decoding))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        visual: Tensor,
+        prompts: list[str],
+        mask: Tensor | None = None,
+        *,
+        seeds: list[int],
+        num_samples: int = 1,
+        greedy: bool = False,
+        max_new_tokens: int = 20,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[list[int]]:
+        """Token ids of captions drawn for visual (B, P, D_l): num_samples a picture, the end token included.
+
+        seeds: one a picture, which its captions are a function of. greedy: the greedy caption of each picture comes
+        before its drawn ones. Every row of the search is one of these, so the greedy ones cost no pass of their own.
+        """
+        drawing = GumbelRows(seeds, num_samples, greedy, temperature, top_p, visual.device)
+        ids = self._generate(
+            visual.repeat_interleave(drawing.group, 0),
+            [prompt for prompt in prompts for _ in range(drawing.group)],
+            None if mask is None else mask.repeat_interleave(drawing.group, 0),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            logits_processor=LogitsProcessorList([drawing]),
+        )
+        return up_to_end(ids, self.text.end_id)
+
+    def _generate(self, visual: Tensor, prompts: list[str], mask: Tensor | None, **decoding) -> Tensor:
+        """Generated ids (N, T), without the prompt."""
         rows = [self.text.encode(p.rstrip()) for p in prompts]
         embeds, mask, _ = self._assemble(visual, mask, rows)
         embeds, mask = _pads_to("left", mask, embeds, mask)
-        ids = self.llm.generate(
+        return self.llm.generate(
             inputs_embeds=embeds,
             attention_mask=mask,
             eos_token_id=self.text.end_id,
             pad_token_id=self.text.pad_id,
             **decoding,
         )
-        return self.text.decode(ids)
 
 
 def _pads_to(side: str, mask: Tensor, *rows: Tensor) -> list[Tensor]:
