@@ -73,10 +73,10 @@ class TextEncoder:
         labels = [IGNORE] * n_prompt + ids[n_prompt:]
         return ids[:max_txt_len], labels[:max_txt_len]
 
-    def decode(self, rows: Tensor) -> list[str]:
-        """Generated ids (N, T) -> text before the first end token, stripped."""
+    def decode(self, rows: Tensor | list[list[int]]) -> list[str]:
+        """Generated ids, N rows -> text before the first end token of each, stripped."""
         texts = []
-        for row in rows.tolist():
+        for row in rows if isinstance(rows, list) else rows.tolist():
             row = row[: row.index(self.end_id)] if self.end_id in row else row
             texts.append(self.tokenizer.decode(row, skip_special_tokens=True).strip())
         return texts

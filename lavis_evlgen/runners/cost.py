@@ -17,6 +17,6 @@ def flops_per_image(step, batch: dict) -> float:
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus), FlopCounterMode(display=False) as counter:
         with step.autocast():
-            loss = model({**batch, "image": batch["image"].to(device)})["loss"]
+            loss = model(step.prepared(batch))["loss"]
         torch.autograd.grad(loss, step.parameters, allow_unused=True)
     return counter.get_total_flops() / len(batch["image"])

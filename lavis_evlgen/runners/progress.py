@@ -18,6 +18,7 @@ from lavis_evlgen import distributed
 from lavis_evlgen.evaluation.plots import loss_plot
 from lavis_evlgen.evaluation.run_card import drop_rows_after, read_json_lines
 
+SPOKEN = ("reward", "reward_greedy", "entropy", "length")  # of a task with a loss of its own, in the line of the log
 COUNTERS = ("skipped_steps",)  # values that count up over the run: a window shows the last, not the mean
 
 
@@ -119,6 +120,7 @@ class Progress:
             row["flops_per_image"] = self.flops_per_image
         eta = (self.max_steps - step) * self.seconds_per_step
         more = "".join(f"  {key.removeprefix('loss_')} {row[key]:.4f}" for key in row if key.startswith("loss_"))
+        more += "".join(f"  {key.replace('_', ' ')} {row[key]:.3f}" for key in SPOKEN if key in row)
         if "across_picture_share" in row:
             more += f"  across-picture share {row['across_picture_share']:.3f}"
         logging.info(

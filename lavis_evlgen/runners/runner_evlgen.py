@@ -47,7 +47,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
     LISTS = ("train_splits", "valid_splits", "test_splits")
     CONFIG_KEYS = {
         "runner": "runner_evlgen",
-        "task": "what evaluation does: evlgen_captioning, evlgen_vqa, or a LAVIS task",
+        "task": "what is done with model and data: evlgen_captioning, evlgen_vqa, scst, or a LAVIS task",
         "max_iters": "optimizer steps of the run",
         "iters_per_inner_epoch": "evaluate and save every this many steps",
         "lr_sched": "linear_warmup_cosine_step_lr, or another registered schedule",
@@ -217,7 +217,8 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         self._finish()
 
     def _loop(self, batches):
-        step_fn = TrainingStep(self.model, self.optimizer, self.device, self.config.run_cfg)
+        objective = getattr(self.task, "objective", None)
+        step_fn = TrainingStep(self.model, self.optimizer, self.device, self.config.run_cfg, objective=objective)
         step_fn.load_state(self._step_state)
         self.step_fn = step_fn
         if self._unevaluated:  # the run was cut off in the evaluation at the step it resumes from
@@ -230,7 +231,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         self.progress.started = time.perf_counter()
         for step in range(self.start_step, self.max_iters):
             lr = self.lr_scheduler.step(cur_step=step)
-            values, waited, bad = step_fn(batches)
+            values, waited, bad = step_fn(batches, step)
             self.bad.add(bad)
             self.progress.update(waited, **values)
             done = step + 1
@@ -252,7 +253,10 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         self.step_fn.check_finite(step)
         self.progress.share()
         if distributed.is_main():
-            self.reporter.watch_collapse(self.progress.line(step, lr))
+            row = self.progress.line(step, lr)
+            self.reporter.watch_collapse(row)
+            if hasattr(self.task, "watch"):
+                self.task.watch(row)
 
     def _evaluate_and_save(self, step: int):
         started = time.perf_counter()

@@ -30,14 +30,16 @@ class TrainingStep:
 
     The loss is the mean over the supervised tokens of a micro-step on all ranks, then over micro-steps: W ranks
     with batch B compute what one rank with batch W x B does. A step whose gradient is not finite is skipped on
-    the device and counted; `check_finite` raises after `patience` of them in a row.
+    the device and counted; `check_finite` raises after `patience` of them in a row. `objective` is of a task with a
+    loss of its own: the samples of micro-step m get objective(m) as their "objective".
     """
 
-    def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20):
+    def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20, objective=None):
         amp = amp_of(run)
         if amp not in AMP:
             raise ConfigError(f"run.amp: {amp!r} is not one of false, bf16, fp16, true, auto")
         self.model, self.optimizer, self.device, self.patience = model, optimizer, device, patience
+        self.objective = objective
         self.accum = int(run.get("accum_grad_iters", 1))
         self.max_norm = float(run.get("max_grad_norm", 1.0) or 0.0)
         self.dtype = AMP[amp]
@@ -58,14 +60,19 @@ class TrainingStep:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
 
-    def __call__(self, batches) -> tuple[dict[str, Tensor], float, list[dict]]:
+    def prepared(self, batch: dict, micro_step: int = 0) -> dict:
+        """What the model is called with in micro-step number `micro_step` of the run."""
+        batch = {**batch, "image": batch["image"].to(self.device, non_blocking=True)}
+        return batch if self.objective is None else {**batch, "objective": self.objective(micro_step)}
+
+    def __call__(self, batches, step: int = 0) -> tuple[dict[str, Tensor], float, list[dict]]:
         waited, bad, values = 0.0, [], {}
         for micro in range(self.accum):
             started = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - started
             bad += batch.get("bad", [])
-            batch["image"] = batch["image"].to(self.device, non_blocking=True)
+            batch = self.prepared(batch, step * self.accum + micro)
             last = micro == self.accum - 1
             hold = contextlib.nullcontext() if last or not distributed.initialized() else self.model.no_sync()
             with hold:
@@ -89,7 +96,7 @@ class TrainingStep:
             shown["across_picture_share"] = out["across_picture_share"]
         # the terms of a loss that has several, as BLIP-2's first stage
         terms = (key for key in out if key.startswith("loss_") and key != "loss_tokens")
-        return shown | {key: out[key].detach() for key in terms}
+        return shown | {key: out[key].detach() for key in terms} | out.get("shown", {})
 
     def _update(self) -> Tensor:
         """Clip and step; returns the gradient's norm before clipping."""
