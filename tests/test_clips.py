@@ -4,7 +4,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -15,6 +15,7 @@ from tests.clip_tools import frames_of, numbers_in, write_clip
 totals, counts = st.integers(1, 60), st.integers(1, 20)
 
 
+@settings(deadline=None)
 @given(totals, counts)
 def test_uniform_frames_are_the_first_of_equal_parts(total, count):
     taken = uniform(total, count)
@@ -27,6 +28,7 @@ def test_uniform_frames_are_the_first_of_equal_parts(total, count):
         assert set(taken) == set(range(total))  # a short clip: all it has, repeated in order
 
 
+@settings(deadline=None)
 @given(totals, counts, st.integers(0, 10**6))
 def test_headtail_takes_half_of_each_half_whatever_the_numbers(total, count, seed):
     torch.manual_seed(seed)
