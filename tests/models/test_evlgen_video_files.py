@@ -173,7 +173,7 @@ def test_the_types_differ_from_the_image_models_in_what_is_said(kind):
     assert set(image.model) <= set(video.model) <= set(EVLGenVideo.CONFIG_KEYS)
     assert video.model.vit_precision == "fp32" and video.model.residual == "gated" and video.model.temporal
     for stage in video.preprocess.vis_processor.values():
-        assert stage.n_frms == video.model.num_frames == 4 and stage.image_size == video.model.image_size
+        assert stage.num_frames == video.model.num_frames == 4 and stage.image_size == video.model.image_size
 
 
 def test_the_papers_model_is_built_without_memory(tmp_path):
