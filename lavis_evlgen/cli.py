@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from lavis_evlgen.analysis import macs
 from lavis_evlgen.launch import USER_ERRORS, config_errors, one_line
 
 _MODEL_OPTIONS = "keys of the bundle's config, e.g. model.tome_r=16 model.llm_model=facebook/opt-2.7b"
@@ -23,8 +24,19 @@ def main(argv=None):
     raise SystemExit(code)
 
 
+EPILOG = """a first hour:
+  evlgen doctor projects/evlgen/quickstart.yaml               is all there that training needs?
+  evlgen macs projects/evlgen/quickstart.yaml                 what will it cost?
+  python train.py --cfg-path projects/evlgen/quickstart.yaml
+  evlgen caption photo.jpg --run output/evlgen/quickstart/…   what does it say?
+each command's arguments: evlgen COMMAND --help;  every config key: evlgen keys"""
+
+
 def _parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="evlgen", description="Tools around EVLGen runs.")
+    p = argparse.ArgumentParser(
+        prog="evlgen", description="Tools around EVLGen runs: before training, on trained models, over many runs.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     c = commands.add_parser("caption", help="caption pictures (a video model: clips) with the model of a run folder")
@@ -47,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     m.add_argument("--out", type=Path, default=Path("compare.png"), metavar="PNG", help="the picture (compare.png)")
     m.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     m.set_defaults(run_command=compare)
+
+    macs.add_command(commands)
 
     e = commands.add_parser("export", help="make a bundle (weights, config, model card) of a run folder")
     e.add_argument("run", metavar="RUN", help="run folder (holds a checkpoint)")

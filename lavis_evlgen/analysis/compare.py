@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
-
+from lavis_evlgen.analysis import tables
 from lavis_evlgen.analysis.paper import paper_row
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.evaluation.run_card import read_json_lines
@@ -143,17 +139,9 @@ def _number(value) -> str:
 
 def show(rows: list[tuple[str, ...]]) -> str:
     """The table for a terminal."""
-    table = Table(box=SIMPLE)
-    for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("run", "connector", "scored on") else "right")
-    for row in rows:
-        table.add_row(*row)
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.export_text().splitlines())
+    return tables.show(COLUMNS, rows, left=("run", "connector", "scored on"))
 
 
 def markdown(rows: list[tuple[str, ...]]) -> str:
     """The table as Markdown."""
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    return "\n".join("| " + " | ".join(cell.strip() for cell in line) + " |" for line in lines)
+    return tables.markdown(COLUMNS, rows)

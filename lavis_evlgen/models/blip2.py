@@ -22,7 +22,7 @@ from lavis_evlgen.lavis_bridge import on_this_rank_alone
 from lavis_evlgen.models.checkpoints import load_checkpoint_file
 from lavis_evlgen.models.connector_base import bert_config, bert_folder, bert_state, is_random
 from lavis_evlgen.models.connector_qformer import NUM_QUERY_TOKEN
-from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.models.sources import WeightsError, on_meta
 from lavis_evlgen.models.vision import VISION_KEYS, vision_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
@@ -82,13 +82,16 @@ class Blip2Stage1(Blip2Qformer):
         sizes = bert_config(folder)
         if dropout is not None:
             sizes |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), dropout)
+        if on_meta():  # LAVIS makes room for the tokenizer's own words, with statistics of weights that are not there
+            sizes["vocab_size"] = len(self.tokenizer)
         config = BertConfig(
             **sizes | {"encoder_width": vision_width, "query_length": num_query_token},
             add_cross_attention=True,
             cross_attention_freq=cross_attention_freq,
         )
         qformer = BertLMHeadModel(config)
-        _load_bert(qformer, bert_state(folder), folder)
+        if not on_meta():
+            _load_bert(qformer, bert_state(folder), folder)
         query_tokens = nn.Parameter(torch.empty(1, num_query_token, config.hidden_size))
         nn.init.normal_(query_tokens, std=config.initializer_range)
         return qformer, query_tokens

@@ -1,0 +1,206 @@
+"""MACs and FLOPs against formulas on paper, against the paper's own, and against what a real model does."""
+
+import copy
+import functools
+import json
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import BertConfig
+
+from lavis_evlgen.analysis.macs import COLUMNS, amount, cost_of, table_rows
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.models import vision
+from lavis_evlgen.models.blip2 import Blip2Stage1
+from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.nn.merging import merge_schedule
+from lavis_evlgen.runners.cost import flops_per_image
+from tests.models.test_full_size import LLMS
+from tests.runners.test_cost import step_of
+from tests.test_cli import evlgen
+from tests.tiny import pictures, tiny_tokenizer
+
+WIDTH, HIDDEN = 768, 3072
+LAYER_ATTENTION, LAYER_MLP = 4 * WIDTH**2, 2 * WIDTH * HIDDEN
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """What a hub would be asked for, no weights: OPT-2.7b's config and a tokenizer, bert-base's and its words."""
+    root = tmp_path_factory.mktemp("hub")
+    LLMS["opt2.7b"][0].save_pretrained(root / "opt")
+    tiny_tokenizer(bos="</s>").save_pretrained(root / "opt")
+    BertConfig().save_pretrained(root / "bert")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(30517))]
+    (root / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_vit_once():
+    """A ViT of a billion empty numbers is drawn once; each test has a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        built = functools.cache(vision.build_empty)
+        patch.setattr(vision, "build_empty", lambda *args: copy.deepcopy(built(*args)))
+        yield
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Of the ViT a connector's test needs the width and the tokens: one block will do."""
+    built = vision.build_empty
+
+    def one_block(*args):
+        vit = built(*args)
+        del vit.blocks[1:]
+        return vit
+
+    monkeypatch.setattr(vision, "build_empty", one_block)
+
+
+def full_size(hub, **changes):
+    section = OmegaConf.load(EVLGen.default_config_path("opt2.7b")).model
+    section |= {"llm_model": str(hub / "opt"), "connector_init": str(hub / "bert"), **changes}
+    return cost_of(section)
+
+
+def part(cost, name):
+    return next(part for part in cost.parts if part.name == name)
+
+
+def tomeformer(schedule, tokens=257) -> int:
+    """Linear layers of a TomeFormer of bert-base's width: attention before merging, MLP after it."""
+    macs = 0
+    for r in schedule:
+        macs += tokens * LAYER_ATTENTION
+        tokens -= r
+        macs += tokens * LAYER_MLP
+    return macs
+
+
+@pytest.mark.parametrize(
+    "layers, r, schedule, paper",
+    [(12, 19, [19] * 12, "11.9G"), (6, 40, [40] * 5 + [28], "5.6G")],
+)
+def test_the_papers_tomeformers(shallow, hub, layers, r, schedule, paper):
+    """Table 6 counts the linear layers of the body alone; 5.6G is r = 40 where a layer can: `{target: 29}`."""
+    cost = full_size(hub, num_layers=layers, tome_r=r)
+    body = part(cost, "connector")
+    assert body.linear == tomeformer(schedule) and f"{body.linear / 1e9:.1f}G" == paper
+    assert schedule == merge_schedule({"target": 29}, layers, 257)
+    assert part(cost, "input_proj").linear == 257 * 1408 * WIDTH
+    assert part(cost, "llm_proj").linear == 29 * WIDTH * 2560 and cost.prompt_tokens == 29
+
+
+def test_all_parts_of_the_papers_model(hub):
+    cost = full_size(hub)
+    eva, hidden, depth = 1408, int(1408 * 4.3637), 39
+    vit = part(cost, "vision encoder")
+    assert vit.linear == 256 * 14 * 14 * 3 * eva + depth * 257 * (4 * eva**2 + 2 * eva * hidden)
+    assert vit.products == depth * 2 * 257**2 * eva
+    length = 29 + 32
+    llm, head = part(cost, "language model"), part(cost, "head")
+    assert llm.linear == 32 * length * (4 * 2560**2 + 2 * 2560 * 10240)
+    assert llm.products == 32 * 2 * length**2 * 2560
+    assert (head.macs, head.parameters) == (31 * 2560 * 50272, 0)  # 31: nobody predicts the BOS; tied
+    assert llm.parameters == LLMS["opt2.7b"][1]
+    tokens = [257 - 19 * n for n in range(12)]
+    attention = sum(2 * n**2 * WIDTH for n in tokens)
+    matching = sum(((n + 1) // 2) * (n // 2) * 64 for n in tokens)
+    merging = sum(n * (n - 19) * WIDTH for n in tokens)
+    assert part(cost, "connector").products == attention + matching + merging
+    trained = sum(part(cost, name).macs for name in ("ln_vision", "input_proj", "connector", "llm_proj"))
+    assert cost.flops == 2 * vit.macs + 6 * trained + 4 * (llm.macs + head.macs)
+    assert cost.flops == pytest.approx(cost.step_flops, rel=0.01)
+
+
+def test_the_papers_q_former_in_stage_2(shallow, hub):
+    body = part(full_size(hub, connector="qformer", num_query_token=32), "connector")
+    assert body.linear == q_former() and f"{body.linear / 1e9:.2f}G" == "6.28G"
+
+
+def q_former(queries=32, text=0) -> int:
+    """Linear layers of a Q-Former on one picture (none without queries): every second layer reads the picture."""
+    cross = 6 * (2 * queries * WIDTH**2 + 2 * 257 * 1408 * WIDTH) if queries else 0
+    return 12 * (queries + text) * (LAYER_ATTENTION + LAYER_MLP) + cross
+
+
+def test_the_papers_q_former_in_stage_1(shallow, hub):
+    """36.7G are the pictures, the matching (27.0G, which the paper names after the captions), the captions and their
+    words; LAVIS's forward also reads the texts alone, for the contrast."""
+    section = OmegaConf.load(Blip2Stage1.default_config_path("pretrain")).model
+    cost = cost_of(OmegaConf.merge(section, {"connector_init": str(hub / "bert")}))
+    linear = {part.name: part.linear for part in cost.parts}
+    assert linear["pictures"] == q_former()
+    assert linear["texts"] == linear["captioning"] == q_former(queries=0, text=32)
+    assert linear["matching, 3 pairs"] == 3 * q_former(text=32)
+    assert linear["word head"] == 32 * (WIDTH**2 + WIDTH * 30523)
+    assert linear["contrast and matching heads"] == (32 + 1) * WIDTH * 256 + 3 * 32 * WIDTH * 2
+    assert f"{linear['matching, 3 pairs'] / 1e9:.1f}G" == "27.0G"
+    words = 32 * WIDTH * 30523
+    named = sum(linear[name] for name in ("pictures", "matching, 3 pairs", "captioning")) + words
+    assert f"{named / 1e9:.1f}G" == "36.7G"
+    everything = sum(linear.values()) - linear["vision encoder"]
+    assert f"{everything / 1e9:.1f}G" == "39.5G"
+    assert cost.flops == pytest.approx(cost.step_flops, rel=0.02)
+
+
+@pytest.mark.parametrize("connector", ["tomeformer", "avgpool", "qformer"])
+def test_it_counts_what_a_real_step_does(runs, connector):
+    """Without a number in memory as with them: forward and backward on one picture."""
+    section = runs.config["model"] | {"connector": connector, "vit_precision": "fp32"}
+    section |= {"num_query_token": 5, "prompt": "a photo of"}
+    model = EVLGen.from_config(OmegaConf.create(section)).eval()
+    language, caption = model.language_model, "a red square and a blue circle"
+    ids, _ = language.text.caption(model.prompt, caption, language.text_limit)
+    cost = cost_of(OmegaConf.create(section), text_tokens=1 + len(ids))  # 1: BOS
+    with sdpa_kernel(SDPBackend.MATH):
+        real = flops_per_image(step_of(model), {"image": pictures(1), "text_input": [caption]})
+    assert cost.step_flops == real
+    for name in ("vision encoder", "language model", "connector"):
+        modules = {"vision encoder": "visual_encoder", "language model": "language_model", "connector": "connector"}
+        numbers = sum(p.numel() for p in getattr(model, modules[name]).parameters())
+        together = {"language model": ("language model", "head"), "connector": ("connector", "input_proj")}
+        assert sum(p.parameters for p in cost.parts if p.name in together.get(name, (name,))) == numbers
+    trained = {"ln_vision", "llm_proj"} | {"tomeformer": {"input_proj", "connector"}, "qformer": {"connector"}}.get(
+        connector, set()
+    )
+    assert {p.name for p in cost.parts if p.trains} == trained
+
+
+def test_longer_texts_cost_the_language_model_more(runs):
+    short, long = (cost_of(OmegaConf.create(runs.config["model"]), text_tokens=n) for n in (10, 20))
+    assert part(short, "vision encoder") == part(long, "vision encoder")
+    assert part(long, "head").macs == part(short, "head").macs * 19 / 9
+    with pytest.raises(ConfigError, match="--text-tokens 1: BOS and"):
+        cost_of(OmegaConf.create(runs.config["model"]), text_tokens=1)
+
+
+def test_what_cannot_be_counted_is_named():
+    with pytest.raises(ConfigError, match="cannot count blip2_opt; it counts evlgen_blip2, evlgen"):
+        cost_of(OmegaConf.create({"arch": "blip2_opt"}))
+
+
+def test_the_command(runs, capsys):
+    assert evlgen("macs", runs.path(), "--options", "model.tome_r=2") == 0
+    words = capsys.readouterr().out
+    assert "28 x 28: 17 visual tokens, 13 after the connector, 40 text tokens" in words
+    assert "vision encoder" in words and "counted forward and backward" in words
+    assert evlgen("macs", runs.path(), "--json", "--text-tokens", 12) == 0
+    content = json.loads(capsys.readouterr().out)
+    cost = cost_of(OmegaConf.create(runs.config["model"]), 12)
+    assert content["flops"] == cost.flops == sum(part["flops"] for part in content["parts"])
+    assert (content["text_tokens"], content["step_flops"]) == (12, cost.step_flops)
+    rows = table_rows(cost)
+    assert {len(row) for row in rows} == {len(COLUMNS)} and rows[-1][0] == "sum"
+    assert evlgen("macs", runs.path(), "--options", "model.tomer=2") == 2
+    assert "did you mean tome_r?" in capsys.readouterr().err
+    assert evlgen("macs", runs.path(), "--text-tokens", 0) == 2
+    assert "--text-tokens 0: give at least 1" in capsys.readouterr().err
+
+
+def test_amounts():
+    assert [amount(n) for n in (11.877e9, 6.28e6, 1500, 12, 1.2e13)] == ["11.88G", "6.28M", "1.50k", "12", "12.00T"]
+    assert torch.get_default_device().type == "cpu"
