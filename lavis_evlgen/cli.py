@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lavis_evlgen.analysis import macs
+from lavis_evlgen.analysis import macs, tokens
 from lavis_evlgen.launch import USER_ERRORS, config_errors, one_line
 
 _MODEL_OPTIONS = "keys of the bundle's config, e.g. model.tome_r=16 model.llm_model=facebook/opt-2.7b"
@@ -29,6 +29,7 @@ EPILOG = """a first hour:
   evlgen macs projects/evlgen/quickstart.yaml                 what will it cost?
   python train.py --cfg-path projects/evlgen/quickstart.yaml
   evlgen caption photo.jpg --run output/evlgen/quickstart/…   what does it say?
+  evlgen tokens photo.jpg --run output/evlgen/quickstart/…    what does it look at?
 each command's arguments: evlgen COMMAND --help;  every config key: evlgen keys"""
 
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     m.set_defaults(run_command=compare)
 
     macs.add_command(commands)
+    tokens.add_command(commands, _load)
 
     e = commands.add_parser("export", help="make a bundle (weights, config, model card) of a run folder")
     e.add_argument("run", metavar="RUN", help="run folder (holds a checkpoint)")
@@ -105,19 +107,9 @@ def caption(args) -> int:
     """Print `path<TAB>caption` for each picture; exit code 1 when one could not be read."""
     import torch
 
-    from lavis_evlgen import distributed
     from lavis_evlgen.datasets import UnreadableImage
-    from lavis_evlgen.models.bundle import is_bundle
-    from lavis_evlgen.tasks.captioning import decoding_of
 
-    device = distributed.start(args.device)
-    if args.checkpoint is None and is_bundle(args.run):
-        model, vis = _model_of_bundle(args.run, device)
-        decoding = dict(model.decoding or {})
-    else:
-        cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
-        model, vis = _model_of_run(cfg, checkpoint, device)
-        decoding = decoding_of(cfg["run"])
+    model, vis, decoding, device, _ = _load(args)
     decoding |= {"num_beams": args.num_beams} if args.num_beams else {}
     failed = 0
     for path in args.images:
@@ -147,6 +139,21 @@ def _pixels(vis, path: str):
         return vis(path)
     except (RuntimeError, OSError, ValueError) as error:
         raise UnreadableImage(path, f"the model captions clips, and as a clip: {one_line(error)}") from error
+
+
+def _load(args):
+    """(model, evaluation image processor, decoding, device, seed) of the run in `args.run`; a bundle has no seed."""
+    from lavis_evlgen import distributed
+    from lavis_evlgen.models.bundle import is_bundle
+    from lavis_evlgen.tasks.captioning import decoding_of
+
+    device = distributed.start(args.device)
+    if args.checkpoint is None and is_bundle(args.run):
+        model, vis = _model_of_bundle(args.run, device)
+        return model, vis, dict(model.decoding or {}), device, None
+    cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
+    model, vis = _model_of_run(cfg, checkpoint, device)
+    return model, vis, decoding_of(cfg["run"]), device, int(cfg["run"].get("seed", 42))
 
 
 def _run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:

@@ -175,6 +175,17 @@ class LanguageModel(nn.Module):
         hidden = self._body(inputs_embeds=embeds, attention_mask=mask)
         return prefix_lm_loss(hidden, labels, head)
 
+    def token_log_probs(
+        self, visual: Tensor, text: str, prompt: str = "", mask: Tensor | None = None
+    ) -> tuple[list[int], Tensor]:
+        """Of one caption, visual (1, P, D_l): its N ids with the end token, and their log-probabilities (N,), nats."""
+        ids, labels = self.text.caption(prompt, text, self.text_limit)
+        embeds, mask, _ = self._assemble(visual, mask, [ids])  # (1, T, D)
+        own = [label for label in labels if label != IGNORE]  # the last N of the sequence
+        hidden = self._body(inputs_embeds=embeds, attention_mask=mask)[0, -len(own) - 1 : -1]  # (N, D)
+        chosen = torch.tensor(own, device=hidden.device).unsqueeze(1)
+        return own, self._head(hidden).float().log_softmax(-1).gather(1, chosen).squeeze(1)
+
     @torch.no_grad()
     def generate(
         self, visual: Tensor, prompts: list[str], mask: Tensor | None = None, **decoding
