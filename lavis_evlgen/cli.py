@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lavis_evlgen.analysis import macs, tokens
+from lavis_evlgen.analysis import ablate, macs, tokens
 from lavis_evlgen.launch import USER_ERRORS, config_errors, one_line
 
 _MODEL_OPTIONS = "keys of the bundle's config, e.g. model.tome_r=16 model.llm_model=facebook/opt-2.7b"
@@ -30,6 +30,7 @@ EPILOG = """a first hour:
   python train.py --cfg-path projects/evlgen/quickstart.yaml
   evlgen caption photo.jpg --run output/evlgen/quickstart/…   what does it say?
   evlgen tokens photo.jpg --run output/evlgen/quickstart/…    what does it look at?
+  evlgen ablate projects/evlgen/quickstart.yaml --sweep run.init_lr=1e-3,2e-3 --seeds 3    what would be better?
 each command's arguments: evlgen COMMAND --help;  every config key: evlgen keys"""
 
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     m.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     m.set_defaults(run_command=compare)
 
+    ablate.add_command(commands)
     macs.add_command(commands)
     tokens.add_command(commands, _load)
 
