@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +13,23 @@ from lavis_evlgen.evaluation.run_card import read_json_lines
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def train(config: str, name: str, options: list[str], folder: Path, split: str) -> dict:
+def train(config: str, name: str, options: list[str], folder: Path, split: str, threads: int | None = None) -> dict:
     """The card of `split`'s last evaluation in folder/name, trained first unless it is there.
 
-    config: seen from the repository's root; `options` as after --options. Raises CalledProcessError when train.py
-    fails.
+    config: seen from the repository's root; `options` as after --options. threads: of a CPU, for runs beside each
+    other; their output then goes to folder/name.txt. Raises CalledProcessError when train.py fails.
     """
     run = folder.absolute() / name
     if not cards(run, split):
         command = [sys.executable, str(ROOT / "train.py"), "--cfg-path", str(ROOT / config), "--options", *options]
         command += [f"run.output_dir={run.parent}", f"run.run_name={name}", "run.resume_ckpt_path=auto"]
-        subprocess.run(command, check=True)
+        if threads is None:
+            subprocess.run(command, check=True)
+        else:
+            run.parent.mkdir(parents=True, exist_ok=True)
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            with open(run.parent / f"{name}.txt", "a") as output:
+                subprocess.run(command, check=True, env=environment, stdout=output, stderr=subprocess.STDOUT)
     return json.loads(cards(run, split)[-1].read_text())
 
 
