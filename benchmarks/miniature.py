@@ -3,7 +3,7 @@
     bash run_scripts/miniature.sh IMAGES CAPTIONS      # this script with its defaults
     python benchmarks/miniature.py --images DIR --captions FILE --steps 240 --seeds 42 1 2
 
-Same vision encoder, language model, data, order, batch and steps. Each connector is tried with three settings of the
+Same vision encoder, language model, data, order, batch and steps. Each connector is tried with four settings of the
 learning rate on the first seed (short runs), and the one with the lowest validation loss is run in full on every
 seed. "Two stages" spends what TomeFormer spends in all, counted in MACs: BLIP-2's first stage, then the Q-Former at
 the language model, in the paper's ratio of 250 to 80 steps. "Blind" trains on grey pictures. A run that was cut off
@@ -44,8 +44,9 @@ class Rate(NamedTuple):
         return [f"run.init_lr={self.init_lr}", *(parts if self.body != 1 else [])]
 
 
-BODY = (Rate(2.5e-3, 0.02), Rate(2.5e-3, 0.1), Rate(1e-3, 0.1))  # a BERT in front of llm_proj
-NO_BODY = (Rate(1e-3), Rate(2.5e-3), Rate(6e-3))  # llm_proj alone
+# four settings each: of a BERT in front of llm_proj, and of llm_proj alone
+BODY = (Rate(2.5e-3, 0.02), Rate(2.5e-3, 0.1), Rate(1e-3, 0.1), Rate(5e-4, 0.5))
+NO_BODY = (Rate(5e-4), Rate(1e-3), Rate(2.5e-3), Rate(6e-3))
 TWO_STAGES, BLIND = "Q-Former, two stages", "blind"
 CONNECTORS = {
     "TomeFormer, one stage": ("tomeformer", BODY),
