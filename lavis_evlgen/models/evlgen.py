@@ -38,7 +38,7 @@ class EVLGen(Bundled, BaseModel):
         "image_size": (14, None), "num_layers": (1, None), "max_txt_len": (3, None), "dropout": (0.0, 0.99),
         "num_query_token": (1, None),
     }  # fmt: skip
-    PARTS = ("ln_vision", "input_proj", "connector", "llm_proj")
+    PARTS = ("ln_vision", "input_proj", "connector", "llm_proj", "soft_prompt")
     CONFIG_KEYS = {
         "arch": "the model class in LAVIS's registry: evlgen",
         "model_type": "which default config: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart",
@@ -69,6 +69,8 @@ class EVLGen(Bundled, BaseModel):
         "bos": "after (released): BOS between visual prompt and text; before: in front of the visual prompt",
         "prompt_scale": "released: plain nn.Linear at the LLM; embedding: output starts at the size of the LLM's "
         "embedding table; a number: that many times it",
+        "soft_prompt": "true: a learned vector, zero at first, is added at each place of the visual prompt (false, as "
+        "released)",
         "lr_scale": f"learning-rate factor of each part: {', '.join(PARTS)}",
     }
 
@@ -80,6 +82,7 @@ class EVLGen(Bundled, BaseModel):
         prompt: str = "",
         prompt_scale: str | float = "released",
         lr_scale: dict[str, float] | None = None,
+        soft_prompt: bool = False,
     ):
         super().__init__()
         self.visual_encoder, self.connector, self.language_model = vision, connector, language_model
@@ -87,6 +90,10 @@ class EVLGen(Bundled, BaseModel):
         if connector.ln_vision_init is not None:
             self.ln_vision.load_state_dict(connector.ln_vision_init)
         self.llm_proj = nn.Linear(connector.width, language_model.width)
+        if not isinstance(soft_prompt, bool):
+            raise ValueError(f"soft_prompt: {soft_prompt!r} is not true or false")
+        places = torch.zeros(connector.num_output_tokens, language_model.width)  # (L', D_l)
+        self.soft_prompt = nn.Parameter(places) if soft_prompt else None
         self.prompt = prompt or ""
         language_model.check_prompt(self.prompt)
         unknown = set(lr_scale or {}) - set(self.PARTS)
@@ -117,7 +124,7 @@ class EVLGen(Bundled, BaseModel):
 
     def additions(self) -> list[set[str]]:
         """Groups of trainable tensors that `pretrained` may lack as a whole (checkpoints.load_trainable)."""
-        return []
+        return [] if self.soft_prompt is None else [{"soft_prompt"}]
 
     @property
     def device(self) -> torch.device:
@@ -136,8 +143,15 @@ class EVLGen(Bundled, BaseModel):
     def visual_prompt(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
         """image (B, 3, H, W) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2."""
         prompt = self.connect(image, return_source)  # (B, L', D_c)
-        prompt.tokens = self.llm_proj(prompt.tokens)  # (B, L', D_l)
+        prompt.tokens = self.project(prompt.tokens)  # (B, L', D_l)
         return prompt
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """The connector's tokens (B, L', D_c) as the LLM's (B, L', D_l); the soft prompt is each frame's, of clips."""
+        tokens = self.llm_proj(tokens)
+        if self.soft_prompt is None:
+            return tokens
+        return tokens + self.soft_prompt.repeat(tokens.shape[1] // len(self.soft_prompt), 1)
 
     def loss_of(self, prompt: VisualPrompt, samples: dict) -> tuple[Tensor, Tensor]:
         """Per sample: summed cross-entropy (B,) in nats of samples["text_input"] under these prompts, tokens (B,)."""
@@ -260,7 +274,7 @@ class EVLGen(Bundled, BaseModel):
         if mode != "image":
             raise ValueError(f"mode: {mode!r}; EVLGen has image features only")
         tokens = self.connect(samples["image"]).tokens
-        return BlipOutputFeatures(image_embeds=tokens, image_embeds_proj=self.llm_proj(tokens))
+        return BlipOutputFeatures(image_embeds=tokens, image_embeds_proj=self.project(tokens))
 
     def load_checkpoint(self, url_or_filename: str):
         """Load trainable weights strictly and safely (no pickled code); raises WeightsError.
@@ -323,6 +337,7 @@ def build_evlgen(cls, cfg, vision_of=vision_of, **more) -> EVLGen:
         cfg.get("prompt", ""),
         cfg.get("prompt_scale", "released"),
         _plain(cfg.get("lr_scale")),
+        cfg.get("soft_prompt", False),
         **more,
     )
 

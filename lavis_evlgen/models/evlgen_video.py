@@ -61,7 +61,7 @@ class EVLGenVideo(EVLGen):
         """The temporal modules, of which an image model has none, and the position embeddings, all zero at first."""
         names = {name for name in self.state_dict() if name.startswith("visual_encoder.temporal.")}
         positions = {name for name in names if name.endswith(".positions")}
-        return [names - positions, positions]
+        return [names - positions, positions, *super().additions()]
 
     def token_counts(self) -> str:
         each, out = self.visual_encoder.num_tokens, self.connector.num_output_tokens

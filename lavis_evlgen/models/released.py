@@ -291,6 +291,8 @@ def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
         raise WeightsError(f"convert: {folder} has a {section['connector']}; the released layout has TomeFormer only")
     if section.get("temporal_positions"):
         raise WeightsError(f"convert: {folder} has temporal positions, for which the released layout has no place")
+    if section.get("soft_prompt"):
+        raise WeightsError(f"convert: {folder} has a soft prompt, for which the released layout has no place")
     opt = content["frozen"]["language model"]["model_type"] == "opt"
     projection = content.get("released", {}).get("projection") or PROJECTIONS[0 if opt else 1]
     gate = content.get("released", {}).get("alpha_shape", [1])

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+from lavis_evlgen.models.checkpoints import frozen_names
+from lavis_evlgen.models.sources import WeightsError
 from tests.tiny import pictures, tiny_clip, tiny_evlgen, tiny_siglip, tiny_vision
 
 TEXTS = ["a red square", "two cats sleep on a wooden table", "dog"]
@@ -14,8 +17,9 @@ def samples(batch=3, **more):
 
 
 @KINDS
-def test_exactly_the_four_parts_learn(llm):
-    model = tiny_evlgen(llm)
+@pytest.mark.parametrize("soft_prompt", [False, True])
+def test_exactly_the_parts_learn(llm, soft_prompt):
+    model = tiny_evlgen(llm, soft_prompt=soft_prompt)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     output = model(samples())
     output["loss"].backward()
@@ -27,7 +31,7 @@ def test_exactly_the_four_parts_learn(llm):
                 assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
         else:
             assert name.startswith(("visual_encoder.", "language_model.")) and parameter.grad is None, name
-    assert parts == set(model.PARTS)
+    assert parts == set(model.PARTS) - (set() if soft_prompt else {"soft_prompt"})
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1).step()
     for name, value in model.state_dict().items():
         frozen = name.startswith(("visual_encoder.", "language_model."))
@@ -203,4 +207,25 @@ def test_unknown_parts_and_scales_are_refused():
     with pytest.raises(ValueError, match="prompt_scale: 'big' is not released, embedding or a number above 0"):
         tiny_evlgen(prompt_scale="big")
     model = tiny_evlgen(lr_scale={"connector": 0.1})
-    assert model.lr_scale == {"ln_vision": 1.0, "input_proj": 1.0, "connector": 0.1, "llm_proj": 1.0}
+    assert model.lr_scale == {**dict.fromkeys(model.PARTS, 1.0), "connector": 0.1}
+
+
+def test_a_soft_prompt_starts_without_a_trace_and_belongs_to_its_place(tmp_path, caplog):
+    plain, soft = tiny_evlgen().eval(), tiny_evlgen(soft_prompt=True).eval()
+    start = plain.visual_prompt(pictures(2)).tokens
+    assert torch.equal(soft.visual_prompt(pictures(2)).tokens, start)
+    with torch.no_grad():
+        soft.soft_prompt.copy_(torch.randn(9, 32))
+    torch.testing.assert_close(soft.visual_prompt(pictures(2)).tokens, start + soft.soft_prompt)
+    features = soft.extract_features(samples(2)).image_embeds_proj
+    assert torch.equal(features, soft.visual_prompt(pictures(2)).tokens)
+    save_file({k: v for k, v in plain.state_dict().items() if k not in frozen_names(plain)}, tmp_path / "p.safetensors")
+    save_file({k: v for k, v in soft.state_dict().items() if k not in frozen_names(soft)}, tmp_path / "s.safetensors")
+    before = soft.soft_prompt.clone()
+    caplog.set_level("INFO")
+    soft.load_checkpoint(str(tmp_path / "p.safetensors"))  # a model without one may be gone on from with one
+    assert torch.equal(soft.soft_prompt, before) and "soft_prompt" in caplog.text
+    with pytest.raises(WeightsError, match="1 tensors have no place in this model, first soft_prompt"):
+        plain.load_checkpoint(str(tmp_path / "s.safetensors"))
+    with pytest.raises(ValueError, match="soft_prompt: 1 is not true or false"):
+        tiny_evlgen(soft_prompt=1)
