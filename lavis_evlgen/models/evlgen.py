@@ -15,6 +15,7 @@ from lavis_evlgen.models.bundle import Bundled, check_frozen, differences, read_
 from lavis_evlgen.models.checkpoints import load_checkpoint_file
 from lavis_evlgen.models.connectors import CONNECTORS, SIZES, VisualPrompt, build_connector
 from lavis_evlgen.models.freezing import check_precision
+from lavis_evlgen.models.generation import Generates
 from lavis_evlgen.models.language import LanguageModel, load_language_model
 from lavis_evlgen.models.vision import VISION_KEYS, vision_of
 from lavis_evlgen.nn import across_picture_share
@@ -23,7 +24,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 
 
 @registry.register_model("evlgen")
-class EVLGen(Bundled, BaseModel):
+class EVLGen(Generates, Bundled, BaseModel):
     """EVLGen-Image (EVLGen, section 3.2). Types: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart.
 
     >>> model, vis, txt = load_model_and_preprocess("evlgen", "quickstart", is_eval=True)
@@ -158,23 +159,6 @@ class EVLGen(Bundled, BaseModel):
         texts = samples["text_input"]
         return self.language_model.loss(prompt.tokens, texts, self._prompts(samples, len(texts)), prompt.mask)
 
-    @torch.no_grad()
-    def sample(self, prompt: VisualPrompt, samples: dict, **sampling) -> list[list[int]]:
-        """Token ids of captions drawn under these prompts, a picture's in a row; as LanguageModel.sample."""
-        prompts = self._prompts(samples, len(prompt.tokens))
-        return self.language_model.sample(prompt.tokens, prompts, prompt.mask, **sampling)
-
-    def log_probs_of(
-        self, prompt: VisualPrompt, samples: dict, sampled: list[list[int]], temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probability (N,) in nats of sampled ids, as many for each picture, and tokens (N,); differentiable."""
-        pictures = len(prompt.tokens)
-        each = len(sampled) // pictures
-        prompts = [text for text in self._prompts(samples, pictures) for _ in range(each)]
-        mask = None if prompt.mask is None else prompt.mask.repeat_interleave(each, 0)
-        visual = prompt.tokens.repeat_interleave(each, 0)  # (N, L', D_l)
-        return self.language_model.log_probs(visual, sampled, prompts, mask, temperature)
-
     def forward(self, samples: dict) -> dict[str, Tensor]:
         """samples: image (B, 3, H, W), text_input list[str]. loss: mean over supervised tokens (EVLGen, eq. 3).
 
@@ -189,84 +173,6 @@ class EVLGen(Bundled, BaseModel):
         total, count = sums.sum(), tokens.sum()
         share = across_picture_share(prompt.tokens)
         return {"loss": total / count.clamp_min(1), "loss_tokens": count, "across_picture_share": share}
-
-    def _prompts(self, samples: dict, batch: int) -> list[str]:
-        prompt = samples.get("prompt", self.prompt)
-        prompts = [prompt] * batch if isinstance(prompt, str) else list(prompt)
-        if len(prompts) != batch:
-            raise ValueError(f"{len(prompts)} prompts for {batch} pictures; give one, or one for each")
-        return prompts
-
-    @torch.no_grad()
-    def generate(
-        self,
-        samples: dict,
-        use_nucleus_sampling: bool = False,
-        num_beams: int = 5,
-        max_length: int = 30,
-        min_length: int = 1,
-        top_p: float = 0.9,
-        repetition_penalty: float = 1.0,
-        length_penalty: float = 1.0,
-        num_captions: int = 1,
-        temperature: float = 1.0,
-        visual_prompt: VisualPrompt | None = None,
-    ) -> list[str]:
-        """Captions of samples["image"] (B, 3, H, W): B x num_captions strings, as LAVIS's Blip2OPT.generate.
-
-        Beam search, or nucleus sampling of num_captions each. Lengths count new tokens. samples["prompt"] (one
-        string or one a picture) replaces the model's prompt. A `visual_prompt` already computed is used as is.
-        """
-        prompt = visual_prompt or self.visual_prompt(samples["image"])
-        decoding = {"max_new_tokens": max_length, "min_new_tokens": min_length, "num_return_sequences": num_captions}
-        if use_nucleus_sampling:
-            decoding |= {"do_sample": True, "top_p": top_p, "temperature": temperature, "top_k": 0, "num_beams": 1}
-        else:
-            if num_captions > num_beams:
-                raise ValueError(f"num_captions={num_captions} needs num_beams >= {num_captions}, got {num_beams}")
-            decoding |= {"do_sample": False, "num_beams": num_beams, "length_penalty": length_penalty}
-        return self.language_model.generate(
-            prompt.tokens,
-            self._prompts(samples, len(prompt.tokens)),
-            prompt.mask,
-            repetition_penalty=repetition_penalty,
-            **decoding,
-        )
-
-    @torch.no_grad()
-    def predict_answers(
-        self,
-        samples: dict,
-        num_beams: int = 5,
-        inference_method: str = "generate",
-        max_len: int = 10,
-        min_len: int = 1,
-        num_ans_candidates: int = 128,
-        answer_list: list[str] | None = None,
-        prompt: str = "",
-        length_penalty: float = 0.0,
-        visual_prompt: VisualPrompt | None = None,
-        **kwargs,
-    ) -> list[str]:
-        """Short answers to samples["text_input"] (B questions), each in `prompt` ("Question: {} Short answer:").
-
-        Questions of different length are left-padded. Only inference_method="generate" is known. A `visual_prompt`
-        already computed is used as is.
-        """
-        if inference_method != "generate":
-            raise ValueError(f"inference_method: {inference_method!r}; EVLGen answers by 'generate' only")
-        questions = samples["text_input"]
-        questions = [questions] if isinstance(questions, str) else questions
-        template = prompt or "Question: {} Short answer:"
-        asked = {**samples, "prompt": [template.format(question) for question in questions]}
-        return self.generate(
-            asked,
-            num_beams=num_beams,
-            max_length=max_len,
-            min_length=min_len,
-            length_penalty=length_penalty,
-            visual_prompt=visual_prompt,
-        )
 
     @torch.no_grad()
     def extract_features(self, samples: dict, mode: str = "image") -> BlipOutputFeatures:
@@ -298,7 +204,9 @@ class EVLGen(Bundled, BaseModel):
         if path:
             self.load_checkpoint(path)
         else:
-            logging.info("no model.pretrained: %s are untrained", ", ".join(self.PARTS))
+            there = {self.part_of(name) for name, parameter in self.named_parameters() if parameter.requires_grad}
+            parts = ", ".join(part for part in self.PARTS if part in there)
+            logging.info("no model.pretrained: %s are untrained", parts)
 
     @classmethod
     def build(cls, cfg) -> EVLGen:
