@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lavis_evlgen.analysis import ablate, macs, tokens
 from lavis_evlgen.launch import USER_ERRORS, config_errors, one_line
+from lavis_evlgen.trained import load, run_config
 
 _MODEL_OPTIONS = "keys of the bundle's config, e.g. model.tome_r=16 model.llm_model=facebook/opt-2.7b"
 
@@ -64,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ablate.add_command(commands)
     macs.add_command(commands)
-    tokens.add_command(commands, _load)
+    tokens.add_command(commands, load)
 
     e = commands.add_parser("export", help="make a bundle (weights, config, model card) of a run folder")
     e.add_argument("run", metavar="RUN", help="run folder (holds a checkpoint)")
@@ -111,7 +112,7 @@ def caption(args) -> int:
 
     from lavis_evlgen.datasets import UnreadableImage
 
-    model, vis, decoding, device, _ = _load(args)
+    model, vis, decoding, device, _ = load(args)
     decoding |= {"num_beams": args.num_beams} if args.num_beams else {}
     failed = 0
     for path in args.images:
@@ -143,79 +144,11 @@ def _pixels(vis, path: str):
         raise UnreadableImage(path, f"the model captions clips, and as a clip: {one_line(error)}") from error
 
 
-def _load(args):
-    """(model, evaluation image processor, decoding, device, seed) of the run in `args.run`; a bundle has no seed."""
-    from lavis_evlgen import distributed
-    from lavis_evlgen.models.bundle import is_bundle
-    from lavis_evlgen.tasks.captioning import decoding_of
-
-    device = distributed.start(args.device)
-    if args.checkpoint is None and is_bundle(args.run):
-        model, vis = _model_of_bundle(args.run, device)
-        return model, vis, dict(model.decoding or {}), device, None
-    cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
-    model, vis = _model_of_run(cfg, checkpoint, device)
-    return model, vis, decoding_of(cfg["run"]), device, int(cfg["run"].get("seed", 42))
-
-
-def _run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
-    """(config, checkpoint) of a run folder: a checkpoint holds the config it was trained with. Raises WeightsError."""
-    from lavis_evlgen.models.sources import WeightsError
-    from lavis_evlgen.runners import state
-
-    known = [folder / name for name in (state.BEST, state.LAST) if (folder / name).exists()]
-    if checkpoint is None and not known:
-        raise WeightsError(
-            f"--run: {folder} has neither {state.BEST} nor {state.LAST}; give the folder that train.py named at its end"
-        )
-    path = Path(checkpoint) if checkpoint is not None else known[0]
-    config = state.read(path, "--checkpoint").get("config")
-    if config is None:
-        raise WeightsError(f"--checkpoint: {path} holds no config; give a checkpoint that train.py wrote")
-    return config, path
-
-
-def _model_of_run(cfg: dict, checkpoint: Path, device):
-    """(model, evaluation image processor) as the run had them."""
-    from lavis.common.registry import registry
-    from omegaconf import OmegaConf
-
-    # the run's own checkpoint holds all that trains: what it started from need not be there any more
-    model_cfg = OmegaConf.create({**cfg["model"], "pretrained": None, "finetuned": None, "load_finetuned": False})
-    model = registry.get_model_class(model_cfg.arch).from_config(model_cfg)
-    model.load_checkpoint(str(checkpoint))
-    dataset = next(iter(cfg["datasets"].values()))
-    return model.to(device).eval(), _image_processor(dataset["vis_processor"]["eval"])
-
-
-def _model_of_bundle(folder: str, device):
-    """(model, evaluation image processor) of a bundle."""
-    from lavis.common.registry import registry
-
-    from lavis_evlgen.config import ConfigError
-    from lavis_evlgen.models.bundle import read_config
-
-    content = read_config(folder)
-    stages = (content.get("preprocess") or {}).get("vis_processor")
-    if not stages:
-        raise ConfigError(f"{folder}/config.json has no preprocess.vis_processor: how to read a picture is not known")
-    model = registry.get_model_class(content["model"]["arch"]).from_pretrained(folder)
-    return model.to(device), _image_processor(stages["eval"])
-
-
-def _image_processor(config):
-    from lavis.common.registry import registry
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.create(config)
-    return registry.get_processor_class(config.name).from_config(config)
-
-
 def export(args) -> int:
     """Write a bundle of a run's checkpoint."""
     from lavis_evlgen.runners.exporting import export_run
 
-    cfg, checkpoint = _run_config(Path(args.run), args.checkpoint)
+    cfg, checkpoint = run_config(Path(args.run), args.checkpoint)
     print(export_run(cfg, checkpoint, args.out, _model_options(args.options)))
     return 0
 

@@ -17,6 +17,7 @@ FLOOR = {
     "cli": 6,  # stands on launch, as train.py does
     "launch": 5,  # what train.py and evaluate.py share
     "plugin": 4,
+    "trained": 4,  # the model of a run, for the commands
     "analysis": 3,
     "runners": 3,
     "models": 2,
