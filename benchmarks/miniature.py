@@ -48,13 +48,14 @@ class Rate(NamedTuple):
 BODY = (Rate(2.5e-3, 0.02), Rate(2.5e-3, 0.1), Rate(1e-3, 0.1), Rate(5e-4, 0.5))
 NO_BODY = (Rate(5e-4), Rate(1e-3), Rate(2.5e-3), Rate(6e-3))
 TWO_STAGES, BLIND = "Q-Former, two stages", "blind"
-CONNECTORS = {
-    "TomeFormer, one stage": ("tomeformer", BODY),
-    "Q-Former, one stage": ("qformer", BODY),
-    TWO_STAGES: ("qformer", BODY),
-    "average pooling": ("avgpool", NO_BODY),
-    BLIND: ("avgpool", NO_BODY),
-    "linear": ("linear", NO_BODY),
+CONNECTORS = {  # label: (connector, rates tried, further options)
+    "TomeFormer, one stage": ("tomeformer", BODY, []),
+    "Q-Former, one stage": ("qformer", BODY, []),
+    TWO_STAGES: ("qformer", BODY, []),
+    "average pooling": ("avgpool", NO_BODY, []),
+    BLIND: ("avgpool", NO_BODY, []),
+    "TomeFormer, soft prompt": ("tomeformer", BODY, ["model.soft_prompt=true"]),
+    "linear": ("linear", NO_BODY, []),
 }
 
 
@@ -94,7 +95,8 @@ class Miniature:
 
     def _plan(self, label: str, rate: Rate, seed: int, steps: int) -> tuple[str, list[str], int, tuple | None]:
         """(name, options, steps, (name, steps) of the stage before it) of a run."""
-        options = [f"model.connector={CONNECTORS[label][0]}", *SAME, *rate.options(), *self.data(label)]
+        connector, _, more = CONNECTORS[label]
+        options = [f"model.connector={connector}", *SAME, *rate.options(), *more, *self.data(label)]
         ahead = None
         if label == TWO_STAGES:
             ahead, second = self.stage1(seed)
