@@ -135,7 +135,7 @@ def _pixels(vis, path: str):
     from lavis_evlgen.datasets.image_files import open_image
 
     if not (hasattr(vis, "n_frms") or hasattr(vis, "num_frames")):
-        return vis(open_image(path))
+        return vis(open_image(path, vis))
     if not Path(path).is_file():
         raise UnreadableImage(path, "no such file")
     try:

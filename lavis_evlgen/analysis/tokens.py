@@ -40,7 +40,7 @@ def draw(args, model, processor, decoding: dict, device: torch.device, seed: int
     failed, stems = 0, _stems(args.images)
     for path, stem in zip(args.images, stems, strict=True):
         try:
-            image = processor(open_image(path))[None].to(device)
+            image = processor(open_image(path, processor))[None].to(device)
         except UnreadableImage as error:
             print(f"evlgen tokens: {error}", file=sys.stderr)
             failed += 1

@@ -12,13 +12,13 @@ from lavis_evlgen.datasets.records import WHERE_FROM
 
 
 class ImageFolder:
-    """Mixin of a data set whose rows name their `image` below the folder `vis_root`."""
+    """Mixin of a data set whose rows name their `image` below the folder `vis_root`, for its `vis_processor`."""
 
     vis_root: str
     annotation: list[dict]
 
     def _load(self, row: dict) -> Image.Image:
-        return open_image(os.path.join(self.vis_root, row["image"]))
+        return open_image(os.path.join(self.vis_root, row["image"]), self.vis_processor)
 
     def iter_image_paths(self) -> Iterator[str]:
         """The path of every image of this split, each once, in row order."""

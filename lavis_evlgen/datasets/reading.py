@@ -24,7 +24,7 @@ class ReadableRows(BaseDataset):
         raise NotImplementedError(f"{type(self).__name__} must say what a row's sample holds")
 
     def pil_image(self, index: int) -> Image.Image:
-        """The unprocessed RGB picture of row `index`. Raises UnreadableImage."""
+        """The RGB picture of row `index`, as its processor gets it. Raises UnreadableImage."""
         return self._load(self.annotation[index])
 
     def __getitem__(self, index: int) -> dict:

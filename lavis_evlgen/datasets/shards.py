@@ -61,7 +61,7 @@ class ImageShards:
         }
 
     def _open(self, content: bytes, where: str):
-        return decode_image(content, where)
+        return decode_image(content, where, self.vis_processor)
 
     def captions(self, item: ShardItem, where: str) -> list[str]:
         """All captions of an item, at least one: of its json where there is one, else its txt."""

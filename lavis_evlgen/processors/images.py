@@ -1,5 +1,9 @@
 """Image processors: a PIL picture in, a normalised (3, H, W) float tensor out."""
 
+import math
+from collections.abc import Callable
+from functools import partial
+
 from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 from torchvision import transforms
@@ -17,6 +21,10 @@ SIZE_KEYS = {
     "image_size": "side of the square tensor in pixels",
     "mean": "clip, imagenet, half, or three numbers (pixels in 0..1)",
     "std": "as mean; left away, it follows the name given as mean",
+}
+SHRINK_KEY = {
+    "shrink_on_load": "decode large JPEGs at 1/2, 1/4 or 1/8 of their size where nothing is enlarged by it afterwards "
+    "(training true, evaluation false: docs/training.md says what it changes)",
 }
 
 
@@ -37,6 +45,9 @@ class _ImageProcessor(BaseProcessor):
     CONFIG_KEYS: dict[str, str] = SIZE_KEYS
     TO_FLOAT = transforms.ToTensor()  # what turns pixels into floats of 0..1
 
+    # (width, height) of a picture -> the least width and height that it may be decoded at; None: its own
+    least_size: Callable[[int, int], tuple[int, int]] | None = None
+
     def _build(self, image_size: int, mean, std, steps: list):
         if image_size < 1:
             raise ValueError(f"{self.NAME}: image_size={image_size} must be at least 1")
@@ -45,12 +56,24 @@ class _ImageProcessor(BaseProcessor):
                 raise ValueError(f"{self.NAME}: mean is given in numbers, so std must be too")
             std = mean
         mean, std = _statistic(self.NAME, "mean", mean), _statistic(self.NAME, "std", std)
-        normalize = transforms.Normalize(mean, std)
+        normalize = transforms.Normalize(mean, std, inplace=True)  # of the tensor that TO_FLOAT just made
         self.transform = transforms.Compose([*steps, self.TO_FLOAT, normalize])
 
     @classmethod
     def from_config(cls, cfg=None):
         return cls(**read_config(cls, cfg))
+
+
+def least_for_crops(image_size: int, min_scale: float, width: int, height: int) -> tuple[int, int]:
+    """The least (width, height) of a picture at which no crop of `min_scale` of its area or more has to be enlarged.
+
+    min_scale 1 is the whole picture. A crop's shorter side is least at the aspect ratio that is furthest from square,
+    3:4 (torchvision's RandomResizedCrop); pictures longer than that are cropped over their whole shorter side.
+    """
+    if min_scale == 1:
+        return image_size, image_size
+    shortest = min(math.sqrt(width * height * min_scale * 3 / 4), width, height)  # side of a crop
+    return math.ceil(width * image_size / shortest), math.ceil(height * image_size / shortest)
 
 
 def _resize(image_size: int):
@@ -67,12 +90,13 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
     NAME = "evlgen_image_train"
     CONFIG_KEYS = {
         **SIZE_KEYS,
+        **SHRINK_KEY,
         "min_scale": "smallest share of the picture's area that a crop keeps, above 0 up to 1 (1: no crop)",
         "flip": "mirror half of the pictures left to right (not where captions say left or right)",
     }
 
     def __init__(self, image_size: int = 224, mean="imagenet", std=None, min_scale: float = 0.5,
-                 flip: bool = True):
+                 flip: bool = True, shrink_on_load: bool = True):
         if not 0 < min_scale <= 1:
             raise ValueError(f"{self.NAME}: min_scale={min_scale} must be above 0 and at most 1")
         steps = [_resize(image_size)]
@@ -84,6 +108,8 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
         if flip:
             steps.append(transforms.RandomHorizontalFlip())
         self._build(image_size, mean, std, steps)
+        if shrink_on_load:
+            self.least_size = partial(least_for_crops, image_size, min_scale)
 
 
 @registry.register_processor("evlgen_image_eval")
@@ -91,6 +117,9 @@ class EvlgenImageEvalProcessor(_ImageProcessor):
     """The whole picture, resized bicubically to a square."""
 
     NAME = "evlgen_image_eval"
+    CONFIG_KEYS = {**SIZE_KEYS, **SHRINK_KEY}
 
-    def __init__(self, image_size: int = 224, mean="imagenet", std=None):
+    def __init__(self, image_size: int = 224, mean="imagenet", std=None, shrink_on_load: bool = False):
         self._build(image_size, mean, std, [_resize(image_size)])
+        if shrink_on_load:
+            self.least_size = partial(least_for_crops, image_size, 1.0)

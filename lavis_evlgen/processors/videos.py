@@ -8,9 +8,14 @@ from lavis.common.registry import registry
 from torchvision import transforms
 
 from lavis_evlgen.clips import SAMPLING, opened
-from lavis_evlgen.processors.images import EvlgenImageEvalProcessor, EvlgenImageTrainProcessor
+from lavis_evlgen.processors.images import SHRINK_KEY, EvlgenImageEvalProcessor, EvlgenImageTrainProcessor
 
 _FRAME_KEYS = {"num_frames": "frames T that are taken of each clip (4)"}
+
+
+def _keys(processor: type) -> dict[str, str]:
+    """The config keys of an image processor that mean something for frames, which are no JPEG files."""
+    return {key: words for key, words in processor.CONFIG_KEYS.items() if key not in SHRINK_KEY} | _FRAME_KEYS
 
 
 class _OfFrames:
@@ -42,8 +47,7 @@ class EvlgenVideoTrainProcessor(_OfFrames, EvlgenImageTrainProcessor):
 
     NAME = "evlgen_video_train"
     CONFIG_KEYS = {
-        **EvlgenImageTrainProcessor.CONFIG_KEYS,
-        **_FRAME_KEYS,
+        **_keys(EvlgenImageTrainProcessor),
         "sampling": "headtail (half of the frames at random from each half of the clip), or uniform",
     }
 
@@ -58,7 +62,7 @@ class EvlgenVideoEvalProcessor(_OfFrames, EvlgenImageEvalProcessor):
     """As evlgen_image_eval, on frames spread evenly over the clip."""
 
     NAME = "evlgen_video_eval"
-    CONFIG_KEYS = {**EvlgenImageEvalProcessor.CONFIG_KEYS, **_FRAME_KEYS}
+    CONFIG_KEYS = _keys(EvlgenImageEvalProcessor)
 
     def __init__(self, num_frames: int = 4, **keys):
         """`keys`: those of evlgen_image_eval."""
