@@ -1,0 +1,158 @@
+"""The tables of docs/performance.md, from benchmarks/results/NAME-HARDWARE.json: nothing there is typed by hand.
+
+    python benchmarks/performance_page.py
+
+Each benchmark has a place between two markers, <!-- NAME --> and <!-- /NAME -->; what stands between them is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE, RESULTS = ROOT / "docs/performance.md", ROOT / "benchmarks/results"
+NO_GPU = "Not yet run on a GPU."
+PHASES = ("vision encoder", "connector, forward", "language model, forward", "head and loss, both passes",
+          "language model, backward", "connector, backward", "optimizer")  # fmt: skip
+
+
+def milliseconds(time: dict) -> str:
+    """Median, and the quartiles behind it: 12.3 (12.1 to 12.9)."""
+    median, low, high = (f"{1e3 * time[key]:.3g}" for key in ("median", "low", "high"))
+    return f"{median} ({low} to {high})"
+
+
+def ratio(times: dict, name: str, base: str) -> str:
+    """How many times as long `name` takes as `base`."""
+    return f"{times[name]['median'] / times[base]['median']:.2f}x"
+
+
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    """Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def merge_table(card: dict) -> str:
+    """Each formulation's time, and how long the others take against ours."""
+    columns = ["tokens", "precision", "passes", "product, ms", "scatter_add", "index_add", "largest error: product",
+               "scatter_add"]  # fmt: skip
+    rows = []
+    for row in card["rows"]:
+        times, errors = row["seconds"], row["largest_error"]
+        others = [ratio(times, name, "product") for name in ("scatter_add", "index_add")]
+        cells = [f"{row['tokens']} -> {row['slots']}", row["dtype"], row["passes"], milliseconds(times["product"])]
+        rows.append([*cells, *others, *(f"{errors[name]:.1g}" for name in ("product", "scatter_add"))])
+    return table(columns, rows)
+
+
+def connector_table(card: dict) -> str:
+    """One row a connector: MACs, times, and how long it takes against the paper's TomeFormer."""
+    by_passes = {row["passes"]: row for row in card["rows"]}
+    forward, both = by_passes["forward"], by_passes["forward+backward"]
+    rows = []
+    for name, macs in sorted(forward["macs"].items(), key=lambda item: not item[0].startswith("TomeFormer")):
+        cells = [name, f"{macs['all'] / 1e9:.2f}G"]
+        for row in (forward, both):
+            times = row["seconds"]
+            cells += [milliseconds(times[name]), ratio(times, name, "TomeFormer-12")]
+        rows.append(cells)
+    columns = ["connector", "MACs a picture", "forward, ms", "of TomeFormer-12", "forward+backward, ms",
+               "of TomeFormer-12"]  # fmt: skip
+    return table(columns, rows) + f"\n\nBatches of {forward['batch']}, {forward['dtype']}."
+
+
+def data_table(card: dict) -> str:
+    """Pictures a second of each pipeline, and how many times that of LAVIS's processor with the same steps."""
+    same_steps = "LAVIS, blip2_image_train"
+    names = sorted(card["rows"][0]["seconds"], key=lambda name: name.startswith("LAVIS"))
+    rows = []
+    for row in card["rows"]:
+        cells = [row["kind"], f"{row['picture']}, {row['bytes'] // 1000} kB"]
+        for name in names:
+            rate = f"{row['batch'] / row['seconds'][name]['median']:.0f}"
+            cells.append(rate if name == same_steps else f"{rate} ({ratio(row['seconds'], same_steps, name)})")
+        rows.append(cells)
+    return table(["from", "pictures", *names], rows)
+
+
+def step_table(card: dict) -> str:
+    """The whole step, its phases, the step with one saving undone at a time, and the head alone."""
+    row = card["rows"][0]
+    whole, phases, head = row["seconds"]["whole"], row["phases"], row["head_and_loss"]
+    sum_of_phases = sum(time["median"] for time in phases.values())
+    told = [f"batch {row['batch']}", f"{row['dtype']}, frozen parts {row['frozen']}", *["compiled"] * row["compile"],
+            f"{row['images_per_s']:.3g} images/s", f"{milliseconds(whole)} ms a step"]  # fmt: skip
+    told += [] if row["mfu"] is None else [f"MFU {row['mfu']:.0%}"]
+    told += [] if row["peak_gb"]["whole"] is None else [f"peak {row['peak_gb']['whole']:.1f} GB"]
+    if data := row["with_data"]:
+        told.append(f"{data['waited'] / data['seconds']:.0%} of the time waiting for {data['workers']} data processes")
+    shares = [[name, milliseconds(time), f"{time['median'] / sum_of_phases:.0%}"] for name, time in
+              sorted(phases.items(), key=lambda item: PHASES.index(item[0]))]  # fmt: skip
+    undone = []
+    for name, memory in row["peak_gb"].items():
+        if name != "whole":
+            slower = ratio(row["seconds"], name, "whole") if name in row["seconds"] else "-"
+            undone.append([f"`--{name}`", slower, f"{memory:.1f} GB" if isinstance(memory, float) else memory or "-"])
+    alone = [f"{head['rows_of_logits'][name]} rows of logits, {milliseconds(time)} ms" for name, time in
+             head["seconds"].items()]  # fmt: skip
+    extra = head["extra_peak_gb"]
+    saved = "" if extra["full"] is None else f"; extra memory {extra['supervised']:.2f} against {extra['full']:.2f} GB"
+    parts = [f"`{row['scale']}`: {', '.join(told)}.", table(["phase", "ms", "share"], shares)]
+    parts += [table(["saving undone", "time of a step", "peak memory"], undone)] if undone else []
+    less = head["seconds"]["supervised"]["median"] / head["seconds"]["full"]["median"]
+    parts.append(f"Head and loss alone: {alone[0]}, against {alone[1]} ({less:.2f}x){saved}.")
+    return "\n\n".join(parts)
+
+
+TABLES = {"merge": merge_table, "connector": connector_table, "data": data_table, "step": step_table}
+
+
+def origin(card: dict) -> str:
+    """On what, with what and when it was measured."""
+    hardware, machine, versions, commit = (card[key] for key in ("hardware", "machine", "versions", "commit"))
+    on_gpu = machine["device"] == "cuda"
+    where = hardware["gpu"] if on_gpu else f"CPU ({hardware['machine']}, {hardware['cpu_count']} cores)"
+    busy = "" if on_gpu else f"; load of the machine at the end {machine['load_average']:.1f}"
+    code = commit.get("sha", commit.get("version", ""))[:7] + (" with changes" if commit.get("dirty") else "")
+    return (
+        f"**{where}**, {machine['threads']} thread{'s' * (machine['threads'] != 1)}{busy}; torch {versions['torch']}, "
+        f"transformers {versions['transformers']}; commit {code}, {card['date'][:10]}"
+    )
+
+
+def cards_of(name: str, results: Path = RESULTS) -> Iterator[dict]:
+    """The result files of one benchmark, GPUs first."""
+    cards = [json.loads(path.read_text()) for path in sorted(results.glob(f"{name}-*.json"))]
+    yield from sorted(cards, key=lambda card: card["machine"]["device"] != "cuda")
+
+
+def section(name: str, results: Path = RESULTS) -> str:
+    """What stands between the markers of benchmark `name`."""
+    cards = list(cards_of(name, results))
+    parts = [f"{origin(card)}\n\n{TABLES[name](card)}" for card in cards]
+    if not any(card["machine"]["device"] == "cuda" for card in cards):
+        parts.insert(0, NO_GPU)
+    return "\n\n".join(parts)
+
+
+def filled(page: str, results: Path = RESULTS) -> str:
+    """The page with all its tables as the results are now. Raises ValueError for a benchmark without its place."""
+    for name in TABLES:
+        marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not marked.search(page):
+            raise ValueError(f"{PAGE.name} has no place for {name}: add <!-- {name} --> and <!-- /{name} -->")
+        page = marked.sub(lambda found, name=name: f"{found[1]}{section(name, results)}\n{found[2]}", page)
+    return page
+
+
+def main():
+    PAGE.write_text(filled(PAGE.read_text()))
+    print(f"-> {PAGE}")
+
+
+if __name__ == "__main__":
+    main()

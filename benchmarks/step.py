@@ -1,0 +1,313 @@
+"""One training step: where its time goes, and what each way of not paying for frozen parts saves.
+
+    python benchmarks/step.py --scale opt-2.7b --batch 64          # on a GPU; also vicuna-7b
+    python benchmarks/step.py --scale quickstart --batch 8 --dtype fp32
+
+Random weights of the given sizes, nothing is downloaded. Measured are the whole step of the runner (images/s, peak
+memory, MFU), its phases, and the step with one saving undone at a time, in turn: --full-logits (the head on every
+position), --vit-grad and --llm-grad (gradients of weights that are frozen), --eager-attention. Without any of these
+flags all are tried; --only-whole tries none. --fp32-frozen and --compile change the whole run. The head and the loss
+are also measured alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from random_models import build, samples, scales
+from timing import alternate, parser, spread, write
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lavis_evlgen.models import language
+from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
+from lavis_evlgen.runners.cost import flops_per_image
+from lavis_evlgen.runners.schedule import adamw
+from lavis_evlgen.runners.steps import TrainingStep
+
+# dense bf16 FLOPs a second by the makers' data sheets, by a part of the GPU's name
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+
+
+def full_logits_loss(hidden: Tensor, labels: Tensor, head: Callable) -> tuple[Tensor, Tensor]:
+    """`prefix_lm_loss` the usual way: logits (B, T, V) of every position, most of which nobody asks for."""
+    logits, targets = head(hidden)[:, :-1].float(), labels[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view(targets.shape).sum(1), (targets != IGNORE).sum(1).float()
+
+
+@contextmanager
+def loss_of(function: Callable) -> Iterator[None]:
+    """The language model computes its loss by `function` of (hidden, labels, head)."""
+    before, language.prefix_lm_loss = language.prefix_lm_loss, function
+    try:
+        yield
+    finally:
+        language.prefix_lm_loss = before
+
+
+@contextmanager
+def trained(module: torch.nn.Module) -> Iterator[None]:
+    """Weights get gradients, as if they were not frozen (nobody steps them)."""
+    module.requires_grad_(True)
+    try:
+        yield
+    finally:
+        module.requires_grad_(False).zero_grad(set_to_none=True)
+
+
+@contextmanager
+def vit_grad(model: EVLGen) -> Iterator[None]:
+    """The vision encoder keeps what a backward pass needs, and it is made."""
+    vision = model.visual_encoder
+    vision.forward = vision.encode
+    try:
+        with trained(vision):
+            yield
+    finally:
+        del vision.forward
+
+
+@contextmanager
+def eager_attention(model: EVLGen) -> Iterator[None]:
+    """Attention as two products with a softmax between them, everywhere."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+UNDONE = {
+    "full-logits": lambda model: loss_of(full_logits_loss),
+    "vit-grad": vit_grad,
+    "llm-grad": lambda model: trained(model.language_model.llm),
+    "eager-attention": eager_attention,
+}
+
+
+def peak_gb(device: torch.device, call: Callable) -> float | None:
+    """Peak memory of one call in GB, weights included; None on a CPU, which does not say."""
+    if device.type != "cuda":
+        call()
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) / 1e9
+
+
+def undone(model: EVLGen, name: str, call: Callable) -> Callable:
+    """`call` with one saving undone."""
+
+    def run():
+        with UNDONE[name](model):
+            call()
+
+    return run
+
+
+def whole_steps(model: EVLGen, step: TrainingStep, batch: dict, names: list[str], args) -> dict:
+    """{name: time, and peak memory} of the runner's step as it is ("whole") and with each of `names` undone."""
+    batches = itertools.repeat(batch)
+    calls = {"whole": lambda: step(batches)}
+    calls |= {name: undone(model, name, calls["whole"]) for name in names}
+    memory = {}
+    for name in list(calls):
+        memory[name] = fits = _peak_or_nothing(step, calls[name], name)
+        if fits == OUT_OF_MEMORY:
+            del calls[name]
+    return {"seconds": alternate(calls, step.device, args.repetitions, args.seconds), "peak_gb": memory}
+
+
+OUT_OF_MEMORY = "out of memory"
+
+
+def _peak_or_nothing(step: TrainingStep, call: Callable, name: str) -> float | str | None:
+    """`peak_gb`, or OUT_OF_MEMORY for a step that does not fit with a saving undone."""
+    try:
+        return peak_gb(step.device, call)
+    except torch.cuda.OutOfMemoryError:
+        if name == "whole":
+            raise
+    # here and not above: what the error still holds is free now
+    step.optimizer.zero_grad(set_to_none=True)
+    torch.cuda.empty_cache()
+    print(f"{name}: {OUT_OF_MEMORY}", flush=True)
+    return OUT_OF_MEMORY
+
+
+class Laps:
+    """Seconds between calls, by name; on a GPU by events that are read at the end."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.marks = device, []
+        self("")
+
+    def __call__(self, name: str):
+        if self.device.type == "cuda":
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        else:
+            mark = time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
+        self.marks.append((name, mark))
+
+    def read(self) -> dict[str, float]:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        found = {}
+        for (_, before), (name, after) in itertools.pairwise(self.marks):
+            seconds = before.elapsed_time(after) / 1000 if self.device.type == "cuda" else after - before
+            found[name] = found.get(name, 0.0) + seconds
+        return found
+
+
+def in_phases(model: EVLGen, step: TrainingStep, batch: dict) -> dict[str, float]:
+    """Seconds of each phase of one step, which computes the same gradients, cut where the graph is cut."""
+    lap, batch = Laps(step.device), step.prepared(batch)
+    texts, no_prompts = batch["text_input"], [""] * len(batch["text_input"])
+    with step.autocast():
+        visual = model.visual_encoder(batch["image"])
+        lap("vision encoder")
+        tokens = model.llm_proj(model.connector(model.ln_vision(visual)).tokens)  # (B, L', D_l)
+        lap("connector, forward")
+        prompt = tokens.detach().requires_grad_()
+        with loss_of(lambda hidden, labels, head: (hidden, labels)):
+            hidden, labels = model.language_model.loss(prompt, texts, no_prompts)
+        lap("language model, forward")
+        last = hidden.detach().requires_grad_()
+        sums, count = prefix_lm_loss(last, labels, model.language_model._head)
+        loss = sums.sum() / count.sum()
+    step.scaler.scale(loss).backward()
+    lap("head and loss, both passes")
+    hidden.backward(last.grad)
+    lap("language model, backward")
+    tokens.backward(prompt.grad)
+    lap("connector, backward")
+    step._update()
+    lap("optimizer")
+    return lap.read()
+
+
+def phases(model: EVLGen, step: TrainingStep, batch: dict, args) -> dict[str, dict]:
+    """{phase: spread of its seconds}; the page lists them in the order of a step."""
+    in_phases(model, step, batch)
+    found = [in_phases(model, step, batch) for _ in range(max(3, args.repetitions // 2))]
+    return {name: spread([each[name] for each in found]) for name in found[0]}
+
+
+def head_and_loss(model: EVLGen, step: TrainingStep, batch: dict, args) -> dict:
+    """Head and loss alone, both passes: logits where there is a label, against all of them."""
+    with torch.no_grad(), step.autocast(), loss_of(lambda hidden, labels, head: (hidden, labels)):
+        prompt = model.visual_prompt(step.prepared(batch)["image"]).tokens
+        texts = batch["text_input"]
+        hidden, labels = model.language_model.loss(prompt, texts, [""] * len(texts))
+    head = model.language_model._head
+
+    def run(function):
+        leaf = hidden.detach().requires_grad_()
+        with step.autocast():
+            sums, count = function(leaf, labels, head)
+        (sums.sum() / count.sum()).backward()
+
+    calls = {"supervised": lambda: run(prefix_lm_loss), "full": lambda: run(full_logits_loss)}
+    memory, held = {}, torch.cuda.memory_allocated(step.device) / 1e9 if step.device.type == "cuda" else 0.0
+    for name, call in calls.items():
+        peak = peak_gb(step.device, call)
+        memory[name] = None if peak is None else peak - held
+    rows = {"supervised": int((labels != IGNORE).sum()), "full": labels.numel()}
+    times = alternate(calls, step.device, args.repetitions, args.seconds)
+    return {"seconds": times, "extra_peak_gb": memory, "rows_of_logits": rows}
+
+
+@contextmanager
+def read_batches(args, scale) -> Iterator[Iterator[dict]]:
+    """Batches that `args.workers` processes read from tar shards of 640 x 480 photographs."""
+    from data import photograph, write_shards
+
+    from lavis_evlgen.datasets import ImageShards
+    from lavis_evlgen.datasets.loading import train_loader
+    from lavis_evlgen.datasets.shard_names import ShardNames
+    from lavis_evlgen.processors import EvlgenCaptionProcessor, EvlgenImageTrainProcessor
+
+    with tempfile.TemporaryDirectory() as folder:
+        shards = write_shards(Path(folder), [photograph(640, 480, n) for n in range(8)], max(1, 2 * args.workers))
+        processor = EvlgenImageTrainProcessor(scale.image_size, mean="clip")
+        dataset = ImageShards("shards", ShardNames(shards), vis_processor=processor,
+                              text_processor=EvlgenCaptionProcessor())  # fmt: skip
+        on_gpu = args.device != "cpu"
+        loader = train_loader([dataset], None, args.batch, 0, 0, 1, 0, num_workers=args.workers, pin_memory=on_gpu)
+        yield iter(loader)
+
+
+def with_data(step: TrainingStep, args, scale) -> dict[str, float]:
+    """Seconds of a step, and of waiting in it, when pictures are read as in a run (wall clock, means)."""
+    with read_batches(args, scale) as batches:
+        for _ in range(3):
+            step(batches)
+        started, waited = time.perf_counter(), 0.0
+        for _ in range(args.repetitions):
+            waited += step(batches)[1]
+        if step.device.type == "cuda":
+            torch.cuda.synchronize(step.device)
+        seconds = (time.perf_counter() - started) / args.repetitions
+    return {"seconds": seconds, "waited": waited / args.repetitions, "workers": args.workers}
+
+
+def mfu(flops: float, batch: int, seconds: float, device: torch.device) -> float | None:
+    """Share of the GPU's peak that a step uses; None where the peak is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    peak = next((rate for part, rate in PEAK.items() if part in name), None)
+    return None if peak is None else flops * batch / seconds / peak
+
+
+def measure(args) -> dict:
+    """The row of one model."""
+    device, scale = torch.device(args.device), scales()[args.scale]
+    frozen = "fp32" if args.fp32_frozen else args.dtype
+    model = build(scale, frozen, device)
+    step = TrainingStep(model, adamw(model, 1e-5, 0.05, 0.999), device, {"amp": args.dtype})
+    batch = samples(scale, args.batch, device)
+    names = [] if args.only_whole else args.undo or list(UNDONE)
+    flops = flops_per_image(step, batch)
+    if args.compile:
+        model.visual_encoder.vit.compile()
+    step(itertools.repeat(batch))  # Adam's state is there before memory is measured
+    row = {"scale": args.scale, "batch": args.batch, "dtype": args.dtype, "frozen": frozen, "compile": args.compile}
+    row |= whole_steps(model, step, batch, names, args)
+    seconds = row["seconds"]["whole"]["median"]
+    row |= {"images_per_s": args.batch / seconds, "flops_per_image": flops}
+    row["mfu"] = mfu(flops, args.batch, seconds, device)
+    row["phases"] = phases(model, step, batch, args)
+    row["head_and_loss"] = head_and_loss(model, step, batch, args)
+    row["with_data"] = with_data(step, args, scale) if args.workers else None
+    return row
+
+
+def main():
+    on_gpu = torch.cuda.is_available()
+    args_of = parser(__doc__, repetitions=20 if on_gpu else 3, seconds=120)
+    args_of.add_argument("--scale", choices=scales(), default="opt-2.7b" if on_gpu else "quickstart")
+    args_of.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="pictures (GPU 64, CPU 4)")
+    args_of.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16" if on_gpu else "fp32",
+                         help="of autocast and of what is frozen")  # fmt: skip
+    for name in UNDONE:
+        args_of.add_argument(f"--{name}", dest="undo", action="append_const", const=name, help="undo this saving alone")
+    args_of.add_argument("--only-whole", action="store_true", help="no saving undone")
+    args_of.add_argument("--fp32-frozen", action="store_true", help="frozen parts in float32")
+    args_of.add_argument("--compile", action="store_true", help="the vision encoder under torch.compile")
+    args_of.add_argument("--workers", type=int, default=0, help="also step on data that so many processes read")
+    args = args_of.parse_args()
+    row = measure(args)
+    print({name: f"{1e3 * time['median']:.1f} ms" for name, time in row["seconds"].items()}, row["peak_gb"])
+    write(f"step-{args.scale}" + "-fp32" * args.fp32_frozen + "-compiled" * args.compile, args, [row])
+
+
+if __name__ == "__main__":
+    main()

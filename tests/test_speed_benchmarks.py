@@ -1,0 +1,182 @@
+"""The benchmark scripts: what they compare is the same thing, and docs/performance.md shows what they measured."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of benchmarks/ by name, as it is imported when it runs."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(ROOT / "benchmarks")):
+            del sys.modules[name]
+
+
+def test_alternating_times_every_call_as_often(script):
+    timing = script("timing")
+    made, device = [], torch.device("cpu")
+    calls = {name: lambda name=name: made.append(name) for name in "abc"}
+    found = timing.alternate(calls, device, repetitions=4, least=0)
+    assert made[6:] == list("abc" "bca" "cab" "abc")
+    assert {time["repetitions"] for time in found.values()} == {4}
+    assert timing.alternate(calls, device, repetitions=9, seconds=0, least=0)["a"]["repetitions"] == 3
+    assert timing.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": 2.5, "repetitions": 3}
+
+
+def test_merges_compared_are_the_same_merge(script):
+    merge = script("merge")
+    for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        which, x = merge.example(33, batch=2, width=8, dtype=dtype, device="cpu")
+        assert which.num_slots < 33
+        gradients, means = [], []
+        for way in merge.WAYS.values():
+            leaf = x.clone().requires_grad_()
+            means.append(way(which, leaf))
+            (means[-1] ** 2).sum().backward()
+            gradients.append(leaf.grad)
+        for other in (1, 2):
+            assert torch.allclose(means[0], means[other], atol=atol, rtol=0)
+            assert torch.allclose(gradients[0], gradients[other], atol=10 * atol, rtol=0)
+    assert merge.largest_error(merge.product, which, x) < 1e-6
+
+
+def test_connectors_compared_have_the_same_shapes(script):
+    connector = script("connector")
+    torch.manual_seed(0)
+    models = connector.connectors(24, 33, 9, SIZES, layers=(4, 2))
+    visual = torch.randn(2, 33, 24)
+    shapes = {name: model.eval()(visual) for name, model in models.items()}
+    stage1 = shapes.pop("Q-Former, stage 1 (LAVIS)")
+    assert [tuple(out.shape) for out in shapes.values()] == [(2, 9, 32), (2, 9, 32), (2, 32, 32), (2, 32, 32)]
+    assert [out.shape[0] for out in stage1] == [2, 2, 6, 2] and stage1[-1].shape == (2, 32, 30523)
+    costs = {name: connector.macs(model, visual) for name, model in models.items()}
+    lavis, theirs = (costs[f"Q-Former, stage 2 ({who})"] for who in ("LAVIS", "Hugging Face"))
+    assert lavis == theirs  # two implementations of one architecture
+
+
+def test_a_benchmark_from_start_to_page(script, tmp_path, monkeypatch):
+    merge, page = script("merge"), script("performance_page")
+    out = tmp_path / "merge-cpu.json"
+    words = "merge.py --device cpu --repetitions 1 --batch 1 --width 4 --tokens 17 --out".split()
+    monkeypatch.setattr(sys, "argv", [*words, str(out)])
+    merge.main()
+    card = json.loads(out.read_text())
+    assert {"versions", "commit", "hardware", "date", "machine", "settings"} <= set(card)
+    assert len(card["rows"]) == 4  # two precisions, forward and both passes
+    text = page.section("merge", tmp_path)
+    assert text.startswith(page.NO_GPU) and "17 -> 16" in text and "forward+backward" in text
+    card["machine"]["device"], card["hardware"]["gpu"] = "cuda", "Some GPU"
+    (tmp_path / "merge-some-gpu.json").write_text(json.dumps(card))
+    text = page.section("merge", tmp_path)
+    assert page.NO_GPU not in text and text.startswith("**Some GPU**")
+
+
+def test_pictures_a_second_of_both_sides(script, tmp_path, monkeypatch):
+    data, page = script("data"), script("performance_page")
+    monkeypatch.setattr(data, "SIZE", 32)
+    words = "data.py --repetitions 1 --batch 2 --pictures 2 --sizes 160x128 --out".split()
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "data-cpu.json")])
+    data.main()
+    card = json.loads((tmp_path / "data-cpu.json").read_text())
+    assert [row["kind"] for row in card["rows"]] == ["files", "shards"]
+    for row in card["rows"]:
+        assert sorted(name.startswith("LAVIS") for name in row["seconds"]) == [False, False, True, True]
+    assert "160 x 128" in page.section("data", tmp_path)
+
+
+@pytest.fixture
+def tiny(script):
+    """(step.py, random_models.py, model, TrainingStep, batch) without dropout."""
+    step, models = script("step"), script("random_models")
+    device = torch.device("cpu")
+    model = models.build(models.scales()["tiny"], "fp32", device).eval()
+    training = step.TrainingStep(model, step.adamw(model, 1e-3, 0.05, 0.999), device, {"max_grad_norm": 0})
+    return step, model, training, models.samples(models.scales()["tiny"], 3, device)
+
+
+def gradients(model) -> dict:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_phases_are_the_step(tiny, script, monkeypatch):
+    step, model, training, batch = tiny
+    model(batch)["loss"].backward()
+    expected = gradients(model)
+    model.zero_grad(set_to_none=True)
+    found = {}
+    monkeypatch.setattr(training, "_update", lambda: found.update(gradients(model)))
+    seconds = step.in_phases(model, training, batch)
+    assert tuple(seconds) == script("performance_page").PHASES
+    assert expected.keys() == found.keys() and expected
+    for name in expected:
+        assert torch.allclose(found[name], expected[name], atol=1e-6), name
+
+
+def test_savings_undone_change_no_loss_and_are_redone(tiny):
+    step, model, _, batch = tiny
+    loss = model(batch)["loss"]
+    for name, undo in step.UNDONE.items():
+        with undo(model):
+            other = model(batch)["loss"]
+            assert torch.allclose(other, loss, atol=1e-5), name
+            other.backward()
+            paid = any(p.grad is not None for part in (model.visual_encoder, model.language_model) for p in
+                       part.parameters())  # fmt: skip
+            assert paid == name.endswith("-grad")
+        frozen = [*model.visual_encoder.parameters(), *model.language_model.parameters()]
+        assert not any(p.requires_grad or p.grad is not None for p in frozen)
+        model.zero_grad(set_to_none=True)
+    model(batch)["loss"].backward()
+    assert "forward" not in vars(model.visual_encoder)
+
+
+def test_a_step_measured(script, tmp_path, monkeypatch):
+    step, page = script("step"), script("performance_page")
+    out = tmp_path / "step-tiny-cpu.json"
+    words = "step.py --device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --out".split()
+    monkeypatch.setattr(sys, "argv", [*words, str(out)])
+    step.main()
+    row = json.loads(out.read_text())["rows"][0]
+    assert set(row["seconds"]) == {"whole", *step.UNDONE} == set(row["peak_gb"])
+    rows = row["head_and_loss"]["rows_of_logits"]
+    assert rows["supervised"] < rows["full"]
+    assert row["flops_per_image"] > 0 and row["mfu"] is None
+    text = page.section("step", tmp_path)
+    assert "`tiny`" in text and "`--full-logits`" in text and "Head and loss alone" in text
+
+
+def test_a_step_on_data_that_is_read(tiny):
+    step, _, training, _ = tiny
+    args = SimpleNamespace(workers=0, batch=2, device="cpu", repetitions=1)
+    found = step.with_data(training, args, SimpleNamespace(image_size=28))
+    assert 0 < found["waited"] < found["seconds"]
+
+
+def test_full_size_models_are_the_papers(script):
+    models = script("random_models")
+    for name, parameters in (("opt-2.7b", 2.65e9), ("vicuna-7b", 6.74e9)):
+        scale = models.scales()[name]
+        with torch.device("meta"):
+            llm = models.AutoModelForCausalLM.from_config(scale.llm)
+        assert sum(p.numel() for p in llm.parameters()) == pytest.approx(parameters, rel=0.01)
+    encoder = models.tokenizer()
+    assert len(encoder("a" * 13, add_special_tokens=False).input_ids) == 13
+
+
+def test_the_page_is_what_the_results_make_it(script):
+    page = script("performance_page")
+    assert page.PAGE.read_text() == page.filled(page.PAGE.read_text()), "run python benchmarks/performance_page.py"
+    with pytest.raises(ValueError, match="no place for"):
+        page.filled("# Performance")
