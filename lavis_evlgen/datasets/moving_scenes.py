@@ -35,6 +35,7 @@ class MovingScenesDataset(Clips, CaptionDataset):
     """`size` drawn clips of one split. Clip i depends on (seed, split, i) and `kinds` only; 2n and 2n + 1 are twins.
 
     A clip has as many frames as the video processor takes, so that twins show the model the same set of frames.
+    `order_captions` {image_id: the caption whose order word (evaluation/order.py) is right}: all clips.
     """
 
     def __init__(self, split: str, size: int, *, seed: int = 0, image_size: int = 224,
@@ -55,6 +56,7 @@ class MovingScenesDataset(Clips, CaptionDataset):
         items = (self._item(split, index) for index in range(size))
         definition = [_DRAWING, seed, image_size, self.kinds, self.num_frames]
         super().__init__("moving_scenes", split, items, vis_processor=vis_processor, definition=definition, **kwargs)
+        self.order_captions = {image_id: captions[0] for image_id, captions in self.references.items()}
 
     def _item(self, split: str, index: int) -> CaptionedImage:
         motion = sample_motion(self.seed, split, index, self.kinds)

@@ -158,7 +158,7 @@ def scored_curve(result: dict) -> dict[str, float]:
     for metric, name in names.items():
         if metric in result["metrics"]:
             curve |= {name: result["metrics"][metric], f"blind_{name}": result["blind"].get(metric)}
-    return curve
+    return curve | {key: result[key] for key in ("order_accuracy",) if key in result}
 
 
 def summary(result: dict) -> str:
@@ -168,6 +168,15 @@ def summary(result: dict) -> str:
     bad = f"  {len(result['unreadable'])} unreadable pictures left out" if result.get("unreadable") else ""
     return (
         f"CIDEr {cider:.3f} (blind {blind:.3f})  loss {result['loss_right']:.3f} right, "
-        f"{result['loss_shuffled']:.3f} shuffled (gap {result['loss_gap']:.3f} nats/token)  {others}  "
+        f"{result['loss_shuffled']:.3f} shuffled (gap {result['loss_gap']:.3f} nats/token)  {others}{_order(result)}  "
         f"[{result['pictures']} pictures, {result['scoring_tokenizer']} tokenizer]{bad}"
     )
+
+
+def _order(result: dict) -> str:
+    """How often captions of clips tell events in the right order, as a whole and by kind; empty where not asked."""
+    if "order_accuracy" not in result:
+        return ""
+    kinds = {key.partition(" ")[2]: value for key, value in result.items() if key.startswith("order_accuracy ")}
+    kinds = (f"{kind} {value:.2f}" for kind, value in kinds.items())
+    return f"  order of events {result['order_accuracy']:.3f} ({', '.join(kinds)}; at most 0.5 for who ignores it)"

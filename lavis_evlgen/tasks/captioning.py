@@ -9,7 +9,7 @@ from lavis.tasks.base_task import BaseTask
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import DataError
-from lavis_evlgen.evaluation import caption_metrics
+from lavis_evlgen.evaluation import caption_metrics, order_accuracy
 from lavis_evlgen.evaluation.blind import score_with_blind
 from lavis_evlgen.tasks.other_pictures import paired_losses
 from lavis_evlgen.tasks.watching import watched
@@ -31,7 +31,8 @@ class EvlgenCaptionTask(BaseTask):
     """Captions a split and scores it: CIDEr, BLEU, ROUGE-L, METEOR, and what a model that does not look would get.
 
     Blind baseline: the same captions with the pictures shuffled among samples; and the validation loss under the
-    right and under another sample's visual prompt.
+    right and under another sample's visual prompt. Where a data set of clips has `order_captions`, also the share of
+    captions that tell what happened in the right order.
     """
 
     NUMBERS = {
@@ -63,6 +64,7 @@ class EvlgenCaptionTask(BaseTask):
         self.decoding, self.metrics, self.tokenizer = decoding, tuple(metrics), tokenizer
         self.shuffles, self.agg = shuffles, agg
         self.references: dict = {}
+        self.order_captions: dict = {}
 
     @classmethod
     def setup_task(cls, cfg):
@@ -94,6 +96,7 @@ class EvlgenCaptionTask(BaseTask):
 
     def before_evaluation(self, model, dataset, **kwargs):
         self.references = dataset.references
+        self.order_captions = getattr(dataset, "order_captions", {})
 
     @torch.no_grad()
     def evaluation(self, model, data_loader, cuda_enabled=False) -> list[dict]:
@@ -126,7 +129,8 @@ class EvlgenCaptionTask(BaseTask):
         return rows, tail
 
     def after_evaluation(self, val_result: list[dict], split_name: str, epoch, **kwargs) -> dict:
-        """Scores of all ranks' rows (call on one rank): metrics, blind metrics, losses, `agg_metrics`, `rows`."""
+        """Scores of all ranks' rows (call on one rank): metrics, blind metrics, losses, `agg_metrics`, `rows`; and
+        what evaluation.order_accuracy says, where the data set asks for the order of events."""
         rows = [row for row in val_result if "bad" not in row]
         bad = [row["bad"] for row in val_result if "bad" in row]
         if len(rows) < 2 or all(row["loss_shuffled"] is None for row in rows):
@@ -146,6 +150,7 @@ class EvlgenCaptionTask(BaseTask):
             "metrics": scores.scores,
             "blind": blind.mean,
             **paired_losses(rows),
+            **self._order(predictions),
             "pictures": len(rows),
             "unreadable": bad,
             "scoring_tokenizer": scores.tokenizer,
@@ -153,3 +158,8 @@ class EvlgenCaptionTask(BaseTask):
             "agg_metrics": scores.scores[self.agg],
             "rows": rows,
         }
+
+    def _order(self, predictions: dict) -> dict[str, float]:
+        """Nothing where the data set says of no picture which order is right."""
+        asked = {key: self.order_captions[key] for key in predictions if key in self.order_captions}
+        return order_accuracy(predictions, asked) if asked else {}

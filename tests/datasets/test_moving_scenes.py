@@ -184,3 +184,10 @@ def test_a_picture_processor_is_refused_and_splits_can_be_left_out():
     config.sizes = {"dev": 4}
     with pytest.raises(DataError, match=r"sizes\.dev is unknown"):
         MovingScenesBuilder(config).build()
+
+
+def test_every_clip_says_which_order_is_right():
+    dataset = clips("val", 40)
+    assert dataset.order_captions == {row["image_id"]: row["caption"] for row in dataset.annotation}
+    asked = order_accuracy(dataset.order_captions, dataset.order_captions)
+    assert asked["order_asked"] == 40 and asked["order_accuracy"] == 1

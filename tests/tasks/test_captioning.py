@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.models.connectors import VisualPrompt
+from lavis_evlgen.runners.reporting import scored_curve, summary
 from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 
 WORDS = ("cat", "dog", "boat", "tree", "house", "ball", "red", "blue")
@@ -139,3 +140,40 @@ def test_two_ranks_of_one_picture_each_say_so():
     rows = evaluate([0], 1) + evaluate([1], 1)
     with pytest.raises(DataError, match="scoring needs 2"):
         task().after_evaluation(rows, "val", 1)
+
+
+class Narrator(Witness):
+    """Says the same of both directions of a move, and the right thing of what appears or leaves."""
+
+    SAID = ("red circle moves left", "red circle moves left", "blue star appears", "blue star leaves")
+
+    def generate(self, batch, visual_prompt, **decoding):
+        return [self.SAID[int(n)] for n in visual_prompt.tokens.flatten()]
+
+
+EVENTS = ("red circle moves left", "red circle moves right", "blue star appears", "blue star leaves")
+
+
+@pytest.mark.parametrize(
+    "bad, expected",
+    [
+        ((), {"": 0.75, " left/right": 0.5, " appears/leaves": 1.0}),
+        ({1, 3}, {"": 1.0, " left/right": 1.0, " appears/leaves": 1.0}),
+    ],
+)
+def test_the_order_of_events_is_scored_where_the_data_set_says_it(bad, expected):
+    captioner = task()
+    captions = {f"id{n}": caption for n, caption in enumerate(EVENTS)}
+    references = {key: [caption] for key, caption in captions.items()}
+    captioner.before_evaluation(None, types.SimpleNamespace(references=references, order_captions=captions))
+    rows = captioner.evaluation(Narrator(), list(batches(range(4), 3, bad)))
+    result = captioner.after_evaluation(rows, "val", 1)
+    found = {key.removeprefix("order_accuracy"): result[key] for key in result if key.startswith("order_accuracy")}
+    assert found == expected and result["order_asked"] == 4 - len(bad)
+    assert scored_curve(result)["order_accuracy"] == expected[""]
+    words = f"order of events {expected['']:.3f} (appears/leaves 1.00, left/right {expected[' left/right']:.2f}; "
+    assert words in summary(result)
+    # the next data set does not say it
+    captioner.before_evaluation(None, types.SimpleNamespace(references=references))
+    result = captioner.after_evaluation(rows, "val", 1)
+    assert not [key for key in (*result, *scored_curve(result)) if "order" in key] and "order" not in summary(result)
