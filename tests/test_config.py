@@ -55,13 +55,41 @@ def test_every_project_loads_and_its_values_are_of_the_right_type(project):
     for dataset in cfg["datasets"].values():
         sizes = {processor["image_size"] for processor in dataset["vis_processor"].values()}
         assert sizes == {cfg["model"]["image_size"]}, "the processors and the ViT must agree"
+        frames = {processor.get("num_frames") for processor in dataset["vis_processor"].values()}
+        assert frames == {cfg["model"].get("num_frames")}, "the processors and the model must agree"
         assert 0 <= dataset["max_bad_fraction"] <= 1
 
 
 def test_the_projects_are_there():
-    assert {"quickstart", "opt", "vicuna"} <= {path.stem for path in PROJECTS}
-    evaluations = {path.stem for path in PROJECTS if path.parent.name == "eval"}
-    assert evaluations == {"coco", "nocaps", "flickr30k", "vqav2", "gqa", "okvqa", "easy_vqa"}
+    found = {folder: {path.stem for path in PROJECTS if path.parent == ROOT / "projects" / folder}
+             for folder in ("evlgen", "evlgen/eval", "evlgen_video", "evlgen_video/eval")}  # fmt: skip
+    assert {"quickstart", "opt", "vicuna"} <= found["evlgen"]
+    assert found["evlgen/eval"] == {"coco", "nocaps", "flickr30k", "vqav2", "gqa", "okvqa", "easy_vqa"}
+    assert found["evlgen_video"] == {"msrvtt", "msvd", "webvid", "msrvtt_scst", "moving_scenes", "clips"}
+    assert found["evlgen_video/eval"] == {"msrvtt", "msvd"}
+
+
+@pytest.mark.parametrize("name", ["msrvtt", "msvd"])
+def test_fine_tuning_on_clips_has_the_released_settings(name):
+    cfg = load(ROOT / f"projects/evlgen_video/{name}.yaml")
+    run, model = cfg.run_cfg, cfg.model_cfg
+    assert (run.warmup_lr, run.init_lr, run.min_lr, run.warmup_steps, run.max_iters) == (1e-8, 1e-5, 1e-6, 1000, 50_000)
+    assert 4 <= run.batch_size_train <= 16 and (model.vit_precision, model.num_frames) == ("fp32", 4)
+    assert (model.residual, model.temporal_positions, model.frame_pooling) == ("gated", False, "mean")
+    score = load(ROOT / f"projects/evlgen_video/eval/{name}.yaml")
+    for found in (cfg, score):
+        assert (found.run_cfg.num_beams, found.run_cfg.max_len, found.run_cfg.min_len) == (5, 20, 5)
+        data = found.datasets_cfg.video_captions
+        assert data.videos == f"data/{name}/videos"
+        assert data.annotations.test == f"data/{name}/annotations/cap_test.json"
+    assert [split for split, file in data.annotations.items() if file] == ["test"]
+
+
+def test_drawn_clips_are_neither_mirrored_nor_cropped():
+    cfg = load(ROOT / "projects/evlgen_video/moving_scenes.yaml")
+    train = cfg.datasets_cfg.moving_scenes.vis_processor.train
+    assert (train.flip, train.min_scale) == (False, 1.0) and cfg.model_cfg.temporal_positions is True
+    assert (cfg.run_cfg.max_iters, cfg.run_cfg.batch_size_train, cfg.model_cfg.num_frames) == (240, 8, 4)
 
 
 def test_defaults_then_file_then_options(path):
