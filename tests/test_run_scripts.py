@@ -58,6 +58,43 @@ def test_a_table_trains_the_papers_recipe(words):
     assert (run.init_lr, run.min_lr, run.warmup_steps) == (1e-4, 1e-5, 5000)
 
 
+# arguments -> (config's data set and its type, task, temporal, frame_pooling, run folder)
+CLIPS = {
+    "paper/webvid.sh video some.pth": ("webvid2m", None, "evlgen_captioning", True, "mean", "webvid/video"),
+    "paper/webvid.sh concat some.pth": ("webvid2m", None, "evlgen_captioning", False, "concat", "webvid/concat"),
+    "paper/webvid.sh mean some.pth": ("webvid2m", None, "evlgen_captioning", False, "connector_mean", "webvid/mean"),
+}
+for _table, _data in (("table3", "msrvtt"), ("table4", "msvd")):
+    for _row, _settings in {
+        "image": ("evlgen_captioning", True, "mean"),
+        "video": ("evlgen_captioning", True, "mean"),
+        "concat": ("evlgen_captioning", False, "concat"),
+        "mean": ("evlgen_captioning", False, "connector_mean"),
+        "scst": ("scst", True, "mean"),
+    }.items():
+        CLIPS[f"paper/{_table}_{_data}.sh {_row} some.pth"] = (
+            "video_captions", _data, *_settings, f"{_table}/{_row}"
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("words", CLIPS)
+def test_a_table_of_clips_trains_the_papers_recipe(words):
+    command, cfg = started(words, GPUS="4")
+    data, kind, task, temporal, pooling, folder = CLIPS[words]
+    run, model = cfg.run_cfg, cfg.model_cfg
+    assert (model.arch, model.model_type, model.pretrained) == ("evlgen_video", "opt2.7b", "some.pth")
+    assert (model.temporal, model.frame_pooling, model.residual, model.num_frames) == (temporal, pooling, "gated", 4)
+    assert list(cfg.datasets_cfg) == [data] and run.task == task
+    if kind:
+        section = cfg.datasets_cfg[data]
+        assert section.videos == f"data/{kind}/videos" and f"/{kind}/" in section.annotations.train
+    assert f"{run.output_dir}/{run.run_name}" == f"output/paper/{folder}"
+    assert command[3:5] == ["--nproc_per_node", "4"] and run.batch_size_train * 4 * run.accum_grad_iters == 64
+    assert (run.num_beams, run.max_len, run.min_len, run.batch_size_train) == (5, 20, 5, 8)
+    if task == "evlgen_captioning":
+        assert (run.warmup_lr, run.init_lr, run.min_lr, run.max_iters) == (1e-8, 1e-5, 1e-6, 50_000)
+
+
 def test_options_of_a_table_reach_the_config():
     assert started("paper/table9_r.sh 25 run.seed=7", GPUS="1", BATCH="50")[1].model_cfg.tome_r == 25
     assert started("paper/table1_opt.sh 90k", GPUS="8")[1].model_cfg.tome_r == {"target": 29}
@@ -89,6 +126,10 @@ def test_several_nodes_meet_at_one_of_them():
         ("paper/table8_vit.sh opt2.7b", {}, "which LLM"),
         ("paper/table9_r.sh many", {}, "how many merges"),
         ("paper/zero_shot.sh gqa", {}, "which checkpoint"),
+        ("paper/webvid.sh image some.pth", {}, "webvid: which row? video, concat or mean"),
+        ("paper/table3_msrvtt.sh", {}, "table3_msrvtt: which row? image, video, concat, mean or scst"),
+        ("paper/table3_msrvtt.sh video run.seed=1", {}, "which checkpoint does video start from"),
+        ("paper/table4_msvd.sh late some.pth", {}, "table4_msvd: which row"),
         ("slurm.sh projects/evlgen/opt.yaml", {}, "start it with sbatch"),
     ],
 )

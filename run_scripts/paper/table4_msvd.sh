@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Table 4: captions of MSVD, fine-tuned. bash run_scripts/paper/table4_msvd.sh ROW CHECKPOINT [KEY=VALUE ...]
+#   ROW         image, video, concat, mean or scst, as table3_msrvtt.sh; the paper's table has `video` alone
+#   CHECKPOINT  what the row starts from, as there
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+exec bash run_scripts/paper/video_row.sh table4_msvd "$@"
