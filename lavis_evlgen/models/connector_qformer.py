@@ -37,15 +37,18 @@ NOT_IN_A_BERT = ("query_tokens", "crossattention")
 class QFormerConnector(Connector):
     """(B, L, D_v) -> (B, num_query_token, D_c), as BLIP-2's second stage uses it (Li et al. 2023, section 3)."""
 
-    def __init__(self, input_width: int, num_query_token: int = NUM_QUERY_TOKEN, **sizes):
-        """sizes: fields of Hugging Face's BertConfig; what is left out is bert-base."""
+    def __init__(
+        self, input_width: int, num_query_token: int = NUM_QUERY_TOKEN, cross_attention_freq: int = 2, **sizes
+    ):
+        """cross_attention_freq: every so many layers read visual tokens. sizes: fields of Hugging Face's BertConfig;
+        what is left out is bert-base."""
         # words and positions are dropped below: they need not be drawn first
         sizes = {"hidden_act": "gelu", **sizes, "vocab_size": 1, "max_position_embeddings": 1}
         config = BertConfig(
             **sizes,
             encoder_width=input_width,
             add_cross_attention=True,
-            cross_attention_freq=2,
+            cross_attention_freq=cross_attention_freq,
             query_length=num_query_token,
         )
         super().__init__(config.hidden_size, num_query_token)

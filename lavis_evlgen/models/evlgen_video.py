@@ -7,14 +7,8 @@ from torch import Tensor
 
 from lavis_evlgen.models.connectors import VisualPrompt
 from lavis_evlgen.models.evlgen import CONFIGS, EVLGen, build_evlgen
+from lavis_evlgen.models.frame_poolings import POOLINGS, TemporalQFormer, TemporalQueries, averaged, concatenated
 from lavis_evlgen.models.temporal_vision import TEMPORAL_KEYS, TemporalVision, temporal_vision_of
-from lavis_evlgen.nn import MergeMap
-
-POOLINGS = {
-    "mean": "frames' ViT features averaged, then one pass of the connector (released)",
-    "concat": "each frame through the connector, the prompts one after the other",
-    "connector_mean": "each frame through the connector, the prompts averaged",
-}
 
 
 @registry.register_model("evlgen_video")
@@ -22,7 +16,8 @@ class EVLGenVideo(EVLGen):
     """EVLGen-Video (EVLGen, section 3.3). Types: opt2.7b, vicuna7b, quickstart.
 
     `samples["image"]` is (B, 3, T, H, W), as LAVIS's video processors give clips, or (B, 3, H, W), clips of one frame;
-    all else is EVLGen. With temporal=false and frame_pooling concat or connector_mean it is the paper's baselines.
+    all else is EVLGen. With temporal=false and frame_pooling concat or connector_mean it is the paper's baselines;
+    with temporal_qformer or temporal_queries, in the style of the video models it compares with.
 
     >>> model, vis, txt = load_model_and_preprocess("evlgen_video", "quickstart", is_eval=True)
     >>> model.generate({"image": vis["eval"]("clip.mp4")[None]})
@@ -42,29 +37,40 @@ class EVLGenVideo(EVLGen):
         "lr_scale": f"learning-rate factor of each part: {', '.join(PARTS)}",
     }
 
-    def __init__(self, *parts, num_frames: int = 4, frame_pooling: str = "mean", **settings):
+    def __init__(
+        self, *parts, num_frames: int = 4, frame_pooling: str = "mean", dropout: float | None = None, **settings
+    ):
+        """dropout: of the module that frame_pooling trains, where it trains one (None: BERT's 0.1)."""
         super().__init__(*parts, **settings)
         if frame_pooling not in POOLINGS:
             raise ValueError(f"frame_pooling: {frame_pooling!r} is not one of {', '.join(POOLINGS)}")
         self.num_frames, self.frame_pooling = num_frames, frame_pooling
         self.temporal = isinstance(self.visual_encoder, TemporalVision)
+        if frame_pooling == "temporal_qformer":
+            self.frame_pool = TemporalQFormer(self.connector, num_frames, dropout)
+        elif frame_pooling == "temporal_queries":
+            self.frame_pool = TemporalQueries(self.connector, self.visual_encoder.width, dropout)
 
     @classmethod
     def build(cls, cfg) -> EVLGenVideo:
         frames = {"num_frames": cfg.get("num_frames", 4), "frame_pooling": cfg.get("frame_pooling", "mean")}
-        return build_evlgen(cls, cfg, temporal_vision_of, **frames)
+        return build_evlgen(cls, cfg, temporal_vision_of, dropout=cfg.get("dropout"), **frames)
 
     def part_of(self, name: str) -> str:
-        return "temporal" if name.startswith("visual_encoder.temporal.") else super().part_of(name)
+        temporal = name.startswith(("visual_encoder.temporal.", "frame_pool."))
+        return "temporal" if temporal else super().part_of(name)
 
     def additions(self) -> list[set[str]]:
-        """The temporal modules, of which an image model has none, and the position embeddings, all zero at first."""
+        """The temporal modules, of which an image model has none, the position embeddings, all zero at first, and the
+        module of frame_pooling."""
         names = {name for name in self.state_dict() if name.startswith("visual_encoder.temporal.")}
         positions = {name for name in names if name.endswith(".positions")}
-        return [names - positions, positions, *super().additions()]
+        pool = {name for name in self.state_dict() if name.startswith("frame_pool.")}
+        return [names - positions, positions, pool, *super().additions()]
 
     def token_counts(self) -> str:
-        each, out = self.visual_encoder.num_tokens, self.connector.num_output_tokens
+        each = self.visual_encoder.num_tokens
+        out = getattr(self, "frame_pool", self.connector).num_output_tokens
         out *= self.num_frames if self.frame_pooling == "concat" else 1
         return f"{self.num_frames} frames of {each} visual -> {out} in the prompt (frame_pooling {self.frame_pooling})"
 
@@ -98,32 +104,15 @@ class EVLGenVideo(EVLGen):
         """image (B, 3, T, H, W) or (B, 3, H, W) -> the connector's tokens of each clip, (B, L', D_c).
 
         The source of `concat` maps the T L tokens of all frames to the T L' of the prompt; a token of `connector_mean`
-        has one source in each frame, so there is no such map and it raises ValueError.
+        has one source in each frame, so there is no such map and it raises ValueError. Queries read all patches, so
+        temporal_qformer and temporal_queries have no source.
         """
         tokens = self.frame_tokens(image)  # (B, T, L, D_v)
         count = tokens.shape[1]
-        if self.frame_pooling == "mean":
-            return self.connector(self.ln_vision(tokens.mean(1)), return_source=return_source)
+        if self.frame_pooling in ("mean", "temporal_queries"):
+            prompt = self.connector(self.ln_vision(tokens.mean(1)), return_source=return_source)  # (B, L', D_c)
+            return prompt if self.frame_pooling == "mean" else self.frame_pool(self.ln_vision(tokens), prompt)
         prompt = self.connector(self.ln_vision(tokens.flatten(0, 1)), return_source=return_source)  # (B T, L', D_c)
+        if self.frame_pooling == "temporal_qformer":
+            return self.frame_pool(prompt, count)
         return concatenated(prompt, count) if self.frame_pooling == "concat" else averaged(prompt, count)
-
-
-def concatenated(prompt: VisualPrompt, frames: int) -> VisualPrompt:
-    """Prompts of single frames (B T, L', D) -> (B, T L', D), frame after frame; mask and source likewise."""
-    mask = None if prompt.mask is None else prompt.mask.unflatten(0, (-1, frames)).flatten(1, 2)
-    tokens = prompt.tokens.unflatten(0, (-1, frames)).flatten(1, 2)
-    if prompt.source is None:
-        return VisualPrompt(tokens, mask)
-    slots = prompt.source.num_slots
-    slot = prompt.source.slot.unflatten(0, (-1, frames))  # (B, T, L)
-    first = slots * slot.new_tensor(range(frames))[:, None]  # of each frame's slots
-    return VisualPrompt(tokens, mask, MergeMap((slot + first).flatten(1, 2), slots * frames))
-
-
-def averaged(prompt: VisualPrompt, frames: int) -> VisualPrompt:
-    """Prompts of single frames (B T, L', D) -> their mean (B, L', D); raises ValueError where there is none."""
-    if prompt.mask is not None:
-        raise ValueError("frame_pooling: connector_mean needs prompts of one length; take mean or concat")
-    if prompt.source is not None:
-        raise ValueError("frame_pooling: a token of connector_mean stands for other patches in each frame: no source")
-    return VisualPrompt(prompt.tokens.unflatten(0, (-1, frames)).mean(1))
