@@ -15,14 +15,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
 from miniature_tables import write_page
 from PIL import Image
-from training_runs import ROOT, log_of, scores, train
+from training_runs import ROOT, log_of, scores, together, train
 
 from lavis_evlgen.analysis.compare import read_runs
 from lavis_evlgen.evaluation.run_card import provenance, write_run_card
@@ -136,33 +134,20 @@ class Miniature:
         for connector in ("tomeformer", "qformer"):
             self._macs_per_step(CONFIG, connector)
         self.stage1(args.seeds[0])
-        self._together("stage 1", self.stage1, [(seed,) for seed in args.seeds[1:]])
+        together("stage 1", self.stage1, [(seed,) for seed in args.seeds[1:]], args.jobs)
         tried = [(label, rate) for label in labels for rate in CONNECTORS[label][1]]
-        swept = self._together("sweep", self.sweep, tried)
+        swept = together("sweep", self.sweep, tried, args.jobs)
         found = {}
         for label in labels:
             sweep = [one for (name, _), one in zip(tried, swept, strict=True) if name == label]
             best = min(sweep, key=lambda one: one["val"]["loss_right"])
             found[label] = {"sweep": sweep, "rate": Rate(best["init_lr"], best["body"])}
         wanted = [(label, found[label]["rate"], seed) for label in labels for seed in args.seeds]
-        runs = self._together("run", self.full, wanted)
+        runs = together("run", self.full, wanted, args.jobs)
         for label in labels:
             found[label]["runs"] = [one for (name, *_), one in zip(wanted, runs, strict=True) if name == label]
             found[label]["rate"] = found[label]["rate"]._asdict()
         return found
-
-    def _together(self, what: str, function, calls: list[tuple]) -> list:
-        """Results in order; what is running when one fails is let to its end, the rest is not begun."""
-        started = time.monotonic()
-        with ThreadPoolExecutor(self.args.jobs) as pool:
-            futures = [pool.submit(function, *call) for call in calls]
-            for done, future in enumerate(as_completed(futures), 1):
-                if future.exception():
-                    pool.shutdown(cancel_futures=True)
-                    raise future.exception()
-                left = (time.monotonic() - started) / done * (len(calls) - done) / 60
-                print(f"{what} {done} of {len(calls)} done, about {left:.0f} min left", flush=True)
-        return [future.result() for future in futures]
 
 
 def _grey(images: str, folder: Path) -> Path:

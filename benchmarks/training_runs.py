@@ -6,6 +6,9 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from lavis_evlgen.evaluation.run_card import read_json_lines
@@ -31,6 +34,23 @@ def train(config: str, name: str, options: list[str], folder: Path, split: str, 
             with open(run.parent / f"{name}.txt", "a") as output:
                 subprocess.run(command, check=True, env=environment, stdout=output, stderr=subprocess.STDOUT)
     return json.loads(cards(run, split)[-1].read_text())
+
+
+def together(what: str, function: Callable, calls: list[tuple], jobs: int) -> list:
+    """Results of `function` in the order of `calls`, `jobs` at a time, with a line for each that is done.
+
+    What is running when one fails is let to its end, the rest is not begun.
+    """
+    started = time.monotonic()
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(function, *call) for call in calls]
+        for done, future in enumerate(as_completed(futures), 1):
+            if future.exception():
+                pool.shutdown(cancel_futures=True)
+                raise future.exception()
+            left = (time.monotonic() - started) / done * (len(calls) - done) / 60
+            print(f"{what} {done} of {len(calls)} done, about {left:.0f} min left", flush=True)
+    return [future.result() for future in futures]
 
 
 def cards(run: Path, split: str) -> list[Path]:

@@ -1,6 +1,8 @@
 """The tables that benchmarks write into the docs say what was measured."""
 
 import sys
+import threading
+import time
 
 import pytest
 
@@ -8,8 +10,12 @@ from tests.run_tools import ROOT
 
 
 @pytest.fixture
-def tables(monkeypatch):
+def benchmarks(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
+
+
+@pytest.fixture
+def tables(benchmarks):
     import miniature_tables
 
     return miniature_tables
@@ -74,3 +80,50 @@ def test_only_what_is_between_the_marks_is_written(tables, tmp_path, monkeypatch
         text = page.read_text()
         assert text.startswith("# Before\n") and text.endswith(f"{tables.END}\n\nAfter.\n") and "old" not in text
         assert text.count("| TomeFormer |") == 4
+
+
+def test_calls_side_by_side_come_back_in_order_and_stop_at_a_failure(benchmarks, capsys):
+    from training_runs import together
+
+    both = threading.Barrier(2, timeout=30)
+    assert together("call", lambda n: (both.wait(), n)[1], [(n,) for n in range(4)], 2) == [0, 1, 2, 3]
+    assert "call 4 of 4 done, about 0 min left" in capsys.readouterr().out
+    begun = []
+
+    def fails(n):
+        begun.append(n)
+        if n:
+            time.sleep(0.2)  # so that the first one's failure is seen while the second runs
+        raise RuntimeError(f"call {n}")
+
+    with pytest.raises(RuntimeError, match="call 0"):
+        together("call", fails, [(n,) for n in range(50)], 1)
+    assert len(begun) < 50
+
+
+def measured(order: float, cider: float, **more) -> dict:
+    return {"name": "x", "seed": 1, "steps": 240, "cider": cider, "blind_cider": 0.1, "loss_right": 1.0, "trains": 5e6,
+            "loss_shuffled": 2.0, "order_accuracy": order, "seconds": 90.0, **more}  # fmt: skip
+
+
+def test_tables_of_clips(benchmarks, tmp_path):
+    import video_tables
+
+    kinds = {"order_accuracy left/right": 0.4, "order_accuracy up/down": 0.8}
+    found = {"concat": [measured(0.6, 1.0, **kinds), measured(0.8, 2.0, **kinds)], "mean": [measured(0.5, 0.5)]}
+    header, _, concat, mean = rows(video_tables.scores_table(found))
+    assert header[:3] == ["frames", "order of events", "CIDEr"]
+    assert concat[:3] == ["concat", "0.700 (0.600 to 0.800)", "1.500 (1.000 to 2.000)"]
+    assert mean[1] == "0.500 (0.500 to 0.500)"
+    header, _, concat, mean = rows(video_tables.kinds_table(found))
+    assert header[1:] == ["left/right", "up/down"] and concat[2] == "0.800 (0.800 to 0.800)" and mean == ["mean"]
+    assert rows(video_tables.costs_table(found))[2] == ["concat", "5.0M", "240", "1.5 min"]
+    page = tmp_path / "docs" / "results" / "video.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(f"# Before\n\n{video_tables.START}\nold\n{video_tables.END}\n\nAfter.\n")
+    for _ in range(2):
+        video_tables.write_page(found, page)
+        text = page.read_text()
+        assert text.startswith("# Before\n") and text.endswith(f"{video_tables.END}\n\nAfter.\n") and "old" not in text
+        assert text.count("| concat |") == 3
+    assert (tmp_path / "docs/images/video_miniature.png").stat().st_size > 5000
