@@ -63,13 +63,17 @@ CLIPS = {
     "paper/webvid.sh video some.pth": ("webvid2m", None, "evlgen_captioning", True, "mean", "webvid/video"),
     "paper/webvid.sh concat some.pth": ("webvid2m", None, "evlgen_captioning", False, "concat", "webvid/concat"),
     "paper/webvid.sh mean some.pth": ("webvid2m", None, "evlgen_captioning", False, "connector_mean", "webvid/mean"),
-}
+    "paper/webvid.sh temporal_queries some.pth": (
+        "webvid2m", None, "evlgen_captioning", False, "temporal_queries", "webvid/temporal_queries"
+    ),
+}  # fmt: skip
 for _table, _data in (("table3", "msrvtt"), ("table4", "msvd")):
     for _row, _settings in {
         "image": ("evlgen_captioning", True, "mean"),
         "video": ("evlgen_captioning", True, "mean"),
         "concat": ("evlgen_captioning", False, "concat"),
         "mean": ("evlgen_captioning", False, "connector_mean"),
+        "temporal_qformer": ("evlgen_captioning", False, "temporal_qformer"),
         "scst": ("scst", True, "mean"),
     }.items():
         CLIPS[f"paper/{_table}_{_data}.sh {_row} some.pth"] = (
@@ -103,6 +107,12 @@ def test_options_of_a_table_reach_the_config():
     assert (cfg.model_cfg.pretrained, cfg.model_cfg.model_type, cfg.run_cfg.evaluate) == ("some.pth", "vicuna7b", True)
 
 
+def test_the_miniature_of_clips_hands_its_options_on():
+    done = script("video_miniature.sh --steps 2 --jobs 1", DRY_RUN="1")
+    assert shlex.split(done.stdout) == ["python", "benchmarks/video_scenes.py", "--steps", "2", "--jobs", "1"]
+    assert (ROOT / "benchmarks/video_scenes.py").is_file()
+
+
 def test_several_nodes_meet_at_one_of_them():
     command, cfg = started("launch.sh projects/evlgen/opt.yaml", GPUS="4", NODES="2", HEAD="first:29500", JOB="7")
     assert command[:12] == shlex.split(
@@ -126,8 +136,8 @@ def test_several_nodes_meet_at_one_of_them():
         ("paper/table8_vit.sh opt2.7b", {}, "which LLM"),
         ("paper/table9_r.sh many", {}, "how many merges"),
         ("paper/zero_shot.sh gqa", {}, "which checkpoint"),
-        ("paper/webvid.sh image some.pth", {}, "webvid: which row? video, concat or mean"),
-        ("paper/table3_msrvtt.sh", {}, "table3_msrvtt: which row? image, video, concat, mean or scst"),
+        ("paper/webvid.sh image some.pth", {}, "webvid: which row? video, concat, mean, temporal_q"),
+        ("paper/table3_msrvtt.sh", {}, "table3_msrvtt: which row? video, concat, mean"),
         ("paper/table3_msrvtt.sh video run.seed=1", {}, "which checkpoint does video start from"),
         ("paper/table4_msvd.sh late some.pth", {}, "table4_msvd: which row"),
         ("slurm.sh projects/evlgen/opt.yaml", {}, "start it with sbatch"),

@@ -5,6 +5,7 @@
 #   video   that of webvid.sh video
 #   concat  that of webvid.sh concat: frames one by one, their prompts concatenated
 #   mean    that of webvid.sh mean: frames one by one, their prompts averaged
+#   temporal_qformer, temporal_queries   that of the same row of webvid.sh (docs/video.md: in the style of)
 #   scst    that of this script's row video: SCST on top
 # 64 clips a step (GLOBAL_BATCH), 8 of a GPU at a time (BATCH), of 4 to 16 a GPU in the released settings.
 set -euo pipefail

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Table 4: captions of MSVD, fine-tuned. bash run_scripts/paper/table4_msvd.sh ROW CHECKPOINT [KEY=VALUE ...]
-#   ROW         image, video, concat, mean or scst, as table3_msrvtt.sh; the paper's table has `video` alone
+#   ROW         as table3_msrvtt.sh; of them the paper's table has `video` alone
 #   CHECKPOINT  what the row starts from, as there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."

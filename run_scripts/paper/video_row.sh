@@ -2,16 +2,18 @@
 # What webvid.sh, table3_msrvtt.sh and table4_msvd.sh share: bash video_row.sh TABLE ROW CHECKPOINT [KEY=VALUE ...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-table=${1:-} row=${2:-} checkpoint=${3:-}
+table=${1:-} row=${2:-} checkpoint=${3:-} known=yes
 case $table:$row in
     webvid:image | webvid:scst) known=no ;;
     *:image | *:video | *:scst) keys=() ;;
     *:concat) keys=(model.temporal=false model.frame_pooling=concat) ;;
     *:mean) keys=(model.temporal=false model.frame_pooling=connector_mean) ;;
+    *:temporal_qformer | *:temporal_queries) keys=(model.temporal=false "model.frame_pooling=$row") ;;
     *) known=no ;;
 esac
-[ "$table" = webvid ] && rows="video, concat or mean" || rows="image, video, concat, mean or scst"
-[ -z "${known:-}" ] || { echo "$table: which row? $rows" >&2 && exit 2; }
+rows="video, concat, mean, temporal_qformer, temporal_queries"
+[ "$table" = webvid ] || rows="$rows, image or scst"
+[ $known = yes ] || { echo "$table: which row? $rows" >&2 && exit 2; }
 if [ -z "$checkpoint" ] || [[ $checkpoint == *=* ]]; then
     echo "$table: which checkpoint does $row start from? Its head says which" >&2 && exit 2
 fi
