@@ -50,6 +50,8 @@ class EVLGenVideo(EVLGen):
             self.frame_pool = TemporalQFormer(self.connector, num_frames, dropout)
         elif frame_pooling == "temporal_queries":
             self.frame_pool = TemporalQueries(self.connector, self.visual_encoder.width, dropout)
+        if hasattr(self, "frame_pool") and self.soft_prompt is not None:
+            raise ValueError(f"soft_prompt: {frame_pooling} has learned queries; one of the two is enough")
 
     @classmethod
     def build(cls, cfg) -> EVLGenVideo:

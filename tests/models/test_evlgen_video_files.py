@@ -114,6 +114,7 @@ def test_bundles(parts, tmp_path, caplog):
     [
         ({"residual": "soft"}, "residual: 'soft' is not one of gated, convex, paper"),
         ({"frame_pooling": "late"}, "frame_pooling: 'late' is not one of mean, concat, connector_mean"),
+        ({"frame_pooling": "temporal_qformer", "soft_prompt": True}, "temporal_qformer has learned queries"),
         ({"vit_layer": 0}, "vit_layer: 0 reads the embeddings"),
         ({"use_grad_checkpoint": True}, "use_grad_checkpoint: True asked"),
     ],
