@@ -1,12 +1,16 @@
 """The tables that benchmarks write into the docs say what was measured."""
 
+import argparse
+import json
 import sys
 import threading
 import time
+import types
 
 import pytest
 
-from tests.run_tools import ROOT
+from lavis_evlgen import launch
+from tests.run_tools import ROOT, log
 
 
 @pytest.fixture
@@ -127,3 +131,56 @@ def test_tables_of_clips(benchmarks, tmp_path):
         assert text.startswith("# Before\n") and text.endswith(f"{video_tables.END}\n\nAfter.\n") and "old" not in text
         assert text.count("| concat |") == 3
     assert (tmp_path / "docs/images/video_miniature.png").stat().st_size > 5000
+
+
+@pytest.fixture
+def in_this_process(benchmarks, monkeypatch):
+    """train.py is not started but called; the names of the runs that were."""
+    import training_runs
+
+    started = []
+
+    def run(command, **keys):
+        assert command[1] == str(ROOT / "train.py") and command[3].startswith(f"{ROOT}/projects/") and keys["check"]
+        options = command[command.index("--options") + 1 :]
+        started.append(dict(option.split("=", 1) for option in options)["run.run_name"])
+        launch.run(argparse.Namespace(cfg_path=command[3], options=options), False)
+
+    monkeypatch.setattr(training_runs, "subprocess", types.SimpleNamespace(run=run))
+    return started
+
+
+def test_clips_from_end_to_end_and_again(in_this_process, parts, tmp_path, monkeypatch):
+    """Two ways to mix frames and SCST after one, two steps each on tiny parts; a second call finds all of it done."""
+    import video_scenes
+
+    ways = {label: video_scenes.WAYS[label] for label in ("temporal Q-Former", video_scenes.SCST_FROM)}
+    monkeypatch.setattr(video_scenes, "WAYS", ways)
+    # one after the other in this thread: a run takes the signals of the main one
+    monkeypatch.setattr(video_scenes, "together", lambda _, function, calls, jobs: [function(*call) for call in calls])
+    page = tmp_path / "docs" / "results" / "video.md"
+    page.parent.mkdir(parents=True)
+    page.write_text((ROOT / "docs/results/video.md").read_text())
+    tiny = [f"model.{key}={path}" for key, path in parts.items()]
+    tiny += ["model.vit_layer=null", "model.image_size=28", "model.num_layers=2", "model.tome_r=4", "run.num_workers=0",
+             "run.num_beams=1", "run.max_len=6", "run.tokenizer=simple", "run.log_freq=1", "run.amp=false",
+             "run.tensorboard=false", "run.warmup_steps=0", "run.batch_size_train=2", "run.blind_shuffles=1",
+             "run.sheet_pictures=0", "model.vit_precision=fp32", "model.llm_precision=fp32"]  # fmt: skip
+    arguments = ["--steps", "2", "--seeds", "7", "--clips", "4", "4", "--jobs", "1", "--folder", str(tmp_path / "runs")]
+    arguments += ["--out", str(tmp_path / "found.json"), "--page", str(page), "--set", *tiny]
+    monkeypatch.setattr(sys, "argv", ["video_scenes.py", *arguments])
+    video_scenes.main()
+    labels = [*ways, video_scenes.SCST]
+    assert len(in_this_process) == len(set(in_this_process)) == 1 + len(labels)
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert set(found) == set(labels) and all(0 <= run["order_accuracy"] <= 1 for (run,) in found.values())
+    assert all(run["clips"] == 4 for (run,) in found.values())
+    assert "reward" in log(tmp_path / "runs" / found[video_scenes.SCST][0]["name"])[0]
+    card = tmp_path / "runs" / found[video_scenes.SCST_FROM][0]["name"] / "run.json"
+    model = json.loads(card.read_text())["config"]["model"]
+    assert model["temporal_positions"] is True and model["residual"] == "convex"
+    assert model["pretrained"].endswith("start_2_seed7/checkpoint_best.pth")
+    text = page.read_text()
+    assert "Not yet run" not in text and text.count("| temporal Q-Former |") == 4
+    video_scenes.main()
+    assert len(in_this_process) == 1 + len(labels)
