@@ -281,7 +281,10 @@ def keys(args) -> int:
             for name, cls in registry.mapping[mapping].items():
                 if hasattr(cls, "CONFIG_KEYS"):
                     print(f"\n{section}: {name}")
-                    for key, meaning in cls.CONFIG_KEYS.items():
+                    known = dict(cls.CONFIG_KEYS)
+                    if hasattr(cls, "DATASET_CONFIG_DICT"):  # LAVIS reads this one itself
+                        known["type"] = f"which defaults: {', '.join(cls.DATASET_CONFIG_DICT)}"
+                    for key, meaning in known.items():
                         print(f"  {key:<24} {meaning}")
     return 0
 

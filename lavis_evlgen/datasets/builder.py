@@ -13,7 +13,6 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "datasets"
 SPLITS = ("train", "val", "test")
 
 COMMON_KEYS = {
-    "type": "which of the builder's default configs (default); video_captions has msrvtt and msvd too",
     "data_type": "images (LAVIS asks for it)",
     "max_bad_fraction": "stop when more than this share of the data cannot be used, 0 to 1",
     "vis_processor": "{train: {name: …}, eval: {name: …}}: image processors and their keys",

@@ -74,6 +74,11 @@ def seen(frame):
     return found
 
 
+def most(found):
+    """The colour of most pixels: where orange fades into black, the edge looks brown."""
+    return max(found, key=lambda name: found[name][0])
+
+
 @settings(max_examples=30, deadline=None)
 @given(motions)
 def test_the_frames_show_what_the_caption_says(motion):
@@ -85,11 +90,11 @@ def test_the_frames_show_what_the_caption_says(motion):
         way = {"left": -across, "right": across, "up": -down, "down": down}[words[-1]]
         assert way > 0.3 and min(abs(across), abs(down)) < 0.05
     elif "turns" in words:
-        assert list(first) == [colour] and list(last) == [words[-1]]
+        assert most(first) == colour and most(last) == words[-1]
         assert np.allclose(first[colour][1:], last[words[-1]][1:], atol=0.03)
     elif words[-1] in ("appears", "leaves"):
         before, after = (first, last) if words[-1] == "appears" else (last, first)
-        assert not before and list(after) == [colour]
+        assert not before and most(after) == colour
     elif words[3] != colour:  # two of one colour are one patch here
         near, far = (last, first) if words[-1] == "collide" else (first, last)
         gap = {name: np.abs(np.subtract(told[colour][1:], told[words[3]][1:])).max()
