@@ -50,7 +50,7 @@ def layers_strip(stem: Path, picture: np.ndarray, maps: Sequence[TokenMap], styl
         axes.set_axis_off()
     for axes, title, found in zip(panels, titles, maps, strict=False):
         draw(axes, picture, found, style)
-        axes.set_title(f"{title}: {_tokens(found)}", **{**_TEXT, "fontsize": 8})
+        axes.set_title(f"{title}\n{_tokens(found)}", **{**_TEXT, "fontsize": 8})
     frames = [_frame(picture, found, style, title) for title, found in zip(titles, maps, strict=True)]
     gif = stem.with_name(stem.name + ".gif")
     times = [int(1000 * seconds)] * (len(frames) - 1) + [int(3000 * seconds)]  # the last stays longer
