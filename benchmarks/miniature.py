@@ -14,13 +14,12 @@ tables in docs/results/miniature.md.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from miniature_tables import write_page
 from PIL import Image
-from training_runs import ROOT, log_of, scores, together, train
+from training_runs import ROOT, scores, threads_of, together, train, training_seconds
 
 from lavis_evlgen.analysis.compare import read_runs
 from lavis_evlgen.evaluation.run_card import provenance, write_run_card
@@ -62,7 +61,7 @@ class Miniature:
 
     def __init__(self, args):
         self.args, self.folder = args, args.folder.absolute()
-        self.threads = max((os.cpu_count() or 1) // args.jobs, 1) if args.jobs > 1 else None
+        self.threads = threads_of(args.jobs)
         self.grey = _grey(args.images, self.folder / "grey")
 
     def data(self, label: str | None = None) -> list[str]:
@@ -115,10 +114,9 @@ class Miniature:
         return (name, ahead), round((1 - STAGE1_SHARE) * steps)
 
     def _cost(self, name: str, steps: int) -> dict[str, float]:
-        """MACs, and training seconds at the median step (runs beside each other slow each other down)."""
-        windows = sorted(row["seconds_per_step"] for row in log_of(self.folder, name))
+        """MACs and training seconds."""
         macs = read_runs([self.folder / name])[0].rows[-1]["macs"]
-        return {"seconds": steps * windows[len(windows) // 2], "macs": macs}
+        return {"seconds": training_seconds(self.folder, name, steps), "macs": macs}
 
     def _macs_per_step(self, config: str, connector: str | None) -> float:
         """Counted on a run of one step."""

@@ -5,23 +5,21 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+from result_pages import END, START, put_between, spread  # noqa: F401  (the marks are the page's)
 from training_runs import ROOT
 
 from lavis_evlgen.analysis.compare import duration, read_runs
+from lavis_evlgen.analysis.tables import markdown
 from lavis_evlgen.evaluation.plots import comparison_plot
 
 PAGE, PICTURE = ROOT / "docs/results/miniature.md", ROOT / "docs/images/miniature.png"
-START, END = "<!-- tables -->", "<!-- end of the tables -->"
 
 
 def write_page(found: dict[str, dict], folder: Path):
     """Draw the first seed's runs of `folder`, and put the tables between the page's two marks."""
     runs = {label: read_runs([folder / result["runs"][0]["name"]])[0].rows for label, result in found.items()}
     comparison_plot(PICTURE, runs)
-    before, rest = PAGE.read_text().split(START)
-    parts = [before + START, scores_table(found), costs_table(found), sweep_table(found), END + rest.split(END)[1]]
-    PAGE.write_text("\n\n".join(parts))
-    print("\n\n".join(parts[1:-1]))
+    put_between(PAGE, [scores_table(found), costs_table(found), sweep_table(found)])
 
 
 def scores_table(found: dict[str, dict]) -> str:
@@ -32,8 +30,8 @@ def scores_table(found: dict[str, dict]) -> str:
         tests = [run["test"] for run in result["runs"]]
         gaps = [test["loss_shuffled"] - test["loss_right"] for test in tests]
         columns = [[test[key] for test in tests] for key in ("cider", "blind_cider", "loss_right", "loss_shuffled")]
-        rows.append((label, *(_spread(values) for values in (*columns, gaps))))
-    return _markdown(header, rows)
+        rows.append((label, *(spread(values) for values in (*columns, gaps))))
+    return markdown(header, rows)
 
 
 def costs_table(found: dict[str, dict]) -> str:
@@ -46,7 +44,7 @@ def costs_table(found: dict[str, dict]) -> str:
         seconds = statistics.median(run["seconds"] for run in result["runs"])
         macs = statistics.mean(run["macs"] for run in result["runs"])
         rows.append((label, f"{first['trains'] / 1e6:.1f}M", steps, duration(seconds), f"{macs / 1e12:.0f} T"))
-    return _markdown(header, rows)
+    return markdown(header, rows)
 
 
 def sweep_table(found: dict[str, dict]) -> str:
@@ -60,13 +58,4 @@ def sweep_table(found: dict[str, dict]) -> str:
             shuffled = f"{one['val']['loss_shuffled']:.3f}"
             rows.append((label, f"{one['init_lr']:g}", f"{one['body']:g}", str(one["steps"]), loss, shuffled))
     header = ("connector", "learning rate", "× for the body", "steps", "val loss, right", "val loss, shuffled")
-    return _markdown(header, rows)
-
-
-def _spread(values: list[float]) -> str:
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-
-
-def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(header, rows)

@@ -73,3 +73,14 @@ def scores(card: dict) -> dict[str, float]:
 def log_of(folder: Path, name: str) -> list[dict]:
     """Training windows of a run's log."""
     return [row for row in read_json_lines(folder / name / "log.jsonl") if "loss" in row]
+
+
+def training_seconds(folder: Path, name: str, steps: int) -> float:
+    """What `steps` take at the run's median window: runs beside each other slow each other down now and then."""
+    windows = sorted(row["seconds_per_step"] for row in log_of(folder, name))
+    return steps * windows[len(windows) // 2]
+
+
+def threads_of(jobs: int) -> int | None:
+    """CPU threads of each of `jobs` runs beside each other; None: a run alone takes what torch takes."""
+    return max((os.cpu_count() or 1) // jobs, 1) if jobs > 1 else None

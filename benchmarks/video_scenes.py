@@ -12,10 +12,9 @@ tables in docs/results/video.md.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
-from training_runs import ROOT, log_of, scores, together, train
+from training_runs import ROOT, scores, threads_of, together, train, training_seconds
 from video_tables import PAGE, write_page
 
 from lavis_evlgen.evaluation.run_card import provenance, write_run_card
@@ -52,7 +51,7 @@ class VideoScenes:
 
     def __init__(self, args):
         self.args, self.folder = args, args.folder.absolute()
-        self.threads = max((os.cpu_count() or 1) // args.jobs, 1) if args.jobs > 1 else None
+        self.threads = threads_of(args.jobs)
 
     def _train(self, config: str, name: str, steps: int, seed: int, options: list[str]) -> dict:
         """The card of the run's test, trained and validated first where it is not there."""
@@ -81,11 +80,10 @@ class VideoScenes:
         name = self._name(label, seed)
         card = self._train(VIDEO, name, steps, seed, [*options, self._best(first, seed)])
         metrics = card["metrics"]
-        windows = sorted(row["seconds_per_step"] for row in log_of(self.folder, name))
         return {
             "name": name, "seed": seed, "steps": steps, **scores(card), "clips": metrics["order_asked"],
             **{key: value for key, value in metrics.items() if key.startswith("order_accuracy")},
-            "trains": card["model"]["trainable_parameters"], "seconds": steps * windows[len(windows) // 2],
+            "trains": card["model"]["trainable_parameters"], "seconds": training_seconds(self.folder, name, steps),
         }  # fmt: skip
 
     def compare(self) -> dict[str, list[dict]]:

@@ -6,25 +6,21 @@ import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from result_pages import END, START, put_between, spread  # noqa: F401  (the marks are the page's)
 from training_runs import ROOT
 
 from lavis_evlgen.analysis.compare import duration
 from lavis_evlgen.analysis.tables import markdown
 
 PAGE, PICTURE = ROOT / "docs/results/video.md", "images/video_miniature.png"
-START, END = "<!-- tables -->", "<!-- end of the tables -->"
 CHANCE = 0.5  # of the order of events, for who ignores the order of frames
 
 
 def write_page(found: dict[str, list[dict]], page: Path = PAGE):
     """Draw the picture, in `images` beside the page's folder, and put the tables between the page's two marks."""
     draw(found, page.resolve().parent.parent / PICTURE)
-    before, rest = page.read_text().split(START)
-    after = rest.split(END)[1]
     picture = f"![order of events and CIDEr of each way to mix frames, a dot a seed](../{PICTURE})"
-    parts = [before + START, scores_table(found), kinds_table(found), picture, costs_table(found), END + after]
-    page.write_text("\n\n".join(parts))
-    print("\n\n".join(parts[1:-1]))
+    put_between(page, [scores_table(found), kinds_table(found), picture, costs_table(found)])
 
 
 def scores_table(found: dict[str, list[dict]]) -> str:
@@ -75,5 +71,4 @@ def draw(found: dict[str, list[dict]], path: Path):
 
 
 def _spread(runs: list[dict], key: str) -> str:
-    values = [run[key] for run in runs if key in run]
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
+    return spread([run[key] for run in runs if key in run])

@@ -42,12 +42,7 @@ def overview(stem: Path, picture: np.ndarray, maps: dict[str, TokenMap], style: 
 def layers_strip(stem: Path, picture: np.ndarray, maps: Sequence[TokenMap], style: str, seconds: float = 0.8):
     """Every layer's map side by side (stem.png, stem.svg) and one after the other (stem.gif, `seconds` each)."""
     titles = ["patches", *(f"after layer {n}" for n in range(1, len(maps)))]
-    columns = min(len(maps), 5)
-    rows = -(-len(maps) // columns)
-    figure = Figure(figsize=(columns * _PANEL * 0.8, rows * (_PANEL * 0.8 + 0.5)), dpi=_DPI, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels:
-        axes.set_axis_off()
+    figure, panels = _grid(len(maps), title=0.5)
     for axes, title, found in zip(panels, titles, maps, strict=False):
         draw(axes, picture, found, style)
         axes.set_title(f"{title}\n{_tokens(found)}", **{**_TEXT, "fontsize": 8})
@@ -64,12 +59,7 @@ def words_sheet(stem: Path, picture: np.ndarray, found: TokenMap, words: Sequenc
 
     The share of tokens without a patch ([CLS], registers) stands in the title.
     """
-    columns = min(len(words), 5)
-    rows = -(-len(words) // columns)
-    figure = Figure(figsize=(columns * _PANEL * 0.8, rows * (_PANEL * 0.8 + 0.7)), dpi=_DPI, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).ravel()
-    for axes in panels:
-        axes.set_axis_off()
+    figure, panels = _grid(len(words), title=0.7)
     whole = _whole(picture, found)
     grey = whole.mean(-1, keepdims=True).repeat(3, -1) * 0.6 + 0.4
     tint = matplotlib.colormaps["viridis"]
@@ -174,6 +164,17 @@ def _row(count: int, bottom: float):
     # higher than its panels are wide: the layout counts a square panel's title only where width is what limits it
     figure = Figure(figsize=(count * _PANEL, _PANEL + 0.8 + bottom), dpi=_DPI, layout="constrained")
     return figure, figure.subplots(1, count, squeeze=False)[0]
+
+
+def _grid(count: int, title: float):
+    """At least `count` small panels without axes, five in a row; title: inches above each."""
+    columns = min(count, 5)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(columns * _PANEL * 0.8, rows * (_PANEL * 0.8 + title)), dpi=_DPI, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in panels:
+        axes.set_axis_off()
+    return figure, panels
 
 
 def _frame(picture: np.ndarray, found: TokenMap, style: str, title: str) -> Image.Image:

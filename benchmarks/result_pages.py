@@ -1,0 +1,21 @@
+"""What pages in docs/results/ share: where their tables go, and how a figure over seeds is written."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+START, END = "<!-- tables -->", "<!-- end of the tables -->"
+
+
+def put_between(page: Path, parts: Sequence[str]):
+    """Write and print `parts`, tables and pictures as Markdown, between the two marks of `page`."""
+    before, rest = page.read_text().split(START)
+    page.write_text("\n\n".join([before + START, *parts, END + rest.split(END)[1]]))
+    print("\n\n".join(parts))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean (least to most); nothing of no values."""
+    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})" if values else ""
