@@ -14,20 +14,15 @@ import numpy as np
 import torch
 
 from lavis_evlgen.environment import MEND, BrokenEnvironment
-from lavis_evlgen.file_troubles import EMPTY, head_of, looks_like, trouble_with
+from lavis_evlgen.file_troubles import EMPTY, Unreadable, head_of, looks_like, trouble_with
 
 MISSING = 0.1  # share of a clip's seconds, at least one second, that may be missing at its end
 
 
-class UnreadableVideo(ValueError):
-    """One clip that cannot be read. `path` says which (str), `reason` why (str, one line)."""
+class UnreadableVideo(Unreadable):
+    """One clip that cannot be read."""
 
-    def __init__(self, path, reason: str = ""):
-        super().__init__(str(path), reason)  # both as args, so that the error survives pickling by a worker
-        self.path, self.reason = str(path), reason
-
-    def __str__(self) -> str:
-        return f"cannot read the video {self.path}: {self.reason}"
+    THING = "video"
 
 
 class VideoFile:

@@ -5,6 +5,19 @@ import os
 EMPTY = "the file is empty (0 bytes)"
 
 
+class Unreadable(ValueError):
+    """One sample's file that cannot be read: counted, not fatal. `path` says which, `reason` why (str, one line)."""
+
+    THING = "file"
+
+    def __init__(self, path, reason: str = ""):
+        super().__init__(str(path), reason)  # both as args, so that the error survives pickling by a worker
+        self.path, self.reason = str(path), reason
+
+    def __str__(self) -> str:
+        return f"cannot read the {self.THING} {self.path}: {self.reason}"
+
+
 def trouble_with(path) -> str | None:
     """Why the file at `path` cannot even be opened; None when it is there and holds something."""
     try:

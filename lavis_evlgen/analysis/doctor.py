@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from lavis.common.registry import registry
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lavis_evlgen.datasets import UNREADABLE
+from lavis_evlgen.file_troubles import Unreadable
 from lavis_evlgen.models.bundle import empty_model
 from lavis_evlgen.models.connectors import CONNECTORS, READS
 from lavis_evlgen.models.freezing import DTYPES, check_precision
@@ -41,7 +41,7 @@ def check_images(name: str, split: str, dataset, limit: int | None, say) -> Find
     def open_one(row: int):
         try:
             dataset.pil_image(row)
-        except UNREADABLE as error:
+        except Unreadable as error:
             return error
         return None
 
@@ -71,7 +71,7 @@ def first_clip(dataset) -> str:
         try:
             clip = dataset.clip(row)
             _, height, width, _ = clip.frames([0]).shape
-        except UNREADABLE:
+        except Unreadable:
             continue
         fps = f" at {clip.fps:.4g} a second" if hasattr(clip, "fps") else ""
         return f"first clip: {len(clip)} frames{fps}, {width} x {height}"

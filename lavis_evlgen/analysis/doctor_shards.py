@@ -7,8 +7,9 @@ from collections import Counter
 from pathlib import Path
 
 from lavis_evlgen.analysis.doctor import Finding
-from lavis_evlgen.datasets import UNREADABLE, ImageShards, UnreadableImage
+from lavis_evlgen.datasets import ImageShards, UnreadableImage
 from lavis_evlgen.datasets.shard_reader import read_shard
+from lavis_evlgen.file_troubles import Unreadable
 
 _DECODED = 256  # samples of each shard that is looked into
 
@@ -62,6 +63,6 @@ def _trouble(dataset: ImageShards, index: int, item) -> UnreadableImage | None:
         return UnreadableImage(dataset.shards[index], item.problem)
     try:
         dataset.sample(index, item)
-    except UNREADABLE as error:
+    except Unreadable as error:
         return error
     return None

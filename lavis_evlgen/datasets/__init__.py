@@ -2,7 +2,7 @@
 
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
 from lavis_evlgen.datasets.easy_vqa import EasyVqaBuilder
-from lavis_evlgen.datasets.errors import UNREADABLE, DataError, UnreadableImage
+from lavis_evlgen.datasets.errors import DataError, UnreadableImage
 from lavis_evlgen.datasets.image_captions import ImageCaptionDataset, ImageCaptionsBuilder
 from lavis_evlgen.datasets.image_questions import ImageQuestionDataset, ImageQuestionsBuilder
 from lavis_evlgen.datasets.moving_scenes import MovingScenesBuilder, MovingScenesDataset
@@ -12,7 +12,6 @@ from lavis_evlgen.datasets.shards import ImageShards, ImageShardsBuilder, VideoS
 from lavis_evlgen.datasets.video_captions import VideoCaptionDataset, VideoCaptionsBuilder, WebvidBuilder
 
 __all__ = [
-    "UNREADABLE",
     "AskedImage",
     "CaptionDataset",
     "CaptionedImage",

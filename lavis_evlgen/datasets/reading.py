@@ -3,7 +3,8 @@
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
 
-from lavis_evlgen.datasets.errors import UNREADABLE, DataError
+from lavis_evlgen.datasets.errors import DataError
+from lavis_evlgen.file_troubles import Unreadable
 
 MAX_TRIES = 64  # distinct unreadable images in a row before a training sample is given up
 
@@ -12,7 +13,7 @@ class ReadableRows(BaseDataset):
     """The reading half of our data sets: row number in, sample out.
 
     Needs `name`, `split`, `is_train` and `annotation`, a list of rows with `image_id`. Subclasses say in
-    `_load(row)` how a picture or clip is had, or raise one of UNREADABLE, and in `_sample` what a sample holds.
+    `_load(row)` how a picture or clip is had, or raise Unreadable, and in `_sample` what a sample holds.
     """
 
     noun = "images"  # what the rows are about, in messages
@@ -39,7 +40,7 @@ class ReadableRows(BaseDataset):
                 continue
             try:
                 return self._sample(row, self._load(row), bad)
-            except UNREADABLE as error:
+            except Unreadable as error:
                 failed.add(row["image_id"])
                 bad.append({"image": error.path, "reason": error.reason})
             if len(failed) == MAX_TRIES:
@@ -52,5 +53,5 @@ class ReadableRows(BaseDataset):
     def _eval_sample(self, row: dict) -> dict:
         try:
             return self._sample(row, self._load(row), [])
-        except UNREADABLE as error:  # another picture would be scored against the wrong references
+        except Unreadable as error:  # another picture would be scored against the wrong references
             return self._sample(row, None, [{"image": error.path, "reason": error.reason}])

@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lavis_evlgen.datasets.errors import UNREADABLE, DataError, UnreadableImage
+from lavis_evlgen.datasets.errors import DataError, UnreadableImage
 from lavis_evlgen.datasets.seeding import mix, permuted, seeded, shuffled
 from lavis_evlgen.datasets.shard_reader import ShardItem, read_shard
+from lavis_evlgen.file_troubles import Unreadable
 
 # a stream that meets this much in a row without one usable sample gives up: the whole set is wrong
 MOST_SHARDS, MOST_ITEMS = 64, 10_000
@@ -84,7 +85,7 @@ class ShardStream:
                 with seeded(mix(self.seed, epoch, index, item.index)):
                     samples.append(self._sample(tally, index, item))
                 last, dry = self.place.shards, 0
-            except UNREADABLE as error:
+            except Unreadable as error:
                 dry += 1
                 whole = item.problem is not None
                 tally.add(self.dataset.shards[index], whole, error.path, error.reason)
