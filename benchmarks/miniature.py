@@ -1,14 +1,14 @@
 """The paper's comparison in miniature, on real photos: one connector against another, all else equal.
 
     bash run_scripts/miniature.sh IMAGES CAPTIONS      # this script with its defaults
-    python benchmarks/miniature.py --images DIR --captions FILE --steps 240 --seeds 42 1 2
+    python benchmarks/miniature.py --images DIR --captions FILE --steps 160 --seeds 42 1 2
 
-Same vision encoder, language model, data, order, batch and steps. Each connector is tried with four settings of the
-learning rate on the first seed (short runs), and the one with the lowest validation loss is run in full on every
-seed. "Two stages" spends what TomeFormer spends in all, counted in MACs: BLIP-2's first stage, then the Q-Former at
-the language model, in the paper's ratio of 250 to 80 steps. "Blind" trains on grey pictures. A run that was cut off
-goes on, a finished one is not run again. Writes benchmarks/results/miniature.json, docs/images/miniature.png and the
-tables in docs/results/miniature.md.
+Same vision encoder, language model, data, order, batch and steps. Each connector is tried with a few settings (four
+learning rates; a body also with random weights in BERT's place) on the first seed, in short runs, and the one with
+the lowest validation loss is run in full on every seed. "Two stages" spends what TomeFormer spends in all, counted in
+MACs: BLIP-2's first stage, then the Q-Former at the language model, in the paper's ratio of 250 to 80 steps. "Blind"
+trains on grey pictures. A run that was cut off goes on, a finished one is not run again. Writes
+benchmarks/results/miniature.json, docs/images/miniature.png and the tables in docs/results/miniature.md.
 """
 
 from __future__ import annotations
@@ -30,29 +30,39 @@ SAME = ["model.prompt_scale=embedding", "run.num_beams=1"]
 STAGE1_SHARE = 250 / 330  # of the two stages' steps, as in BLIP-2's schedule that the paper compares with
 
 
-class Rate(NamedTuple):
-    """A learning rate, and the factor of the connector's body against llm_proj."""
+class Setting(NamedTuple):
+    """A learning rate, the factor of the connector's body against llm_proj, and what the body starts from."""
 
     init_lr: float
     body: float = 1.0
+    start: str = "MiniLM"
 
     def options(self) -> list[str]:
-        parts = [f"model.lr_scale.{part}={self.body}" for part in ("connector", "input_proj")]
-        return [f"run.init_lr={self.init_lr}", *(parts if self.body != 1 else [])]
+        options = [f"run.init_lr={self.init_lr}"]
+        if self.body != 1:
+            options += [f"model.lr_scale.{part}={self.body}" for part in ("connector", "input_proj")]
+        if self.start == "random":
+            sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_heads": 12}  # MiniLM's
+            options += ["model.connector_init=random", *(f"model.connector_sizes.{k}={v}" for k, v in sizes.items())]
+        return options
+
+    def name(self) -> str:
+        return f"lr{self.init_lr:g}_body{self.body:g}" + ("_random" if self.start == "random" else "")
 
 
-# four settings each: of a BERT in front of llm_proj, and of llm_proj alone
-BODY = (Rate(2.5e-3, 0.02), Rate(2.5e-3, 0.1), Rate(1e-3, 0.1), Rate(5e-4, 0.5))
-NO_BODY = (Rate(5e-4), Rate(1e-3), Rate(2.5e-3), Rate(6e-3))
+# of a body in front of llm_proj, and of llm_proj alone
+BERT = (Setting(2.5e-3, 0.02), Setting(2.5e-3, 0.1), Setting(1e-3, 0.1), Setting(5e-4, 0.5))
+BODY = (*BERT, Setting(2.5e-3, 0.1, "random"), Setting(6e-3, 0.1, "random"))
+STAGE1_BODY = tuple(setting._replace(start="stage 1") for setting in BERT)
+NO_BODY = tuple(Setting(lr, start="no body") for lr in (5e-4, 1e-3, 2.5e-3, 6e-3))
 TWO_STAGES, BLIND = "Q-Former, two stages", "blind"
-CONNECTORS = {  # label: (connector, rates tried, further options)
-    "TomeFormer, one stage": ("tomeformer", BODY, []),
-    "Q-Former, one stage": ("qformer", BODY, []),
-    TWO_STAGES: ("qformer", BODY, []),
-    "average pooling": ("avgpool", NO_BODY, []),
-    BLIND: ("avgpool", NO_BODY, []),
-    "TomeFormer, soft prompt": ("tomeformer", BODY, ["model.soft_prompt=true"]),
-    "linear": ("linear", NO_BODY, []),
+CONNECTORS = {  # label: (connector, settings tried); the costly one last
+    "TomeFormer, one stage": ("tomeformer", BODY),
+    "Q-Former, one stage": ("qformer", BODY),
+    TWO_STAGES: ("qformer", STAGE1_BODY),
+    "average pooling": ("avgpool", NO_BODY),
+    BLIND: ("avgpool", NO_BODY),
+    "linear": ("linear", NO_BODY[-1:]),  # every token in the prompt: four times the cost
 }
 
 
@@ -69,17 +79,17 @@ class Miniature:
         files = {"images": Path(images).absolute(), "captions": Path(self.args.captions).absolute()}
         return [f"datasets.image_captions.{key}={path}" for key, path in files.items()]
 
-    def sweep(self, label: str, rate: Rate) -> dict:
+    def sweep(self, label: str, setting: Setting) -> dict:
         """Validation after a short run on the first seed."""
-        name, options, steps, _ = self._plan(label, rate, self.args.seeds[0], self.args.sweep_steps)
+        name, options, steps, _ = self._plan(label, setting, self.args.seeds[0], self.args.sweep_steps)
         options += ["run.test_splits=[]", f"run.iters_per_inner_epoch={steps}"]
         card = train(CONFIG, f"sweep_{name}", options, self.folder, "val", self.threads)
-        return {**rate._asdict(), "steps": steps, "val": scores(card)}
+        return {**setting._asdict(), "steps": steps, "val": scores(card)}
 
-    def full(self, label: str, rate: Rate, seed: int) -> dict:
+    def full(self, label: str, setting: Setting, seed: int) -> dict:
         """Test scores and what one run cost."""
-        name, options, steps, ahead = self._plan(label, rate, seed, self.args.steps)
-        options.append(f"run.iters_per_inner_epoch={-(-steps // 3)}")
+        name, options, steps, ahead = self._plan(label, setting, seed, self.args.steps)
+        options.append(f"run.iters_per_inner_epoch={-(-steps // 2)}")
         test = train(CONFIG, name, options, self.folder, "test", self.threads)
         val = train(CONFIG, name, options, self.folder, "val", self.threads)
         cost = self._cost(name, steps)
@@ -90,16 +100,16 @@ class Miniature:
             "test": scores(test), "val": scores(val), "trains": test["model"]["trainable_parameters"], **cost,
         }  # fmt: skip
 
-    def _plan(self, label: str, rate: Rate, seed: int, steps: int) -> tuple[str, list[str], int, tuple | None]:
+    def _plan(self, label: str, setting: Setting, seed: int, steps: int) -> tuple[str, list[str], int, tuple | None]:
         """(name, options, steps, (name, steps) of the stage before it) of a run."""
-        connector, _, more = CONNECTORS[label]
-        options = [f"model.connector={connector}", *SAME, *rate.options(), *more, *self.data(label)]
+        connector, _ = CONNECTORS[label]
+        options = [f"model.connector={connector}", *SAME, *setting.options(), *self.data(label)]
         ahead = None
         if label == TWO_STAGES:
             ahead, second = self.stage1(seed)
             steps = round(second * steps / self.args.steps)
             options.append(f"model.connector_init={self.folder / ahead[0] / 'checkpoint_last.pth'}")
-        name = f"{label.lower().replace(',', '').replace(' ', '_')}_lr{rate.init_lr:g}_body{rate.body:g}_seed{seed}"
+        name = f"{label.lower().replace(',', '').replace(' ', '_')}_{setting.name()}_seed{seed}"
         return name, [*options, f"run.max_iters={steps}", f"run.seed={seed}"], steps, ahead
 
     def stage1(self, seed: int) -> tuple[tuple[str, int], int]:
@@ -127,24 +137,24 @@ class Miniature:
         return read_runs([self.folder / name])[0].rows[-1]["macs"]
 
     def compare(self) -> dict[str, dict]:
-        """label -> {"sweep": runs on the first seed, "rate": the best of them, "runs": that one on every seed}."""
+        """label -> {"sweep": runs on the first seed, "setting": the best of them, "runs": that one on every seed}."""
         args, labels = self.args, list(CONNECTORS)
         for connector in ("tomeformer", "qformer"):
             self._macs_per_step(CONFIG, connector)
         self.stage1(args.seeds[0])
         together("stage 1", self.stage1, [(seed,) for seed in args.seeds[1:]], args.jobs)
-        tried = [(label, rate) for label in labels for rate in CONNECTORS[label][1]]
+        tried = [(label, setting) for label in labels for setting in CONNECTORS[label][1]]
         swept = together("sweep", self.sweep, tried, args.jobs)
         found = {}
         for label in labels:
             sweep = [one for (name, _), one in zip(tried, swept, strict=True) if name == label]
             best = min(sweep, key=lambda one: one["val"]["loss_right"])
-            found[label] = {"sweep": sweep, "rate": Rate(best["init_lr"], best["body"])}
-        wanted = [(label, found[label]["rate"], seed) for label in labels for seed in args.seeds]
+            found[label] = {"sweep": sweep, "setting": Setting(*(best[key] for key in Setting._fields))}
+        wanted = [(label, found[label]["setting"], seed) for label in labels for seed in args.seeds]
         runs = together("run", self.full, wanted, args.jobs)
         for label in labels:
             found[label]["runs"] = [one for (name, *_), one in zip(wanted, runs, strict=True) if name == label]
-            found[label]["rate"] = found[label]["rate"]._asdict()
+            found[label]["setting"] = found[label]["setting"]._asdict()
         return found
 
 
@@ -161,8 +171,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder of the photos")
     parser.add_argument("--captions", required=True, help="their captions, as datasets.image_captions reads them")
-    parser.add_argument("--steps", type=int, default=240, help="optimizer steps of the one-stage runs (240)")
-    parser.add_argument("--sweep-steps", type=int, default=100, help="of the runs that choose a learning rate (100)")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of the one-stage runs (160)")
+    parser.add_argument("--sweep-steps", type=int, default=100, help="of the runs that choose a setting (100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other (2); 1 on a GPU")
     parser.add_argument("--folder", type=Path, default=Path("output/miniature"), help="where the runs go")

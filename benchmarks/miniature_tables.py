@@ -48,7 +48,7 @@ def costs_table(found: dict[str, dict]) -> str:
 
 
 def sweep_table(found: dict[str, dict]) -> str:
-    """Validation loss of every learning rate tried; the one taken in bold."""
+    """Validation loss of every setting tried; the one taken in bold."""
     rows = []
     for label, result in found.items():
         best = min(result["sweep"], key=lambda one: one["val"]["loss_right"])
@@ -56,6 +56,7 @@ def sweep_table(found: dict[str, dict]) -> str:
             loss = f"{one['val']['loss_right']:.3f}"
             loss = f"**{loss}**" if one is best else loss
             shuffled = f"{one['val']['loss_shuffled']:.3f}"
-            rows.append((label, f"{one['init_lr']:g}", f"{one['body']:g}", str(one["steps"]), loss, shuffled))
-    header = ("connector", "learning rate", "× for the body", "steps", "val loss, right", "val loss, shuffled")
+            setting = (one["start"], f"{one['init_lr']:g}", f"{one['body']:g}")
+            rows.append((label, *setting, str(one["steps"]), loss, shuffled))
+    header = ("connector", "body from", "learning rate", "× for the body", "steps", "val loss", "shuffled")
     return markdown(header, rows)
