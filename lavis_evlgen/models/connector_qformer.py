@@ -146,19 +146,19 @@ def build_qformer(vision, cfg: dict) -> QFormerConnector:
     sizes = {"num_hidden_layers": int(cfg.get("num_layers") or 12)}
     if cfg.get("dropout") is not None:
         sizes |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), float(cfg["dropout"]))
-    given = {SIZES[name]: value for name, value in (cfg.get("connector_sizes") or {}).items()}
     if is_random(init):
+        given = {SIZES[name]: value for name, value in (cfg.get("connector_sizes") or {}).items()}
         return QFormerConnector(vision.width, queries, **sizes | given)
     source = resolve(init, "connector_init")
     if Path(source).is_file():
         state = read_state_dict(source, "connector_init")
-        connector = QFormerConnector(vision.width, queries, **sizes | sizes_in(state, source) | given)
+        connector = QFormerConnector(vision.width, queries, **sizes | sizes_in(state, source))
         connector.load_blip2(state, source)
         return connector
     folder = bert_folder(init)
     bert = bert_config(folder)
     sizes |= {key: bert[key] for key in BERT_KEYS if key in bert}
-    connector = QFormerConnector(vision.width, queries, **sizes | given)
+    connector = QFormerConnector(vision.width, queries, **sizes)
     if not on_meta():
         connector.load_bert(bert_state(folder))
     return connector

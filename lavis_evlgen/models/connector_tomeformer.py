@@ -31,13 +31,12 @@ class TomeFormerConnector(Connector):
 
 def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
     """A TomeFormer for this vision encoder; cfg["connector_init"]: BERT id or folder, or None / "random"."""
-    sizes, state = {}, None
+    sizes, state = cfg.get("connector_sizes") or {}, None
     if not is_random(cfg.get("connector_init")):
         folder = bert_folder(cfg["connector_init"])
         bert = bert_config(folder)
         sizes = {ours: bert[theirs] for ours, theirs in SIZES.items() if theirs in bert}
         state = None if on_meta() else read_state_dict(folder, "connector_init")
-    sizes |= cfg.get("connector_sizes") or {}
     body = {key: cfg[key] for key in BODY_KEYS if cfg.get(key) is not None}
     config = TomeFormerConfig(num_tokens=vision.num_tokens, protected=vision.protected, **sizes, **body)
     connector = TomeFormerConnector(vision.width, config)

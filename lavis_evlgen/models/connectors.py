@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from lavis_evlgen.models.connector_base import SIZES, Connector, VisualPrompt
+from lavis_evlgen.models.connector_base import SIZES, Connector, VisualPrompt, is_random
 from lavis_evlgen.models.connector_pooling import build_avgpool, build_linear
 from lavis_evlgen.models.connector_qformer import build_qformer
 from lavis_evlgen.models.connector_tomeformer import BODY_KEYS, TomeFormerConnector, build_tomeformer
@@ -41,4 +41,6 @@ def build_connector(vision, cfg: dict) -> Connector:
     idle = [key for key in known if cfg.get(key) is not None and key not in READS[name]]
     if idle:  # the model type's defaults are TomeFormer's
         logging.info("connector %s does not read %s", name, ", ".join(idle))
+    if cfg.get("connector_sizes") and not is_random(cfg.get("connector_init")):
+        logging.info("connector_sizes is not read: %s has sizes of its own", cfg["connector_init"])
     return CONNECTORS[name](vision, cfg)

