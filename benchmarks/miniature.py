@@ -1,7 +1,7 @@
 """The paper's comparison in miniature, on real photos: one connector against another, all else equal.
 
     bash run_scripts/miniature.sh IMAGES CAPTIONS      # this script with its defaults
-    python benchmarks/miniature.py --images DIR --captions FILE --steps 160 --seeds 42 1 2
+    python benchmarks/miniature.py --images DIR --captions FILE --steps 120 --seeds 42 1 2
 
 Same vision encoder, language model, data, order, batch and steps. Each connector is tried with a few settings (four
 learning rates; a body also with random weights in BERT's place) on the first seed, in short runs, and the one with
@@ -57,14 +57,14 @@ BERT = (Setting(2.5e-3, 0.02), Setting(2.5e-3, 0.1), Setting(1e-3, 0.1), Setting
 BODY = (*BERT, Setting(2.5e-3, 0.1, "random"), Setting(6e-3, 0.1, "random"))
 STAGE1_BODY = tuple(setting._replace(start="stage 1") for setting in BERT)
 NO_BODY = tuple(Setting(lr, start="no body") for lr in (5e-4, 1e-3, 2.5e-3, 6e-3))
-TWO_STAGES, BLIND = "Q-Former, two stages", "blind"
-CONNECTORS = {  # label: (connector, settings tried); the costly one last
+TWO_STAGES, POOLING, BLIND = "Q-Former, two stages", "average pooling", "blind"
+CONNECTORS = {  # label: (connector, settings tried, or whose: the same part trains); the costly one last
     "TomeFormer, one stage": ("tomeformer", BODY),
     "Q-Former, one stage": ("qformer", BODY),
     TWO_STAGES: ("qformer", STAGE1_BODY),
-    "average pooling": ("avgpool", NO_BODY),
-    BLIND: ("avgpool", NO_BODY),
-    "linear": ("linear", NO_BODY[-1:]),  # every token in the prompt: four times the cost
+    POOLING: ("avgpool", NO_BODY),
+    BLIND: ("avgpool", POOLING),
+    "linear": ("linear", POOLING),  # every token in the prompt: four times the cost
 }
 
 
@@ -111,7 +111,7 @@ class Miniature:
             ahead, second = self.stage1(seed)
             steps = round(second * steps / self.args.steps)
             options.append(f"model.connector_init={self.folder / ahead[0] / 'checkpoint_last.pth'}")
-        name = f"{label.lower().replace(',', '').replace(' ', '_')}_{setting.name()}_seed{seed}"
+        name = f"{label.lower().replace(',', '').replace(' ', '_')}_{setting.name()}_steps{steps}_seed{seed}"
         return name, [*options, f"run.max_iters={steps}", f"run.seed={seed}"], steps, ahead
 
     def stage1(self, seed: int) -> tuple[tuple[str, int], int]:
@@ -120,7 +120,7 @@ class Miniature:
         first, second = self._macs_per_step(STAGE1, None), self._macs_per_step(CONFIG, "qformer")
         steps = whole / (STAGE1_SHARE * first + (1 - STAGE1_SHARE) * second)
         ahead = round(STAGE1_SHARE * steps)
-        name = f"stage1_seed{seed}"
+        name = f"stage1_steps{ahead}_seed{seed}"
         options = [f"run.max_iters={ahead}", f"run.iters_per_inner_epoch={ahead}", f"run.seed={seed}", *self.data()]
         train(STAGE1, name, options, self.folder, "val", self.threads)
         return (name, ahead), round((1 - STAGE1_SHARE) * steps)
@@ -145,19 +145,22 @@ class Miniature:
             self._macs_per_step(CONFIG, connector)
         self.stage1(args.seeds[0])
         together("stage 1", self.stage1, [(seed,) for seed in args.seeds[1:]], args.jobs)
-        tried = [(label, setting) for label in labels for setting in CONNECTORS[label][1]]
+        own = {label: settings for label, (_, settings) in CONNECTORS.items() if not isinstance(settings, str)}
+        tried = [(label, setting) for label, settings in own.items() for setting in settings]
         swept = together("sweep", self.sweep, tried, args.jobs)
         found = {}
-        for label in labels:
+        for label in own:
             sweep = [one for (name, _), one in zip(tried, swept, strict=True) if name == label]
             best = min(sweep, key=lambda one: one["val"]["loss_right"])
             found[label] = {"sweep": sweep, "setting": Setting(*(best[key] for key in Setting._fields))}
+        for label in set(labels) - set(own):
+            found[label] = {"sweep": [], "setting": found[CONNECTORS[label][1]]["setting"]}
         wanted = [(label, found[label]["setting"], seed) for label in labels for seed in args.seeds]
         runs = together("run", self.full, wanted, args.jobs)
         for label in labels:
             found[label]["runs"] = [one for (name, *_), one in zip(wanted, runs, strict=True) if name == label]
             found[label]["setting"] = found[label]["setting"]._asdict()
-        return found
+        return {label: found[label] for label in labels}
 
 
 def _grey(images: str, folder: Path) -> Path:
@@ -173,7 +176,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, help="folder of the photos")
     parser.add_argument("--captions", required=True, help="their captions, as datasets.image_captions reads them")
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of the one-stage runs (160)")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of the one-stage runs (120)")
     parser.add_argument("--sweep-steps", type=int, default=100, help="of the runs that choose a setting (100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other (2); 1 on a GPU")

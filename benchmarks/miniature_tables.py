@@ -51,7 +51,7 @@ def sweep_table(found: dict[str, dict]) -> str:
     """Validation loss of every setting tried; the one taken in bold."""
     rows = []
     for label, result in found.items():
-        best = min(result["sweep"], key=lambda one: one["val"]["loss_right"])
+        best = min(result["sweep"], key=lambda one: one["val"]["loss_right"], default=None)
         for one in result["sweep"]:
             loss = f"{one['val']['loss_right']:.3f}"
             loss = f"**{loss}**" if one is best else loss
