@@ -108,7 +108,22 @@ def step_table(card: dict) -> str:
     return "\n\n".join(parts)
 
 
-TABLES = {"merge": merge_table, "connector": connector_table, "data": data_table, "step": step_table}
+def generate_table(card: dict) -> str:
+    """Captions a second by batch size and search, and the time before the first word."""
+    rows = []
+    for row in card["rows"]:
+        times = row["seconds"]
+        cells = [f"{row['captions_per_s'][name]:.3g} ({milliseconds(times[name])} ms)" for name in ("greedy", "beam 5")]
+        rows.append([str(row["batch"]), *cells, milliseconds(times["visual prompt"])])
+    row = card["rows"][0]
+    columns = ["batch", "greedy, captions/s", "beam 5, captions/s", "visual prompt, ms"]
+    return f"`{row['scale']}`, {row['dtype']}, {row['tokens']} new tokens each.\n\n" + table(columns, rows)
+
+
+TABLES = {
+    "merge": merge_table, "connector": connector_table, "data": data_table, "step": step_table,
+    "generate": generate_table,
+}  # fmt: skip
 
 
 def origin(card: dict) -> str:

@@ -164,6 +164,36 @@ def test_a_step_on_data_that_is_read(tiny):
     assert 0 < found["waited"] < found["seconds"]
 
 
+def test_captions_a_second(script, tmp_path, monkeypatch):
+    generate, page = script("generate"), script("performance_page")
+    words = "generate.py --device cpu --scale tiny --batch 1 2 --tokens 4 --repetitions 1 --seconds 1 --out".split()
+    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "generate-tiny-cpu.json")])
+    generate.main()
+    rows = json.loads((tmp_path / "generate-tiny-cpu.json").read_text())["rows"]
+    for row, size in zip(rows, (1, 2), strict=True):
+        for name, rate in row["captions_per_s"].items():
+            assert row["seconds"][name]["median"] * rate == pytest.approx(size)
+            assert row["seconds"][name]["median"] > row["seconds"]["visual prompt"]["median"]
+    assert "`tiny`, bf16, 4 new tokens each" in page.section("generate", tmp_path)
+
+
+def test_every_caption_timed_has_the_same_length(tiny, script, monkeypatch):
+    model, batch = tiny[1], tiny[3]
+    generate, llm, shapes = script("generate"), model.language_model.llm, []
+    says = llm.generate
+
+    def spy(*args, **kwargs):
+        ids = says(*args, **kwargs)
+        shapes.append(tuple(ids.shape))
+        return ids
+
+    monkeypatch.setattr(llm, "generate", spy)
+    calls = generate.calls_of(model, batch, 5)
+    for name in generate.SEARCHES:
+        calls[name]()
+    assert shapes == [(3, 5)] * 2
+
+
 def test_full_size_models_are_the_papers(script):
     models = script("random_models")
     for name, parameters in (("opt-2.7b", 2.65e9), ("vicuna-7b", 6.74e9)):
