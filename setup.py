@@ -40,7 +40,8 @@ QUICKSTART = [
     "onnx>=1.16",
     "easy-vqa==1.0",
 ]
-DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6"]
+DEMO = ["gradio>=6.17,<7"]
+DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "playwright>=1.49", *DEMO]
 
 setup(
     name="lavis-evlgen",
@@ -53,6 +54,6 @@ setup(
     packages=find_packages(include=["lavis_evlgen", "lavis_evlgen.*"]),
     package_data={"lavis_evlgen": ["configs/**/*.yaml"]},
     install_requires=INSTALL,
-    extras_require={"quickstart": QUICKSTART, "dev": DEV},
+    extras_require={"quickstart": QUICKSTART, "demo": DEMO, "dev": DEV},
     entry_points={"console_scripts": ["evlgen=lavis_evlgen.cli:main"]},
 )

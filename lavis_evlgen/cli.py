@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lavis_evlgen.analysis import ablate, macs, tokens
+from lavis_evlgen.demo import command as demo
 from lavis_evlgen.launch import USER_ERRORS, config_errors, one_line
 from lavis_evlgen.trained import load, run_config
 
@@ -31,6 +32,7 @@ EPILOG = """a first hour:
   python train.py --cfg-path projects/evlgen/quickstart.yaml
   evlgen caption photo.jpg --run output/evlgen/quickstart/…   what does it say?
   evlgen tokens photo.jpg --run output/evlgen/quickstart/…    what does it look at?
+  evlgen demo --run output/evlgen/quickstart/…                both, in the browser, with questions
   evlgen ablate projects/evlgen/quickstart.yaml --sweep run.init_lr=1e-3,2e-3 --seeds 3    what would be better?
 each command's arguments: evlgen COMMAND --help;  every config key: evlgen keys"""
 
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     m.set_defaults(run_command=compare)
 
     ablate.add_command(commands)
+    demo.add_command(commands, load)
     macs.add_command(commands)
     tokens.add_command(commands, load)
 

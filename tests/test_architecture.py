@@ -17,6 +17,7 @@ FLOOR = {
     "cli": 6,  # stands on launch, as train.py does
     "launch": 5,  # what train.py and evaluate.py share
     "plugin": 4,
+    "demo": 4,  # draws with analysis
     "trained": 4,  # the model of a run, for the commands
     "analysis": 3,
     "runners": 3,
@@ -127,6 +128,8 @@ def test_arrows_go_down_and_rooms_on_one_floor_do_not_meet():
         ("evaluation", "lavis_evlgen.models", False),
         ("analysis", "lavis_evlgen.runners", False),
         ("runners", "lavis_evlgen.plugin", False),
+        ("demo", "lavis_evlgen.analysis.token_maps", True),
+        ("demo", "lavis_evlgen.trained", False),
         ("environment", "lavis_evlgen.models", False),
         ("cli", "lavis_evlgen.plugin", True),
         ("models", "lavis_evlgen.__version__", True),
