@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -199,8 +200,10 @@ def test_the_process_is_train_py(runs):
     """The one real process here: a config that is gone by the time it starts."""
     trial = sweep.grid({"model.tome_r": ["{target: 9}"]}, [42], [])[0]
     process = sweep_runs._start(trial, str(runs.folder / "gone.yaml"), runs.folder / "out", "3")
-    environment = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
-    assert b"CUDA_VISIBLE_DEVICES=3" in environment
+    environ = Path(f"/proc/{process.pid}/environ")
+    while not environ.read_bytes():  # for a moment a process that has just begun has none
+        time.sleep(0.01)
+    assert b"CUDA_VISIBLE_DEVICES=3" in environ.read_bytes().split(b"\0")
     assert process.wait(300) == 2
     problem = sweep_runs._problem(trial, 2, "", runs.folder / "out")
     assert problem.startswith("exit code 2; the last lines of ")
