@@ -1,4 +1,4 @@
-"""The mean of merged tokens: our product with the 0/1 map against scatter_add and index_add of the same MergeMap.
+"""The sum of merged tokens: a product with the 0/1 map (ours on GPUs), index_add (ours on CPUs), and scatter_add.
 
     python benchmarks/merge.py
 
@@ -20,8 +20,8 @@ TOKENS = (65, 129, 257, 513, 1025)
 
 
 def product(merge: MergeMap, x: Tensor) -> Tensor:
-    """What the TomeFormer does: (B, T, D) -> (B, T', D)."""
-    return merge.merge(x)
+    """What the TomeFormer does on a GPU: (B, T, D) -> (B, T', D)."""
+    return merge.sums_by_product(x) / merge.sizes().unsqueeze(-1).to(x.dtype)
 
 
 def scatter(merge: MergeMap, x: Tensor) -> Tensor:
@@ -32,12 +32,8 @@ def scatter(merge: MergeMap, x: Tensor) -> Tensor:
 
 
 def index_add(merge: MergeMap, x: Tensor) -> Tensor:
-    """The same by index_add on rows of all pictures at once."""
-    batch, _, width = x.shape
-    first = torch.arange(batch, device=x.device).unsqueeze(1) * merge.num_slots  # (B, 1)
-    rows = (merge.slot + first).flatten()  # (B * T)
-    sums = x.new_zeros(batch * merge.num_slots, width).index_add(0, rows, x.reshape(-1, width))
-    return sums.view(batch, merge.num_slots, width) / merge.sizes().unsqueeze(-1).to(x.dtype)
+    """What the TomeFormer does on a CPU: by rows of all pictures at once."""
+    return merge.sums_by_index(x) / merge.sizes().unsqueeze(-1).to(x.dtype)
 
 
 WAYS = {"product": product, "scatter_add": scatter, "index_add": index_add}

@@ -37,7 +37,7 @@ class Part:
     """What one part costs for one picture.
 
     linear: MACs of linear layers and convolutions, all that the paper counts (EVLGen, table 6); products: MACs of
-    activations with each other (attention, matching, merging); factor: FLOPs of a training step per MAC.
+    activations with each other (attention, matching); factor: FLOPs of a training step per MAC.
     """
 
     name: str
