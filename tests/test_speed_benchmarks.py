@@ -24,6 +24,19 @@ def script(monkeypatch):
             del sys.modules[name]
 
 
+@pytest.fixture
+def card_of(script, tmp_path, monkeypatch):
+    """Runs benchmark `name` with these words; what it wrote into tmp_path/NAME-cpu.json."""
+
+    def run(name: str, words: str) -> dict:
+        out = tmp_path / f"{name}-cpu.json"
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words.split(), "--out", str(out)])
+        script(name).main()
+        return json.loads(out.read_text())
+
+    return run
+
+
 def test_alternating_times_every_call_as_often(script):
     timing = script("timing")
     made, device = [], torch.device("cpu")
@@ -66,13 +79,9 @@ def test_connectors_compared_have_the_same_shapes(script):
     assert lavis == theirs  # two implementations of one architecture
 
 
-def test_a_benchmark_from_start_to_page(script, tmp_path, monkeypatch):
-    merge, page = script("merge"), script("performance_page")
-    out = tmp_path / "merge-cpu.json"
-    words = "merge.py --device cpu --repetitions 1 --batch 1 --width 4 --tokens 17 --out".split()
-    monkeypatch.setattr(sys, "argv", [*words, str(out)])
-    merge.main()
-    card = json.loads(out.read_text())
+def test_a_benchmark_from_start_to_page(script, card_of, tmp_path):
+    page = script("performance_page")
+    card = card_of("merge", "--device cpu --repetitions 1 --batch 1 --width 4 --tokens 17")
     assert {"versions", "commit", "hardware", "date", "machine", "settings"} <= set(card)
     assert len(card["rows"]) == 4  # two precisions, forward and both passes
     text = page.section("merge", tmp_path)
@@ -83,13 +92,10 @@ def test_a_benchmark_from_start_to_page(script, tmp_path, monkeypatch):
     assert page.NO_GPU not in text and text.startswith("**Some GPU**")
 
 
-def test_pictures_a_second_of_both_sides(script, tmp_path, monkeypatch):
+def test_pictures_a_second_of_both_sides(script, card_of, tmp_path, monkeypatch):
     data, page = script("data"), script("performance_page")
     monkeypatch.setattr(data, "SIZE", 32)
-    words = "data.py --repetitions 1 --batch 2 --pictures 2 --sizes 160x128 --out".split()
-    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "data-cpu.json")])
-    data.main()
-    card = json.loads((tmp_path / "data-cpu.json").read_text())
+    card = card_of("data", "--repetitions 1 --batch 2 --pictures 2 --sizes 160x128")
     assert [row["kind"] for row in card["rows"]] == ["files", "shards"]
     for row in card["rows"]:
         assert sorted(name.startswith("LAVIS") for name in row["seconds"]) == [False, False, True, True]
@@ -142,13 +148,10 @@ def test_savings_undone_change_no_loss_and_are_redone(tiny):
     assert "forward" not in vars(model.visual_encoder)
 
 
-def test_a_step_measured(script, tmp_path, monkeypatch):
+def test_a_step_measured(script, card_of, tmp_path):
     step, page = script("step"), script("performance_page")
-    out = tmp_path / "step-tiny-cpu.json"
-    words = "step.py --device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --out".split()
-    monkeypatch.setattr(sys, "argv", [*words, str(out)])
-    step.main()
-    row = json.loads(out.read_text())["rows"][0]
+    card = card_of("step", "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1")
+    row = card["rows"][0]
     assert set(row["seconds"]) == {"whole", *step.UNDONE} == set(row["peak_gb"])
     rows = row["head_and_loss"]["rows_of_logits"]
     assert rows["supervised"] < rows["full"]
@@ -164,13 +167,10 @@ def test_a_step_on_data_that_is_read(tiny):
     assert 0 < found["waited"] < found["seconds"]
 
 
-def test_captions_a_second(script, tmp_path, monkeypatch):
-    generate, page = script("generate"), script("performance_page")
-    words = "generate.py --device cpu --scale tiny --batch 1 2 --tokens 4 --repetitions 1 --seconds 1 --out".split()
-    monkeypatch.setattr(sys, "argv", [*words, str(tmp_path / "generate-tiny-cpu.json")])
-    generate.main()
-    rows = json.loads((tmp_path / "generate-tiny-cpu.json").read_text())["rows"]
-    for row, size in zip(rows, (1, 2), strict=True):
+def test_captions_a_second(script, card_of, tmp_path):
+    page = script("performance_page")
+    card = card_of("generate", "--device cpu --scale tiny --batch 1 2 --tokens 4 --repetitions 1 --seconds 1")
+    for row, size in zip(card["rows"], (1, 2), strict=True):
         for name, rate in row["captions_per_s"].items():
             assert row["seconds"][name]["median"] * rate == pytest.approx(size)
             assert row["seconds"][name]["median"] > row["seconds"]["visual prompt"]["median"]

@@ -19,6 +19,7 @@ import gradio as gr
 import torch
 
 from lavis_evlgen.analysis.token_plots import STYLES
+from lavis_evlgen.clips import takes_clips
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.demo.describing import (
     MOST_BEAMS,
@@ -32,7 +33,7 @@ from lavis_evlgen.demo.describing import (
     tokens_picture,
 )
 from lavis_evlgen.demo.picks import drawn, of_folder, thumbnails
-from lavis_evlgen.demo.reading import Limits, preview, read, takes_clips
+from lavis_evlgen.demo.reading import Limits, preview, read
 
 QUEUE = 100  # requests that may wait; later ones are told that the queue is full
 ANSWER_LENGTH = 10  # evlgen_vqa's

@@ -9,9 +9,10 @@ from pathlib import Path
 import cv2
 from PIL import Image
 
+from lavis_evlgen.clips import takes_clips
 from lavis_evlgen.datasets import MovingScenesDataset, ScenesDataset
 from lavis_evlgen.demo.describing import Refused
-from lavis_evlgen.demo.reading import Limits, preview, read, takes_clips
+from lavis_evlgen.demo.reading import Limits, preview, read
 
 MOST = 24  # of a folder; names in order
 DRAWN = 6

@@ -9,7 +9,7 @@ import cv2
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from lavis_evlgen.clips import UnreadableVideo, VideoFile
+from lavis_evlgen.clips import UnreadableVideo, VideoFile, takes_clips
 from lavis_evlgen.datasets import UnreadableImage
 from lavis_evlgen.datasets.image_files import open_image
 from lavis_evlgen.demo.describing import Refused
@@ -28,11 +28,6 @@ class Limits:
 
     megabytes: float = 20.0
     megapixels: float = 40.0
-
-
-def takes_clips(processor) -> bool:
-    """Whether a processor is of clips: the package's (num_frames) or LAVIS's (n_frms)."""
-    return hasattr(processor, "num_frames") or hasattr(processor, "n_frms")
 
 
 def read(path: str, processor, limits: Limits) -> Tensor:
