@@ -88,20 +88,25 @@ def step_table(card: dict) -> str:
         told.append(f"{data['waited'] / data['seconds']:.0%} of the time waiting for {data['workers']} data processes")
     shares = [[name, milliseconds(time), f"{time['median'] / sum_of_phases:.0%}"] for name, time in
               sorted(phases.items(), key=lambda item: PHASES.index(item[0]))]  # fmt: skip
-    undone = []
-    for name, memory in row["peak_gb"].items():
-        if name != "whole":
-            slower = ratio(row["seconds"], name, "whole") if name in row["seconds"] else "-"
-            undone.append([f"`--{name}`", slower, f"{memory:.1f} GB" if isinstance(memory, float) else memory or "-"])
+    undone = [undone_cells(row, name) for name in row["peak_gb"] if name != "whole"]
     alone = [f"{head['rows_of_logits'][name]} rows of logits, {milliseconds(time)} ms" for name, time in
              head["seconds"].items()]  # fmt: skip
     extra = head["extra_peak_gb"]
     saved = "" if extra["full"] is None else f"; extra memory {extra['supervised']:.2f} against {extra['full']:.2f} GB"
     parts = [f"`{row['scale']}`: {', '.join(told)}.", markdown(["phase", "ms", "share"], shares)]
-    parts += [markdown(["saving undone", "time of a step", "peak memory"], undone)] if undone else []
+    if undone:
+        parts.append(markdown(["saving undone", "time of a step: by FLOPs", "measured", "peak memory"], undone))
     less = head["seconds"]["supervised"]["median"] / head["seconds"]["full"]["median"]
     parts.append(f"Head and loss alone: {alone[0]}, against {alone[1]} ({less:.2f}x){saved}.")
     return "\n\n".join(parts)
+
+
+def undone_cells(row: dict, name: str) -> list[str]:
+    """What a step without one saving takes, against the whole: by its FLOPs, and as it was measured."""
+    predicted = f"{row['flops'][name] / row['flops']['whole']:.2f}x"
+    slower = ratio(row["seconds"], name, "whole") if name in row["seconds"] else "-"
+    memory = row["peak_gb"][name]
+    return [f"`--{name}`", predicted, slower, f"{memory:.1f} GB" if isinstance(memory, float) else memory or "-"]
 
 
 def generate_table(card: dict) -> str:
@@ -116,9 +121,29 @@ def generate_table(card: dict) -> str:
     return f"`{row['scale']}`, {row['dtype']}, {row['tokens']} new tokens each.\n\n" + markdown(columns, rows)
 
 
+AXES = {"batch": "pictures a batch", "text": "tokens of a caption", "tokens_left": "visual tokens left",
+        "frames": "frames of a clip"}  # fmt: skip
+
+
+def scaling_table(card: dict) -> str:
+    """A step against each of its sizes: its time, a picture's, the rate that comes of it, and memory."""
+    settings, rows = card["settings"], []
+    for row in card["rows"]:
+        seconds, measured = row["seconds"]["median"], row["measured_gb"]
+        rate = row["flops"] * row["batch"] / seconds
+        rows.append([
+            AXES[row["axis"]], str(row["value"]), str(row["batch"]), milliseconds(row["seconds"]),
+            f"{1e3 * seconds / row['batch']:.3g}", f"{row['flops'] / 1e9:.3g}", f"{rate / 1e9:,.0f}",
+            f"{row['working_gb']:.2f}", "-" if measured is None else f"{measured:.2f}",
+        ])  # fmt: skip
+    columns = ["what changes", "to", "batch", "step, ms", "each, ms", "GFLOPs each", "GFLOPs a second",
+               "working memory, GB: counted", "measured"]  # fmt: skip
+    return f"`{settings['scale']}`, {settings['dtype']}.\n\n" + markdown(columns, rows)
+
+
 TABLES = {
     "merge": merge_table, "connector": connector_table, "data": data_table, "step": step_table,
-    "generate": generate_table,
+    "scaling": scaling_table, "generate": generate_table,
 }  # fmt: skip
 
 

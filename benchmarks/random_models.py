@@ -20,8 +20,10 @@ from transformers import (
 
 from lavis_evlgen.models.connector_tomeformer import TomeFormerConnector
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.evlgen_video import EVLGenVideo
 from lavis_evlgen.models.freezing import DTYPES
 from lavis_evlgen.models.language import LanguageModel
+from lavis_evlgen.models.temporal_vision import TemporalVision
 from lavis_evlgen.models.vision import VisionEncoder, eva_clip_g, wrap_hugging_face
 from lavis_evlgen.nn import TomeFormerConfig
 
@@ -75,8 +77,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=made, **words)
 
 
-def build(scale: Scale, precision: str, device: torch.device, attention: str = "sdpa", seed: int = 0) -> EVLGen:
-    """The model on `device`, in training mode; frozen parts in `precision`, what trains in float32."""
+def build(
+    scale: Scale,
+    precision: str,
+    device: torch.device,
+    attention: str = "sdpa",
+    seed: int = 0,
+    frames: int | None = None,
+) -> EVLGen:
+    """The model on `device`, in training mode; frozen parts in `precision`, what trains in float32.
+
+    frames: length of the clips of an EVLGenVideo; None for an EVLGen.
+    """
     torch.manual_seed(seed)
     with torch.device(device):  # weights are drawn where they are used: a processor would take minutes
         vision = vision_encoder(scale, precision)
@@ -84,7 +96,11 @@ def build(scale: Scale, precision: str, device: torch.device, attention: str = "
         connector = TomeFormerConnector(vision.width, body)
         dtype = DTYPES[precision]
         llm = AutoModelForCausalLM.from_config(scale.llm, torch_dtype=dtype, attn_implementation=attention)
-        model = EVLGen(vision, connector, LanguageModel(llm.to(dtype), tokenizer()))
+        language = LanguageModel(llm.to(dtype), tokenizer())
+        if frames is None:
+            model = EVLGen(vision, connector, language)
+        else:
+            model = EVLGenVideo(TemporalVision(vision), connector, language, num_frames=frames)
     return model.to(device).train()
 
 
@@ -96,10 +112,16 @@ def vision_encoder(scale: Scale, precision: str) -> VisionEncoder:
     return VisionEncoder(vit, vit.num_features, (scale.image_size // 14) ** 2 + 1, 1, precision)
 
 
-def samples(scale: Scale, batch: int, device: torch.device, seed: int = 0) -> dict:
-    """Pictures of noise with captions of 8 to 20 tokens, as COCO's are (without BOS and end)."""
+def samples(
+    scale: Scale, batch: int, device: torch.device, seed: int = 0, tokens: int | None = None, frames: int | None = None
+) -> dict:
+    """Pictures of noise, or clips of `frames`, with captions of `tokens` tokens without BOS and end.
+
+    tokens: None for 8 to 20, as COCO's are.
+    """
     numbers = random.Random(seed)
-    captions = ["a" * numbers.randint(8, 20) for _ in range(batch)]
+    captions = ["a" * (tokens or numbers.randint(8, 20)) for _ in range(batch)]
     generator = torch.Generator().manual_seed(seed)
-    image = torch.randn(batch, 3, scale.image_size, scale.image_size, generator=generator)
+    times = () if frames is None else (frames,)
+    image = torch.randn(batch, 3, *times, scale.image_size, scale.image_size, generator=generator)
     return {"image": image.to(device), "text_input": captions}

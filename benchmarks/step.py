@@ -12,11 +12,11 @@ are also measured alone.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -25,16 +25,15 @@ from random_models import build, samples, scales
 from timing import alternate, parser, spread, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from lavis_evlgen.analysis.estimate import HARDWARE
 from lavis_evlgen.models import language
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.schedule import adamw
 from lavis_evlgen.runners.steps import TrainingStep
-
-# dense bf16 FLOPs a second by the makers' data sheets, by a part of the GPU's name
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 
 
 def full_logits_loss(hidden: Tensor, labels: Tensor, head: Callable) -> tuple[Tensor, Tensor]:
@@ -44,7 +43,7 @@ def full_logits_loss(hidden: Tensor, labels: Tensor, head: Callable) -> tuple[Te
     return losses.view(targets.shape).sum(1), (targets != IGNORE).sum(1).float()
 
 
-@contextmanager
+@contextlib.contextmanager
 def loss_of(function: Callable) -> Iterator[None]:
     """The language model computes its loss by `function` of (hidden, labels, head)."""
     before, language.prefix_lm_loss = language.prefix_lm_loss, function
@@ -54,7 +53,7 @@ def loss_of(function: Callable) -> Iterator[None]:
         language.prefix_lm_loss = before
 
 
-@contextmanager
+@contextlib.contextmanager
 def trained(module: torch.nn.Module) -> Iterator[None]:
     """Weights get gradients, as if they were not frozen (nobody steps them)."""
     module.requires_grad_(True)
@@ -64,7 +63,7 @@ def trained(module: torch.nn.Module) -> Iterator[None]:
         module.requires_grad_(False).zero_grad(set_to_none=True)
 
 
-@contextmanager
+@contextlib.contextmanager
 def vit_grad(model: EVLGen) -> Iterator[None]:
     """The vision encoder keeps what a backward pass needs, and it is made."""
     vision = model.visual_encoder
@@ -76,7 +75,7 @@ def vit_grad(model: EVLGen) -> Iterator[None]:
         del vision.forward
 
 
-@contextmanager
+@contextlib.contextmanager
 def eager_attention(model: EVLGen) -> Iterator[None]:
     """Attention as two products with a softmax between them, everywhere."""
     with sdpa_kernel(SDPBackend.MATH):
@@ -124,6 +123,20 @@ def whole_steps(model: EVLGen, step: TrainingStep, batch: dict, names: list[str]
         if fits == OUT_OF_MEMORY:
             del calls[name]
     return {"seconds": alternate(calls, step.device, args.repetitions, args.seconds), "peak_gb": memory}
+
+
+def operations(model: EVLGen, step: TrainingStep, batch: dict, names: list[str]) -> dict[str, int]:
+    """{name: FLOPs of forward and backward} of the step as it is ("whole") and with each of `names` undone."""
+    found = {}
+    for name in ("whole", *names):
+        undo = UNDONE[name](model) if name in UNDONE else contextlib.nullcontext()
+        with undo, FlopCounterMode(display=False) as counter:
+            with step.autocast():
+                loss = model(step.prepared(batch))["loss"]
+            loss.backward()
+        step.optimizer.zero_grad(set_to_none=True)
+        found[name] = counter.get_total_flops()
+    return found
 
 
 OUT_OF_MEMORY = "out of memory"
@@ -226,7 +239,7 @@ def head_and_loss(model: EVLGen, step: TrainingStep, batch: dict, args) -> dict:
     return {"seconds": times, "extra_peak_gb": memory, "rows_of_logits": rows}
 
 
-@contextmanager
+@contextlib.contextmanager
 def read_batches(args, scale) -> Iterator[Iterator[dict]]:
     """Batches that `args.workers` processes read from tar shards of 640 x 480 photographs."""
     from data import photograph, write_shards
@@ -263,7 +276,7 @@ def with_data(step: TrainingStep, args, scale) -> dict[str, float]:
 def mfu(flops: float, batch: int, seconds: float, device: torch.device) -> float | None:
     """Share of the GPU's peak that a step uses; None where the peak is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((rate for part, rate in PEAK.items() if part in name), None)
+    peak = next((kind.half for kind in HARDWARE.values() if kind.is_called(name)), None)
     return None if peak is None else flops * batch / seconds / peak
 
 
@@ -280,6 +293,7 @@ def measure(args) -> dict:
         model.visual_encoder.vit.compile()
     step(itertools.repeat(batch))  # Adam's state is there before memory is measured
     row = {"scale": args.scale, "batch": args.batch, "dtype": args.dtype, "frozen": frozen, "compile": args.compile}
+    row["flops"] = operations(model, step, batch, names)
     row |= whole_steps(model, step, batch, names, args)
     seconds = row["seconds"]["whole"]["median"]
     row |= {"images_per_s": args.batch / seconds, "flops_per_image": flops}

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lavis_evlgen.analysis import ablate, macs, tokens
+from lavis_evlgen.analysis import ablate, estimate, macs, tokens
 from lavis_evlgen.demo import command as demo
 from lavis_evlgen.launch import USER_ERRORS, config_errors, one_line
 from lavis_evlgen.trained import load, run_config
@@ -29,6 +29,7 @@ def main(argv=None):
 EPILOG = """a first hour:
   evlgen doctor projects/evlgen/quickstart.yaml               is all there that training needs?
   evlgen macs projects/evlgen/quickstart.yaml                 what will it cost?
+  evlgen estimate projects/evlgen/quickstart.yaml --gpu a10   will it fit, and how long will it take?
   python train.py --cfg-path projects/evlgen/quickstart.yaml
   evlgen caption photo.jpg --run output/evlgen/quickstart/…   what does it say?
   evlgen tokens photo.jpg --run output/evlgen/quickstart/…    what does it look at?
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     ablate.add_command(commands)
     demo.add_command(commands, load)
+    estimate.add_command(commands)
     macs.add_command(commands)
     tokens.add_command(commands, load)
 

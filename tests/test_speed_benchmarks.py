@@ -156,6 +156,9 @@ def test_a_step_measured(script, card_of, tmp_path):
     rows = row["head_and_loss"]["rows_of_logits"]
     assert rows["supervised"] < rows["full"]
     assert row["flops_per_image"] > 0 and row["mfu"] is None
+    flops = row["flops"]
+    assert set(flops) == set(row["seconds"]) and flops["whole"] == 2 * row["flops_per_image"]
+    assert min(flops["full-logits"], flops["vit-grad"], flops["llm-grad"]) > flops["whole"]
     text = page.section("step", tmp_path)
     assert "`tiny`" in text and "`--full-logits`" in text and "Head and loss alone" in text
 
@@ -165,6 +168,21 @@ def test_a_step_on_data_that_is_read(tiny):
     args = SimpleNamespace(workers=0, batch=2, device="cpu", repetitions=1)
     found = step.with_data(training, args, SimpleNamespace(image_size=28))
     assert 0 < found["waited"] < found["seconds"]
+
+
+def test_a_step_against_its_sizes(script, card_of, tmp_path):
+    page = script("performance_page")
+    card = card_of("scaling", "--scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --device cpu")
+    rows = {axis: [row for row in card["rows"] if row["axis"] == axis] for axis in page.AXES}
+    assert [row["value"] for row in rows["batch"]] == [1, 2, 4, 8]
+    assert [row["value"] for row in rows["tokens_left"]] == [6, 8, 17]
+    assert [row["frames"] for row in rows["frames"]] == [1, 4, 8, 16]
+    for axis in ("text", "tokens_left", "frames"):
+        flops, memory = ([row[key] for row in rows[axis]] for key in ("flops", "working_gb"))
+        assert flops == sorted(flops) and len(set(flops)) == len(flops) and memory == sorted(memory)
+    of_one_picture = [row["flops"] for row in rows["batch"]]
+    assert max(of_one_picture) == pytest.approx(min(of_one_picture), rel=1e-3)
+    assert "frames of a clip | 16 |" in page.section("scaling", tmp_path)
 
 
 def test_captions_a_second(script, card_of, tmp_path):

@@ -16,10 +16,11 @@ from lavis.common.registry import registry
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_evlgen.analysis import tables
+from lavis_evlgen.analysis.fake_models import NothingIsPadded, without_weights
+from lavis_evlgen.analysis.step_memory import caption_tokens
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.models.blip2 import Blip2Stage1
 from lavis_evlgen.models.bundle import empty_model
@@ -92,9 +93,7 @@ def cost_of(model_cfg, text_tokens: int | None = None) -> Cost:
 def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int) -> Cost:
     """Of an EVLGen on the meta device. The text's BOS and the config's prompt count as tokens, but not in the head."""
     language = model.language_model
-    labels = text_tokens - (language.text.bos_id is not None) - len(language.text.encode(model.prompt.rstrip()))
-    if labels < 1:
-        raise ConfigError(f"--text-tokens {text_tokens}: BOS and the config's prompt leave no token for a caption")
+    labels = caption_tokens(model, text_tokens)
     sizes = _sizes(model)
     llm, head = language.llm.base_model, language.llm.get_output_embeddings()
 
@@ -170,24 +169,10 @@ def without_numbers(model: nn.Module) -> Iterator[None]:
     (The meta device itself knows no autocast.) Attention is taken apart into its two products, because the fused
     kernels, which count otherwise in the backward pass, differ between machines.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), _NothingIsPadded():
-        for module in model.modules():
-            for name, value in module._parameters.items():
-                if value is not None:
-                    fake = torch.empty(value.shape, device="cpu")
-                    module._parameters[name] = nn.Parameter(fake, requires_grad=value.requires_grad)
-            for name, value in module._buffers.items():
-                if value is not None and value.is_meta:
-                    module._buffers[name] = torch.empty(value.shape, dtype=value.dtype, device="cpu")
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), NothingIsPadded():
+        without_weights(model, torch.float32)
         model.visual_encoder.precision = "fp32"
         yield
-
-
-class _NothingIsPadded(TorchFunctionMode):
-    """Language models look whether their mask is all ones, which fake tensors cannot tell: here it is."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return True if func is torch.all else func(*args, **(kwargs or {}))
 
 
 def counted(call: Callable) -> tuple:

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import MODEL_MAPPING, AutoConfig
 
 from lavis_evlgen.models.freezing import DTYPES, check_precision, freeze
+from lavis_evlgen.models.fused_attention import fuse_attention
 from lavis_evlgen.models.onnx_dinov2 import dinov2_from_onnx
 from lavis_evlgen.models.sources import WeightsError, load_from_hub, on_meta, read_state_dict, resolve
 
@@ -77,7 +78,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, vit: nn.Module, width: int, num_tokens: int, protected: int, precision: str):
         super().__init__()
         self.precision = check_precision(precision, "vit_precision")
-        self.vit = freeze(_cast_matrices(vit, DTYPES[self.precision]))
+        self.vit = freeze(_cast_matrices(fuse_attention(vit), DTYPES[self.precision]))
         self.width, self.num_tokens, self.protected = width, num_tokens, protected
 
     def train(self, mode: bool = True):

@@ -19,9 +19,10 @@ from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.checkpoints import frozen_names
+from lavis_evlgen.models.freezing import check_precision
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
-from lavis_evlgen.runners.checks import check_evaluation, check_splits, check_training, sets_with
+from lavis_evlgen.runners.checks import check_evaluation, check_halves, check_splits, check_training, sets_with
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.partial import KeepsRows
 from lavis_evlgen.runners.progress import Progress, startup_table
@@ -29,7 +30,7 @@ from lavis_evlgen.runners.reporting import Reporter
 from lavis_evlgen.runners.resuming import Resumable
 from lavis_evlgen.runners.schedule import adamw
 from lavis_evlgen.runners.shard_progress import ShardProgress
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.runners.steps import TrainingStep, amp_of
 
 
 @registry.register_runner("runner_evlgen")
@@ -88,6 +89,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
             check_evaluation(run, cfg.model_cfg)
         else:
             check_training(run, self.CONFIG_KEYS)
+            check_halves(amp_of(run), check_precision(cfg.model_cfg.get("llm_precision") or "fp32", "llm_precision"))
         check_splits(run, datasets, task)
         self._folder = self._run_folder(run, job_id)
         # RunnerIter's own asks for max_iters where nothing is trained

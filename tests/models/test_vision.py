@@ -1,13 +1,16 @@
 """Frozen vision encoders: which hidden state they read, how many tokens, and that they stay frozen."""
 
+import copy
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
 
 from lavis_evlgen.models import vision
+from lavis_evlgen.models.fused_attention import FusedEvaAttention, fuse_attention
 from lavis_evlgen.models.sources import WeightsError
-from lavis_evlgen.models.vision import load_vision_encoder, wrap_hugging_face
+from lavis_evlgen.models.vision import VisionEncoder, eva_vit, load_vision_encoder, wrap_hugging_face
 from tests.tiny import pictures, tiny_clip, tiny_dinov2, tiny_eva, tiny_lavis_clip, tiny_siglip, tiny_vision
 
 KINDS = pytest.mark.parametrize("kind", [tiny_dinov2, tiny_clip, tiny_siglip])
@@ -71,6 +74,30 @@ def test_frozen_is_frozen(kind):
     assert not any(module.training for module in encoder.modules())
     assert not any(parameter.requires_grad for parameter in encoder.parameters())
     assert not encoder(pictures(1).requires_grad_()).requires_grad
+
+
+def test_eva_clips_attention_is_lavis_own_but_fused():
+    """Outputs and gradients through the frozen blocks, as clips need them."""
+    images, ours = pictures(2), tiny_eva()
+    for parameter in ours.parameters():  # biases too, which begin at zero
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs = copy.deepcopy(ours)
+    VisionEncoder(ours, 24, 17, 1, "fp32")
+    names = [name for name, module in ours.named_modules() if isinstance(module, FusedEvaAttention)]
+    assert len(names) == len(ours.blocks) and list(ours.state_dict()) == list(theirs.state_dict())
+    results = []
+    for vit in (ours, theirs.eval()):
+        leaf = images.clone().requires_grad_()
+        tokens = vit(leaf)
+        (gradient,) = torch.autograd.grad(tokens.square().sum(), leaf)
+        results.append((tokens, gradient))
+    for ours_, theirs_ in zip(*results, strict=True):
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_with_position_biases_stays_lavis_own():
+    biased = eva_vit.Attention(24, num_heads=2, window_size=(4, 4))
+    assert type(fuse_attention(biased)) is eva_vit.Attention
 
 
 def test_unknown_precision():

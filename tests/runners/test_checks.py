@@ -31,6 +31,7 @@ from tests.run_tools import checkpoint, losses, same_tensors
         ("datasets.scenes.vis_processor.eval.image_size=14", "eval.image_size=14, but model.image_size=28"),
         ("model.load_finetuned=true", "load_finetuned is true, but finetuned names no checkpoint"),
         ("run.device=cuda:0", "run.device: 'cuda:0' is not one of auto, cuda, cpu"),
+        ("run.amp=bf16", "run.amp=bf16 with model.llm_precision=fp16: autocast cannot mix the two half precisions"),
         ("run.max_iters=null", "run.max_iters is not set: optimizer steps of the run"),
         ("run.init_lr=null", "run.init_lr is not set: learning rate"),
         ("run.device=mps", "run.device: 'mps' is not one of auto, cuda, cpu"),
@@ -38,7 +39,8 @@ from tests.run_tools import checkpoint, losses, same_tensors
     ],
 )
 def test_refused_before_the_first_step(runs, option, says, capsys):
-    assert runs.command("run.valid_splits=[val]", "model.max_txt_len=12", option) == 2
+    given = ("run.valid_splits=[val]", "model.max_txt_len=12", "model.llm_precision=fp16")
+    assert runs.command(*given, option) == 2
     assert says in capsys.readouterr().err.splitlines()[-1]
     assert not (runs.output() / "log.jsonl").exists()
 
