@@ -121,6 +121,22 @@ def generate_table(card: dict) -> str:
     return f"`{row['scale']}`, {row['dtype']}, {row['tokens']} new tokens each.\n\n" + markdown(columns, rows)
 
 
+def vision_table(card: dict) -> str:
+    """LAVIS's attention against the fused one: time, what a pass holds, and how far the results are apart."""
+    rows = []
+    for row in card["rows"]:
+        seconds, held = row["seconds"], row["held_gb"]
+        rows.append([
+            row["dtype"], row["passes"], milliseconds(seconds["LAVIS"]), milliseconds(seconds["fused"]),
+            ratio(seconds, "fused", "LAVIS"), f"{held['LAVIS']:.3f}", f"{held['fused']:.3f}",
+            f"{row['difference']:.1g}",
+        ])  # fmt: skip
+    columns = ["precision", "passes", "LAVIS, ms", "fused, ms", "fused takes", "LAVIS holds, GB", "fused holds, GB",
+               "difference"]  # fmt: skip
+    row = card["rows"][0]
+    return f"{row['blocks']} of 39 blocks, batches of {row['batch']}.\n\n" + markdown(columns, rows)
+
+
 AXES = {"batch": "pictures a batch", "text": "tokens of a caption", "tokens_left": "visual tokens left",
         "frames": "frames of a clip"}  # fmt: skip
 
@@ -142,7 +158,7 @@ def scaling_table(card: dict) -> str:
 
 
 TABLES = {
-    "merge": merge_table, "connector": connector_table, "data": data_table, "step": step_table,
+    "merge": merge_table, "connector": connector_table, "data": data_table, "vision": vision_table, "step": step_table,
     "scaling": scaling_table, "generate": generate_table,
 }  # fmt: skip
 

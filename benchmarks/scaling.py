@@ -22,9 +22,10 @@ from step import peak_gb
 from timing import alternate, parser, write
 
 from lavis_evlgen.analysis.step_memory import step_memory
+from lavis_evlgen.models.freezing import AMP
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.schedule import adamw
-from lavis_evlgen.runners.steps import AMP, TrainingStep
+from lavis_evlgen.runners.steps import TrainingStep
 
 TEXT = 12  # tokens of a caption where its length is not what changes
 

@@ -17,9 +17,7 @@ from lavis_evlgen.analysis.step_memory import StepMemory, step_flops, step_memor
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.models.bundle import empty_model
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.freezing import auto_precision
-from lavis_evlgen.runners.checks import check_halves
-from lavis_evlgen.runners.steps import AMP
+from lavis_evlgen.models.freezing import AMP, auto_precision, check_halves
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 ASSUMED = 0.37  # of a GPU's peak, where no step was measured on it: what the paper's hours on A100s are in these FLOPs

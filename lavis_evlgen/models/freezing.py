@@ -8,8 +8,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lavis_evlgen.config import ConfigError
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PRECISIONS = (*DTYPES, "auto")
+# what run.amp may say, and autocast's type
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, True: torch.float16, False: None, None: None, "fp32": None}
 BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 and ARM processors that multiply in bf16
 
 
@@ -23,6 +27,16 @@ def check_precision(value: str, key: str) -> str:
     if value not in PRECISIONS:
         raise ValueError(f"{key}: {value!r} is not one of {', '.join(PRECISIONS)}")
     return auto_precision() if value == "auto" else value
+
+
+def check_halves(amp, llm_precision: str):
+    """amp: false, bf16, fp16, true; llm_precision: fp32, bf16, fp16. Raises ConfigError for the two halves at once."""
+    halves = {"fp16" if amp is True else amp, llm_precision}
+    if halves == {"bf16", "fp16"}:
+        raise ConfigError(
+            f"run.amp={amp} with model.llm_precision={llm_precision}: autocast cannot mix the two half precisions; "
+            "make them the same, or set model.llm_precision=fp32"
+        )
 
 
 def auto_precision() -> str:

@@ -99,16 +99,6 @@ def check_training(run, meanings: dict[str, str]):
             raise ConfigError(f"run.{key} is not set: {meanings[key]}")
 
 
-def check_halves(amp, llm_precision: str):
-    """amp: false, bf16, fp16, true; llm_precision: fp32, bf16, fp16. Raises ConfigError for the two halves at once."""
-    halves = {"fp16" if amp is True else amp, llm_precision}
-    if halves == {"bf16", "fp16"}:
-        raise ConfigError(
-            f"run.amp={amp} with model.llm_precision={llm_precision}: autocast cannot mix the two half precisions; "
-            "make them the same, or set model.llm_precision=fp32"
-        )
-
-
 def check_evaluation(run, model):
     """An evaluation needs splits, and weights; a run's checkpoint goes to model.pretrained."""
     if run.get("resume_ckpt_path"):

@@ -19,10 +19,10 @@ from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.checkpoints import frozen_names
-from lavis_evlgen.models.freezing import check_precision
+from lavis_evlgen.models.freezing import check_halves, check_precision
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
-from lavis_evlgen.runners.checks import check_evaluation, check_halves, check_splits, check_training, sets_with
+from lavis_evlgen.runners.checks import check_evaluation, check_splits, check_training, sets_with
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.partial import KeepsRows
 from lavis_evlgen.runners.progress import Progress, startup_table

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.models.freezing import auto_precision
-
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, True: torch.float16, False: None, None: None, "fp32": None}
+from lavis_evlgen.models.freezing import AMP, auto_precision
 
 
 def amp_of(run):
