@@ -12,14 +12,12 @@ from __future__ import annotations
 import copy
 
 import torch
-from timing import alternate, parser, write
+from timing import DTYPES, alternate, parser, write
 from torch import nn
 
 from lavis_evlgen.analysis.step_memory import Alive
 from lavis_evlgen.models.fused_attention import fuse_attention
 from lavis_evlgen.models.vision import _cast_matrices, eva_clip_g
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def encoders(blocks: int, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:

@@ -17,7 +17,7 @@ from lavis_evlgen.analysis.step_memory import StepMemory, step_flops, step_memor
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.models.bundle import empty_model
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.freezing import AMP, auto_precision, check_halves
+from lavis_evlgen.models.freezing import auto_precision, autocast_type, check_halves
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 ASSUMED = 0.37  # of a GPU's peak, where no step was measured on it: what the paper's hours on A100s are in these FLOPs
@@ -103,8 +103,7 @@ def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, re
     if not (isinstance(cls, type) and issubclass(cls, EVLGen)):
         raise ConfigError(f"model.arch: evlgen estimate knows evlgen and evlgen_video, not {section.arch}")
     amp = auto_on(gpu) if run.get("amp", False) == "auto" else run.get("amp", False)
-    if amp not in AMP:
-        raise ConfigError(f"run.amp: {amp!r} is not one of false, bf16, fp16, true, auto")
+    dtype = autocast_type(amp)
     check_halves(amp, section.get("llm_precision") or "fp16")
     batch, accumulated = int(run.batch_size_train), int(run.get("accum_grad_iters", 1))
 
@@ -117,13 +116,11 @@ def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, re
     frames = (section.get("num_frames", 4),) if section.arch == "evlgen_video" else ()
     image = (3, *frames, size, size)
     flops = step_flops(made, (1, *image), length)
-    less, most = (
-        step_memory(model(), (pictures, *image), length, AMP[amp], accumulated > 1)
-        for pictures in (max(1, batch // 2), max(2, batch))
-    )
-    each = (most.working - less.working) / (max(2, batch) - max(1, batch // 2))
+    few, many = max(1, batch // 2), max(2, batch)
+    less, most = (step_memory(model(), (n, *image), length, dtype, accumulated > 1) for n in (few, many))
+    each = (most.working - less.working) / (many - few)
     memory = most if batch > 1 else less
-    speed = speed_of(gpu, "fp32" if AMP[amp] is None else "half", flops, results, mfu)
+    speed = speed_of(gpu, "fp32" if dtype is None else "half", flops, results, mfu)
     steps, pictures = int(run.max_iters), batch * accumulated * gpus
     return Estimate(memory, each, batch, pictures, steps, gpus, gpu, flops, speed)
 

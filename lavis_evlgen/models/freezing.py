@@ -29,6 +29,13 @@ def check_precision(value: str, key: str) -> str:
     return auto_precision() if value == "auto" else value
 
 
+def autocast_type(amp) -> torch.dtype | None:
+    """The type that a value of run.amp (without `auto`) asks autocast for, None for none. Raises ConfigError."""
+    if amp not in AMP:
+        raise ConfigError(f"run.amp: {amp!r} is not one of false, bf16, fp16, true, auto")
+    return AMP[amp]
+
+
 def check_halves(amp, llm_precision: str):
     """amp: false, bf16, fp16, true; llm_precision: fp32, bf16, fp16. Raises ConfigError for the two halves at once."""
     halves = {"fp16" if amp is True else amp, llm_precision}

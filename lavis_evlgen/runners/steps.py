@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lavis_evlgen import distributed
-from lavis_evlgen.config import ConfigError
-from lavis_evlgen.models.freezing import AMP, auto_precision
+from lavis_evlgen.models.freezing import auto_precision, autocast_type
 
 
 def amp_of(run):
@@ -33,14 +32,11 @@ class TrainingStep:
     """
 
     def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20, objective=None):
-        amp = amp_of(run)
-        if amp not in AMP:
-            raise ConfigError(f"run.amp: {amp!r} is not one of false, bf16, fp16, true, auto")
         self.model, self.optimizer, self.device, self.patience = model, optimizer, device, patience
         self.objective = objective
         self.accum = int(run.get("accum_grad_iters", 1))
         self.max_norm = float(run.get("max_grad_norm", 1.0) or 0.0)
-        self.dtype = AMP[amp]
+        self.dtype = autocast_type(amp_of(run))
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.skipped = torch.zeros((), device=device)  # steps left out so far
