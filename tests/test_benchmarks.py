@@ -62,6 +62,24 @@ def test_scores_are_mean_least_and_most_over_seeds(tables):
     }  # fmt: skip
 
 
+def test_an_ablation_has_a_row_for_each_value(benchmarks):
+    import ablations
+
+    from lavis_evlgen.nn.merging import merge_schedule, tokens_after
+
+    for left, r in ablations.TOKENS.items():  # the paper's 12 layers; at the last two r a layer's half is the limit
+        assert tokens_after(257, merge_schedule(r, 12, 257)) == left
+        assert tokens_after(257, merge_schedule({"target": left}, 6, 257)) == left
+    runs = [
+        {"values": {"model.vit_layer": layer}, "seconds": 60.0 * right, "scores": {
+            "CIDEr": 0.1, "blind CIDEr": 0.05, "loss, right": right, "loss, shuffled": 4.0}}
+        for layer, right in (("3", 3.0), ("3", 3.5), ("12", 3.0))
+    ]  # fmt: skip
+    header, _, third, last = rows(ablations.table("vit_layer", runs))
+    assert header[0] == "hidden layer of 12" and [third[0], last[0]] == ["3", "12"]
+    assert third[3:] == ["3.250 (3.000 to 3.500)", "0.750 (0.500 to 1.000)", "3.25 min"]
+
+
 def test_costs_count_both_stages(tables):
     _, _, one, two = rows(tables.costs_table(FOUND))
     assert one == ["TomeFormer", "11.2M", "240", "2 min", "200 T"]

@@ -107,10 +107,19 @@ def test_options_of_a_table_reach_the_config():
     assert (cfg.model_cfg.pretrained, cfg.model_cfg.model_type, cfg.run_cfg.evaluate) == ("some.pth", "vicuna7b", True)
 
 
-def test_the_miniature_of_clips_hands_its_options_on():
-    done = script("video_miniature.sh --steps 2 --jobs 1", DRY_RUN="1")
-    assert shlex.split(done.stdout) == ["python", "benchmarks/video_scenes.py", "--steps", "2", "--jobs", "1"]
-    assert (ROOT / "benchmarks/video_scenes.py").is_file()
+@pytest.mark.parametrize(
+    "words, benchmark, handed_on",
+    [
+        ("video_miniature.sh --steps 2 --jobs 1", "video_scenes", "--steps 2 --jobs 1"),
+        ("miniature.sh a/b c.txt --steps 2", "miniature", "--images a/b --captions c.txt --steps 2"),
+        ("ablations.sh a/b c.txt --jobs 1", "ablations", "--images a/b --captions c.txt --jobs 1"),
+        ("ablations.sh --help", "ablations", "--help"),
+    ],
+)
+def test_miniatures_hand_their_options_on(words, benchmark, handed_on):
+    done = script(words, DRY_RUN="1")
+    assert shlex.split(done.stdout) == ["python", f"benchmarks/{benchmark}.py", *handed_on.split()]
+    assert (ROOT / f"benchmarks/{benchmark}.py").is_file()
 
 
 def test_several_nodes_meet_at_one_of_them():
@@ -140,6 +149,7 @@ def test_several_nodes_meet_at_one_of_them():
         ("paper/table3_msrvtt.sh", {}, "table3_msrvtt: which row? video, concat, mean"),
         ("paper/table3_msrvtt.sh video run.seed=1", {}, "which checkpoint does video start from"),
         ("paper/table4_msvd.sh late some.pth", {}, "table4_msvd: which row"),
+        ("ablations.sh photos", {}, "ablations: which pictures, and which captions?"),
         ("slurm.sh projects/evlgen/opt.yaml", {}, "start it with sbatch"),
     ],
 )

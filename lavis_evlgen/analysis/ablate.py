@@ -26,8 +26,11 @@ def add_command(commands):
     p.add_argument("--seeds", default="1", metavar="N|SEEDS",
                    help="how many seeds, from the config's on (3), or which (42,1,2); default: the config's alone")
     p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py, for every run")
-    p.add_argument("--gpus", metavar="GPUS", help="run on these at the same time, one run each: 0,1 "
-                   "(default: one run after another, on what the config says)")
+    beside = p.add_mutually_exclusive_group()
+    beside.add_argument("--gpus", metavar="GPUS", help="run on these at the same time, one run each: 0,1 "
+                        "(default: one run after another, on what the config says)")
+    beside.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="on a CPU: so many runs beside each other, which share its threads (1)")
     p.add_argument("--out", type=Path, default=Path("output/ablate"), metavar="DIR",
                    help="where runs, logs and results go; the same again continues (output/ablate)")  # fmt: skip
     p.set_defaults(run_command=main)
@@ -39,14 +42,16 @@ def main(args) -> int:
     pairs = [sweep.parse_sweep(text) for text in args.sweeps]
     if len(dict(pairs)) < len(pairs):
         raise ConfigError("--sweep: a key is given twice; write all of its values in one")
-    gpus = None if args.gpus is None else _gpus(args.gpus)
+    if args.jobs < 1:
+        raise ConfigError(f"--jobs {args.jobs}: give 1 or more")
+    places = sweep_runs.places_on(None if args.gpus is None else _gpus(args.gpus), args.jobs)
     seed = int(EvlgenConfig(args).run_cfg.get("seed", 42))
     trials = sweep.grid(dict(pairs), sweep.parse_seeds(args.seeds, seed), args.options)
     sweep.check(args.cfg_path, trials, args.options)
     # a job queue's end is a Ctrl-C: runs save a checkpoint and this command can be given again
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        failed = sweep_runs.run_all(trials, args.cfg_path, args.out, gpus, lambda line: print(line, flush=True))
+        failed = sweep_runs.run_all(trials, args.cfg_path, args.out, places, lambda line: print(line, flush=True))
     except KeyboardInterrupt:
         print("evlgen ablate: stopped; the same command goes on", file=sys.stderr)
         return 130

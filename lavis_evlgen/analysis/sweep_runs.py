@@ -1,4 +1,4 @@
-"""The processes of a sweep: one train.py after another, or one on each of several GPUs."""
+"""The processes of a sweep: one train.py after another, several beside each other on a CPU, or one on each GPU."""
 
 from __future__ import annotations
 
@@ -19,28 +19,43 @@ _PACKAGES = Path(__file__).resolve().parents[2]
 _LAST_LINES = 12
 
 
-def run_all(trials: list[Trial], cfg_path: str, out: Path, gpus: list[str] | None, say: Callable) -> dict[str, str]:
+def places_on(gpus: list[str] | None, jobs: int) -> dict[str, dict[str, str]]:
+    """Where one run at a time can go: name in messages -> environment variables.
+
+    Each of `gpus`; else `jobs` runs beside each other that share the CPU's threads; of one, all is left as it is.
+    """
+    if gpus is not None:
+        return {f" on GPU {gpu}": {"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus}
+    if jobs == 1:
+        return {"": {}}
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+    return {f" as job {number} of {jobs}": threads for number in range(1, jobs + 1)}
+
+
+def run_all(
+    trials: list[Trial], cfg_path: str, out: Path, places: dict[str, dict[str, str]], say: Callable
+) -> dict[str, str]:
     """Train each trial that has not ended well before; records are written as runs end. Returns name -> failure.
 
-    gpus: one run at a time on each (CUDA_VISIBLE_DEVICES), or None: one run at a time, on what the config says. When
-    this process is stopped the runs are too (each saves a checkpoint) and an error comes; called again, they go on.
+    places: of `places_on`, one run at a time in each. When this process is stopped the runs are too (each saves a
+    checkpoint) and an error comes; called again, they go on.
     """
     waiting = [trial for trial in trials if sweep.finished(out, cfg_path, trial) is None]
     if len(waiting) < len(trials):
         say(f"{len(trials) - len(waiting)} of {len(trials)} runs have been made before")
-    running: dict[str | None, tuple[Trial, subprocess.Popen, float]] = {}
+    running: dict[str, tuple[Trial, subprocess.Popen, float]] = {}
     failed = {}
     try:
         while waiting or running:
-            for gpu in gpus or [None]:
-                if gpu not in running and waiting:
+            for place, environment in places.items():
+                if place not in running and waiting:
                     trial = waiting.pop(0)
                     sweep.start_record(out, cfg_path, trial)
-                    running[gpu] = (trial, _start(trial, cfg_path, out, gpu), time.monotonic())
-                    say(f"{trial.name}: started{f' on GPU {gpu}' if gpu is not None else ''}, {_log(out, trial)}")
-            for gpu, (trial, process, started) in list(running.items()):
+                    running[place] = (trial, _start(trial, cfg_path, out, environment), time.monotonic())
+                    say(f"{trial.name}: started{place}, {_log(out, trial)}")
+            for place, (trial, process, started) in list(running.items()):
                 if process.poll() is not None:
-                    del running[gpu]
+                    del running[place]
                     problem = _problem(trial, process.returncode, cfg_path, out)
                     took = duration(time.monotonic() - started)
                     say(f"{trial.name}: {f'FAILED after {took}: {problem}' if problem else f'done in {took}'}")
@@ -54,11 +69,11 @@ def run_all(trials: list[Trial], cfg_path: str, out: Path, gpus: list[str] | Non
     return failed
 
 
-def _start(trial: Trial, cfg_path: str, out: Path, gpu: str | None) -> subprocess.Popen:
+def _start(trial: Trial, cfg_path: str, out: Path, environment: dict[str, str]) -> subprocess.Popen:
     place = [f"run.output_dir={(out / 'runs').absolute()}", f"run.run_name={trial.name}", "run.resume_ckpt_path=auto"]
     command = [sys.executable, "-c", _TRAIN, "--cfg-path", cfg_path, "--options", *trial.options, *place]
     path = os.pathsep.join(filter(None, [str(_PACKAGES), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})}
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
     _log(out, trial).parent.mkdir(parents=True, exist_ok=True)
     with open(_log(out, trial), "a") as log:
         # a session of its own: Ctrl-C reaches this process, which then ends its runs in order

@@ -86,6 +86,7 @@ def test_the_picture(tmp_path):
         (["--sweep", "model.tome_r=2", "--options", "model.tome_r=3"], "--sweep sets this key"),
         (["--sweep", "model.tome_r=2", "--options", "run.seed=3"], "evlgen ablate sets it"),
         (["--sweep", "model.tome_r=2", "--gpus", "a"], "--gpus a: give numbers"),
+        (["--sweep", "model.tome_r=2", "--jobs", "0"], "--jobs 0: give 1 or more"),
         (["--sweep", "model.tome_r=2", "--seeds", "x"], "--seeds x"),
         (["--sweep", "run.init_lr=1,2", "--options", "run.valid_splits=[]"], "nothing would be scored"),
         (["--sweep", "run.init_lr=1,2", "--sweep", "run.max_iters=1,-2"], "run.max_iters=-2 must be"),
@@ -110,8 +111,8 @@ def in_this_process(monkeypatch):
     """Training runs in this process, without the import of everything again: what is started, by name."""
     started = []
 
-    def start(trial, cfg_path, out, gpu):
-        started.append((trial.name, gpu))
+    def start(trial, cfg_path, out, environment):
+        started.append((trial.name, environment))
         place = [f"run.output_dir={out / 'runs'}", f"run.run_name={trial.name}", "run.resume_ckpt_path=auto"]
         log, code = out / "logs" / f"{trial.name}.log", 0
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -134,7 +135,7 @@ def test_a_value_that_fails_is_reported_and_the_others_go_on(runs, in_this_proce
     words = capsys.readouterr().out
     assert words.count(": done in ") == 4 and words.count(": FAILED after ") == 2
     assert "train.py: tome_r: 17 tokens cannot become 1 in 2 layers" in words
-    assert [gpu for _, gpu in in_this_process[:4]] == ["0", "1", "0", "1"]
+    assert [place["CUDA_VISIBLE_DEVICES"] for _, place in in_this_process[:4]] == ["0", "1", "0", "1"]
     lines = (out / "ablation.md").read_text().splitlines()
     assert lines[0].startswith("| model.tome_r | seeds | CIDEr | blind CIDEr | loss, right | loss, shuffled | training")
     assert lines[3] == "| {target: 1} | failed |  |  |  |  |  |"
@@ -178,10 +179,20 @@ def test_stopped_and_continued_equals_uninterrupted(runs, in_this_process, monke
     assert losses(first) == losses(runs.folder / "whole" / "runs" / first.name) and list(losses(first)) == [1, 2, 3, 4]
 
 
+def test_where_runs_go(monkeypatch):
+    monkeypatch.setattr(sweep_runs.os, "cpu_count", lambda: 8)
+    assert sweep_runs.places_on(["0", "3"], 1) == {
+        " on GPU 0": {"CUDA_VISIBLE_DEVICES": "0"}, " on GPU 3": {"CUDA_VISIBLE_DEVICES": "3"},
+    }  # fmt: skip
+    assert sweep_runs.places_on(None, 1) == {"": {}}  # torch's own choice of threads
+    assert sweep_runs.places_on(None, 3) == {f" as job {n} of 3": {"OMP_NUM_THREADS": "2"} for n in (1, 2, 3)}
+    assert list(sweep_runs.places_on(None, 20).values()) == [{"OMP_NUM_THREADS": "1"}] * 20
+
+
 def test_runs_are_ended_with_the_command(runs, monkeypatch):
     started = []
 
-    def start(trial, cfg_path, out, gpu):
+    def start(trial, cfg_path, out, environment):
         started.append(subprocess.Popen(["sleep", "60"]))
         return started[-1]
 
@@ -192,14 +203,16 @@ def test_runs_are_ended_with_the_command(runs, monkeypatch):
     monkeypatch.setattr(sweep_runs, "_start", start)
     trials = sweep.grid({"model.tome_r": ["2", "3", "4"]}, [42], [])
     with pytest.raises(KeyboardInterrupt):
-        sweep_runs.run_all(trials, str(runs.path()), runs.folder / "out", ["0", "1"], say)
+        places = sweep_runs.places_on(None, jobs=2)
+        sweep_runs.run_all(trials, str(runs.path()), runs.folder / "out", places, say)
     assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
 
 
 def test_the_process_is_train_py(runs):
     """The one real process here: a config that is gone by the time it starts."""
     trial = sweep.grid({"model.tome_r": ["{target: 9}"]}, [42], [])[0]
-    process = sweep_runs._start(trial, str(runs.folder / "gone.yaml"), runs.folder / "out", "3")
+    place = {"CUDA_VISIBLE_DEVICES": "3"}
+    process = sweep_runs._start(trial, str(runs.folder / "gone.yaml"), runs.folder / "out", place)
     environ = Path(f"/proc/{process.pid}/environ")
     while not environ.read_bytes():  # for a moment a process that has just begun has none
         time.sleep(0.01)

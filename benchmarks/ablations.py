@@ -1,0 +1,91 @@
+"""How many tokens are merged, and which layer of the ViT is read: the sweeps of the paper in miniature, on real photos.
+
+    bash run_scripts/ablations.sh IMAGES CAPTIONS      # this script with its defaults
+    python benchmarks/ablations.py --images DIR --captions FILE --sweeps tokens --steps 160
+
+Runs `evlgen ablate` on projects/evlgen/flickr8k_mini.yaml for each sweep: the tokens that the paper's values of r leave
+(figure 3), and hidden layers of the ViT. A sweep that was cut off goes on, a finished one is not run again. Writes
+benchmarks/results/ablation-SWEEP.json, docs/images/ablation-SWEEP.png and the tables in docs/results/ablations.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from itertools import groupby
+from pathlib import Path
+from statistics import mean
+
+from result_pages import put_between, spread
+from training_runs import ROOT
+
+from lavis_evlgen.analysis.compare import duration
+from lavis_evlgen.analysis.tables import markdown
+
+CONFIG, PAGE = "projects/evlgen/flickr8k_mini.yaml", ROOT / "docs/results/ablations.md"
+TOKENS = {137: 10, 101: 13, 65: 16, 29: 19, 10: 22, 5: 25}  # left of 257 -> r that leaves them after 12 layers
+SWEEPS = {  # name: (config key, value -> what the table calls it, columns of these names)
+    "tokens": (
+        "model.tome_r", {f"{{target: {left}}}": (left, r) for left, r in TOKENS.items()}, ("tokens", "r of 12 layers"),
+    ),
+    "vit_layer": ("model.vit_layer", {str(layer): (layer,) for layer in (3, 6, 9, 12)}, ("hidden layer of 12",)),
+}  # fmt: skip
+
+
+def sweep(name: str, args) -> list[dict]:
+    """The runs of a sweep, trained where they are missing; its JSON and picture are put in their places."""
+    key, values, _ = SWEEPS[name]
+    files = {"images": args.images.absolute(), "captions": args.captions.absolute()}
+    options = [f"datasets.image_captions.{part}={path}" for part, path in files.items()]
+    # the start and the rate that did best in docs/results/miniature.md; greedy captions; scored once, at the end
+    options += ["model.connector_init=random", "run.init_lr=5e-3", "run.num_beams=1", "run.valid_splits=[]"]
+    options += [f"run.max_iters={args.steps}", f"run.iters_per_inner_epoch={args.steps}"]
+    out = args.folder.absolute() / name
+    seeds = ",".join(map(str, args.seeds)) + ","
+    command = [Path(sys.executable).with_name("evlgen"), "ablate", ROOT / CONFIG, "--out", out, "--seeds", seeds]
+    command += ["--sweep", f"{key}={','.join(values)}", "--jobs", str(args.jobs), "--options", *options]
+    subprocess.run(command, check=True)
+    args.results.mkdir(parents=True, exist_ok=True)
+    shutil.copy(out / "ablation.json", args.results / f"ablation-{name}.json")
+    shutil.copy(out / "ablation.png", ROOT / f"docs/images/ablation-{name}.png")
+    return json.loads((out / "ablation.json").read_text())["runs"]
+
+
+def table(name: str, runs: list[dict]) -> str:
+    """One row for each value: means over seeds, least and most; mean training time."""
+    key, values, columns = SWEEPS[name]
+    header = (*columns, "CIDEr", "blind CIDEr", "loss, right picture", "gap, nats/token", "training")
+    rows = []
+    for value, group in groupby(runs, key=lambda run: run["values"][key]):
+        group = list(group)
+        scores = [run["scores"] for run in group]
+        gaps = [score["loss, shuffled"] - score["loss, right"] for score in scores]
+        numbers = [[score[one] for score in scores] for one in ("CIDEr", "blind CIDEr", "loss, right")]
+        seconds = duration(mean(run["seconds"] for run in group))
+        rows.append((*map(str, values[value]), *map(spread, (*numbers, gaps)), seconds))
+    return markdown(header, rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, required=True, help="folder of the photos")
+    parser.add_argument("--captions", type=Path, required=True, help="as datasets.image_captions reads them")
+    parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS), help="default: all")
+    parser.add_argument("--steps", type=int, default=80, help="optimizer steps of a run (80)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs beside each other on a CPU (2); 1 on a GPU")
+    parser.add_argument("--folder", type=Path, default=Path("output/ablations"), help="where the runs go")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results", help="where the JSON goes")
+    args = parser.parse_args()
+    parts = []
+    for name in args.sweeps:
+        parts += [table(name, sweep(name, args)), f"![{SWEEPS[name][0]}](../images/ablation-{name}.png)"]
+    if args.sweeps == list(SWEEPS):
+        put_between(PAGE, parts)
+
+
+if __name__ == "__main__":
+    main()
