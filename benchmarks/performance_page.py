@@ -80,7 +80,8 @@ def step_table(card: dict) -> str:
     row = card["rows"][0]
     whole, phases, head = row["seconds"]["whole"], row["phases"], row["head_and_loss"]
     sum_of_phases = sum(time["median"] for time in phases.values())
-    told = [f"batch {row['batch']}", f"{row['dtype']}, frozen parts {row['frozen']}", *["compiled"] * row["compile"],
+    compiled = [f"compiled: {' and '.join(row['compile'])}"] if row["compile"] else []
+    told = [f"batch {row['batch']}", f"{row['dtype']}, frozen parts {row['frozen']}", *compiled,
             f"{row['images_per_s']:.3g} images/s", f"{milliseconds(whole)} ms a step"]  # fmt: skip
     told += [] if row["mfu"] is None else [f"MFU {row['mfu']:.0%}"]
     told += [] if row["peak_gb"]["whole"] is None else [f"peak {row['peak_gb']['whole']:.1f} GB"]

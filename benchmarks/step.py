@@ -6,8 +6,8 @@
 Random weights of the given sizes, nothing is downloaded. Measured are the whole step of the runner (images/s, peak
 memory, MFU), its phases, and the step with one saving undone at a time, in turn: --full-logits (the head on every
 position), --vit-grad and --llm-grad (gradients of weights that are frozen), --eager-attention. Without any of these
-flags all are tried; --only-whole tries none. --fp32-frozen and --compile change the whole run. The head and the loss
-are also measured alone.
+flags all are tried; --only-whole tries none. --fp32-frozen changes the whole run. --compile PART ... has the step
+under torch.compile and undoes that alone. The head and the loss are also measured alone.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_evlgen.analysis.estimate import HARDWARE
 from lavis_evlgen.models import language
+from lavis_evlgen.models.compiling import PARTS, compile_parts, eager
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 from lavis_evlgen.runners.cost import flops_per_image
@@ -88,6 +89,7 @@ UNDONE = {
     "llm-grad": lambda model: trained(model.language_model.llm),
     "eager-attention": eager_attention,
 }
+COMPILED = {"compile": lambda model: eager()}  # undone only where --compile does it
 
 
 def peak_gb(device: torch.device, call: Callable) -> float | None:
@@ -106,7 +108,7 @@ def undone(model: EVLGen, name: str, call: Callable) -> Callable:
     """`call` with one saving undone."""
 
     def run():
-        with UNDONE[name](model):
+        with (UNDONE | COMPILED)[name](model):
             call()
 
     return run
@@ -130,7 +132,7 @@ def operations(model: EVLGen, step: TrainingStep, batch: dict, names: list[str])
     found = {}
     for name in ("whole", *names):
         undo = UNDONE[name](model) if name in UNDONE else contextlib.nullcontext()
-        with undo, FlopCounterMode(display=False) as counter:
+        with undo, eager(), FlopCounterMode(display=False) as counter:
             with step.autocast():
                 loss = model(step.prepared(batch))["loss"]
             loss.backward()
@@ -287,10 +289,9 @@ def measure(args) -> dict:
     model = build(scale, frozen, device)
     step = TrainingStep(model, adamw(model, 1e-5, 0.05, 0.999), device, {"amp": args.dtype})
     batch = samples(scale, args.batch, device)
-    names = [] if args.only_whole else args.undo or list(UNDONE)
+    names = [] if args.only_whole else args.undo or list(COMPILED if args.compile else UNDONE)
     flops = flops_per_image(step, batch)
-    if args.compile:
-        model.visual_encoder.vit.compile()
+    compile_parts(model, args.compile)
     step(itertools.repeat(batch))  # Adam's state is there before memory is measured
     row = {"scale": args.scale, "batch": args.batch, "dtype": args.dtype, "frozen": frozen, "compile": args.compile}
     row["flops"] = operations(model, step, batch, names)
@@ -315,12 +316,12 @@ def main():
         args_of.add_argument(f"--{name}", dest="undo", action="append_const", const=name, help="undo this saving alone")
     args_of.add_argument("--only-whole", action="store_true", help="no saving undone")
     args_of.add_argument("--fp32-frozen", action="store_true", help="frozen parts in float32")
-    args_of.add_argument("--compile", action="store_true", help="the vision encoder under torch.compile")
+    args_of.add_argument("--compile", nargs="+", choices=PARTS, default=[], help="these parts under torch.compile")
     args_of.add_argument("--workers", type=int, default=0, help="also step on data that so many processes read")
     args = args_of.parse_args()
     row = measure(args)
     print({name: f"{1e3 * time['median']:.1f} ms" for name, time in row["seconds"].items()}, row["peak_gb"])
-    write(f"step-{args.scale}" + "-fp32" * args.fp32_frozen + "-compiled" * args.compile, args, [row])
+    write(f"step-{args.scale}" + "-fp32" * args.fp32_frozen + "-compiled" * bool(args.compile), args, [row])
 
 
 if __name__ == "__main__":

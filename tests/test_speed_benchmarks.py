@@ -163,6 +163,23 @@ def test_a_step_measured(script, card_of, tmp_path):
     assert "`tiny`" in text and "`--full-logits`" in text and "Head and loss alone" in text
 
 
+def test_a_compiled_step_against_the_same_without(script, card_of, tmp_path, monkeypatch):
+    compiler, page, compiled = torch.nn.Module.compile, script("performance_page"), []
+
+    def plain(module):
+        compiled.append(type(module).__name__)
+        compiler(module, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", plain)
+    options = "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1"
+    card = card_of("step", f"{options} --compile vision connector")
+    row = card["rows"][0]
+    assert compiled[-1] == "TomeFormerConnector" and len(set(compiled)) == 2
+    assert set(row["seconds"]) == {"whole", "compile"} and row["flops"]["whole"] == row["flops"]["compile"] > 0
+    text = page.section("step", tmp_path)
+    assert "compiled: vision and connector" in text and "| `--compile` | 1.00x |" in text
+
+
 def test_a_step_on_data_that_is_read(tiny):
     step, _, training, _ = tiny
     args = SimpleNamespace(workers=0, batch=2, device="cpu", repetitions=1)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 from lavis_evlgen.models import gguf
+from lavis_evlgen.models.compiling import eager
 from lavis_evlgen.models.freezing import DTYPES, freeze
 from lavis_evlgen.models.sampling import GumbelRows, up_to_end
 from lavis_evlgen.models.sources import load_from_hub, on_meta, resolve
@@ -230,13 +231,14 @@ class LanguageModel(nn.Module):
         rows = [self.text.encode(p.rstrip()) for p in prompts]
         embeds, mask, _ = self._assemble(visual, mask, rows)
         embeds, mask = _pads_to("left", mask, embeds, mask)
-        return self.llm.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            eos_token_id=self.text.end_id,
-            pad_token_id=self.text.pad_id,
-            **decoding,
-        )
+        with eager():
+            return self.llm.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                eos_token_id=self.text.end_id,
+                pad_token_id=self.text.pad_id,
+                **decoding,
+            )
 
 
 def _pads_to(side: str, mask: Tensor, *rows: Tensor) -> list[Tensor]:

@@ -38,6 +38,7 @@ class Reporter:
             "device": f"{device}{threads}, {distributed.world_size()} process(es), amp {amp_of(run)}",
             "batch": f"{images_per_step} images a step ({run.batch_size_train} x {distributed.world_size()} ranks x "
             f"{runner.accum_grad_iters} accumulated)",
+            "compiled": ", ".join(runner.compiled) or "nothing",
             "steps": f"{runner.start_step} -> {runner.max_iters}, evaluated every {runner.iters_per_inner_epoch}",
             "data": "; ".join(getattr(d, "description", None) or f"{name}: {len(d)} rows" for name, d in data.items()),
             "run folder": str(self.folder),

@@ -19,6 +19,7 @@ from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.checkpoints import frozen_names
+from lavis_evlgen.models.compiling import check_parts, compile_parts, eager
 from lavis_evlgen.models.freezing import check_halves, check_precision
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
@@ -64,6 +65,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         "accum_grad_iters": "micro-steps per optimizer step (1)",
         "num_workers": "data-loading processes per rank",
         "amp": "autocast: false, bf16, fp16 (true means fp16, as in LAVIS), auto (bf16 where there is hardware for it)",
+        "compile": "parts under torch.compile in training steps: true (all), or of vision, connector, llm (false)",
         "seed": "seed of weights, order, augmentation and dropout",
         "output_dir": "folder of runs, seen from where you stand",
         "run_name": "name of this run's folder (a time stamp)",
@@ -85,11 +87,13 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
 
     def __init__(self, cfg, task, model, datasets, job_id):
         run = cfg.run_cfg
+        self.compiled = check_parts(run.get("compile"))
         if run.get("evaluate"):
             check_evaluation(run, cfg.model_cfg)
         else:
             check_training(run, self.CONFIG_KEYS)
             check_halves(amp_of(run), check_precision(cfg.model_cfg.get("llm_precision") or "fp32", "llm_precision"))
+            compile_parts(model, self.compiled)
         check_splits(run, datasets, task)
         self._folder = self._run_folder(run, job_id)
         # RunnerIter's own asks for max_iters where nothing is trained
@@ -228,7 +232,8 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         self._model.train()
         if self.start_step < self.max_iters:
             first = next(batches)
-            self.progress.flops_per_image = flops_per_image(step_fn, first)
+            with eager():  # compiled regions hide their operations
+                self.progress.flops_per_image = flops_per_image(step_fn, first)
             batches = itertools.chain([first], batches)
         self.progress.started = time.perf_counter()
         for step in range(self.start_step, self.max_iters):
@@ -279,6 +284,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         self.progress.pause(time.perf_counter() - started)
 
     @torch.no_grad()
+    @eager()
     def eval_epoch(self, split_name, cur_epoch, skip_reload=True):
         """Evaluate one split: its metrics on every rank; files are written by the main one."""
         name, dataset = next(iter(sets_with(self.datasets, split_name).items()))

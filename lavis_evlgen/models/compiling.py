@@ -1,0 +1,59 @@
+"""`run.compile`: parts of a model under torch.compile, in training steps alone.
+
+The frozen ViT and the language model are stacks of equal blocks: each block is a region of its own, so one compilation
+serves all of them. The connector is one region: every layer leaves fewer tokens than the one before, in shapes that
+never change. Evaluation, generation and the counting of FLOPs run as they are written (`eager`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lavis_evlgen.config import ConfigError
+
+PARTS = {"vision": "visual_encoder", "connector": "connector", "llm": "language_model"}  # in the config: of the model
+
+
+def check_parts(parts) -> list[str]:
+    """`run.compile` as a list of its parts: false or empty, true (all), or names. Raises ConfigError."""
+    if isinstance(parts, bool) or parts is None:
+        parts = list(PARTS) if parts else []
+    names = [parts] if isinstance(parts, str) else list(parts)
+    unknown = [name for name in names if name not in PARTS]
+    if unknown:
+        raise ConfigError(f"run.compile: {unknown[0]!r} is not one of {', '.join(PARTS)}; true is all of them")
+    if names and not hasattr(torch.compiler, "set_stance"):
+        raise ConfigError(f"run.compile needs torch 2.6 or newer, this is {torch.__version__}; leave it out")
+    return list(dict.fromkeys(names))
+
+
+def compile_parts(model: nn.Module, parts: Sequence[str]):
+    """Have `parts` compiled when they are next called; parameters and their names stay what they are."""
+    for part in parts:
+        module = getattr(model, PARTS[part], None)
+        if module is None:
+            raise ConfigError(f"run.compile: {type(model).__name__} has no {PARTS[part]}; leave {part} out")
+        for region in [module] if part == "connector" else stack_of(module):
+            region.compile()
+
+
+def stack_of(module: nn.Module) -> list[nn.Module]:
+    """The blocks of the stack that holds most of a module's weights, the module itself where there is no stack."""
+    stacks = [child for child in module.modules() if isinstance(child, nn.ModuleList)]
+    largest = max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()), default=())
+    return list(largest) or [module]
+
+
+@contextlib.contextmanager
+def eager():
+    """What was compiled runs as it is written; a context, or a decorator."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
+        yield  # nothing can have been compiled, and asking would import the compiler
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield

@@ -1,0 +1,99 @@
+"""`run.compile`: compiled steps equal plain ones; what is not training runs as it is written."""
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.models.compiling import PARTS, check_parts, compile_parts, eager, stack_of
+from tests.run_tools import losses
+from tests.tiny import (
+    clips,
+    pictures,
+    tiny_eva,
+    tiny_evlgen,
+    tiny_evlgen_video,
+    tiny_lavis_clip,
+    tiny_lavis_vision,
+    tiny_vision,
+)
+
+
+@pytest.fixture
+def counter(monkeypatch):
+    """A compiler that runs what it is given and counts it, in place of torch's own, which takes a minute."""
+    counter = CompileCounter()
+    compiler = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiler(module, backend=counter))
+    torch._dynamo.reset()
+    return counter
+
+
+def test_names_of_parts():
+    assert check_parts(None) == check_parts(False) == check_parts([]) == []
+    assert check_parts(True) == ["vision", "connector", "llm"]
+    assert check_parts(["llm", "vision", "llm"]) == ["llm", "vision"] and check_parts("vision") == ["vision"]
+    with pytest.raises(ConfigError, match="run.compile: 'vit' is not one of vision, connector, llm; true is all"):
+        check_parts(["vision", "vit"])
+    with pytest.raises(ConfigError, match="run.compile: Linear has no connector; leave connector out"):
+        compile_parts(nn.Linear(1, 1), ["connector"])
+
+
+def test_regions_are_the_blocks_of_the_largest_stack():
+    blocks = [nn.Linear(2, 2) for _ in range(3)]
+    model = nn.ModuleDict({"small": nn.ModuleList([nn.Linear(1, 1)] * 4), "blocks": nn.ModuleList(blocks)})
+    assert stack_of(model) == blocks
+    lone = nn.Linear(2, 2)
+    assert stack_of(lone) == [lone]
+
+
+def test_a_compiled_run_equals_a_plain_one(runs, counter):
+    runs.config["run"] |= {"valid_splits": ["val"], "max_iters": 3, "iters_per_inner_epoch": 3}
+    runs.train("run.run_name=plain")
+    assert counter.frame_count == 0
+    runner = runs.train("run.run_name=compiled", "run.compile=true")
+    assert counter.frame_count >= len(PARTS) and runner.compiled == list(PARTS)
+    plain, compiled = losses(runs.output("plain")), losses(runs.output("compiled"))
+    assert list(compiled) == [1, 2, 3] and compiled == pytest.approx(plain, rel=1e-5)
+
+
+def grads(model, samples) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    model(samples)["loss"].backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("vision", ["hidden layer", "eva", "LAVIS's CLIP", "frames", "ordered frames"])
+def test_every_kind_of_encoder_compiles_to_the_same_gradients(vision, counter):
+    samples = {"image": pictures(2), "text_input": ["a red square", "a blue circle"]}
+    if vision == "hidden layer":
+        model = tiny_evlgen(vision=tiny_vision(layer=1))
+    elif "frames" in vision:  # trainable modules between the frozen blocks
+        model = tiny_evlgen_video(alpha=0.5, positions=vision == "ordered frames")
+        samples["image"] = clips(2)
+    else:
+        model = tiny_evlgen(vision=tiny_lavis_vision(tiny_eva if vision == "eva" else tiny_lavis_clip))
+    plain = grads(model, samples)
+    model.zero_grad(set_to_none=True)
+    names = list(model.state_dict())
+    compile_parts(model, list(PARTS))
+    compiled = grads(model, samples)
+    assert counter.frame_count > 0 and list(model.state_dict()) == names
+    assert plain.keys() == compiled.keys()
+    for name in plain:
+        torch.testing.assert_close(compiled[name], plain[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_what_is_not_training_is_not_compiled(counter):
+    model = tiny_evlgen()
+    compile_parts(model, list(PARTS))
+    image = torch.randn(2, 3, 28, 28)
+    with eager():
+        model({"image": image, "text_input": ["a red square"] * 2})
+        model.generate({"image": image}, max_length=4)
+    assert counter.frame_count == 0
+    model.language_model.generate(torch.randn(1, 2, model.language_model.width), [""], max_new_tokens=3)
+    assert counter.frame_count == 0
+    model({"image": image, "text_input": ["a red square"] * 2})
+    assert counter.frame_count > 0
