@@ -92,8 +92,9 @@ def step_table(card: dict) -> str:
     undone = [undone_cells(row, name) for name in row["peak_gb"] if name != "whole"]
     alone = [f"{head['rows_of_logits'][name]} rows of logits, {milliseconds(time)} ms" for name, time in
              head["seconds"].items()]  # fmt: skip
-    extra = head["extra_peak_gb"]
-    saved = "" if extra["full"] is None else f"; extra memory {extra['supervised']:.2f} against {extra['full']:.2f} GB"
+    held = head["held_gb"]
+    saved = f"; they hold {held['supervised']:.3f} against {held['full']:.3f} GB ("
+    saved += f"{held['supervised'] / held['full']:.2f}x)"
     parts = [f"`{row['scale']}`: {', '.join(told)}.", markdown(["phase", "ms", "share"], shares)]
     if undone:
         parts.append(markdown(["saving undone", "time of a step: by FLOPs", "measured", "peak memory"], undone))

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from random_models import build, samples, scales
-from timing import alternate, parser, spread, write
+from timing import alternate, held_gb, parser, spread, write
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -232,13 +232,11 @@ def head_and_loss(model: EVLGen, step: TrainingStep, batch: dict, args) -> dict:
         (sums.sum() / count.sum()).backward()
 
     calls = {"supervised": lambda: run(prefix_lm_loss), "full": lambda: run(full_logits_loss)}
-    memory, held = {}, torch.cuda.memory_allocated(step.device) / 1e9 if step.device.type == "cuda" else 0.0
-    for name, call in calls.items():
-        peak = peak_gb(step.device, call)
-        memory[name] = None if peak is None else peak - held
+    there = [hidden, labels, *model.language_model.llm.parameters()]
+    memory = {name: held_gb(call, there) for name, call in calls.items()}
     rows = {"supervised": int((labels != IGNORE).sum()), "full": labels.numel()}
     times = alternate(calls, step.device, args.repetitions, args.seconds)
-    return {"seconds": times, "extra_peak_gb": memory, "rows_of_logits": rows}
+    return {"seconds": times, "held_gb": memory, "rows_of_logits": rows}
 
 
 @contextlib.contextmanager

@@ -11,11 +11,12 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
 
+from lavis_evlgen.analysis.step_memory import Alive
 from lavis_evlgen.evaluation.run_card import provenance, write_run_card
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -77,6 +78,16 @@ def backward_of(output) -> None:
     """A backward pass from a tensor, or a sequence of them, of any size: the mean square of each."""
     outputs = [output] if isinstance(output, torch.Tensor) else output
     sum(out.float().square().mean() for out in outputs).backward()
+
+
+def held_gb(call: Callable, there: Iterable[torch.Tensor]) -> float:
+    """GB that one call holds at most beside `there`, what was in memory before: storages counted while they live."""
+    with Alive() as alive:
+        for tensor in there:
+            alive.add(tensor)
+        before = alive.now
+        call()
+    return (alive.most - before) / 1e9
 
 
 def hardware_name(device: torch.device) -> str:

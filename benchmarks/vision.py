@@ -12,10 +12,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from timing import DTYPES, alternate, parser, write
+from timing import DTYPES, alternate, held_gb, parser, write
 from torch import nn
 
-from lavis_evlgen.analysis.step_memory import Alive
 from lavis_evlgen.models.fused_attention import fuse_attention
 from lavis_evlgen.models.vision import _cast_matrices, eva_clip_g
 
@@ -44,16 +43,6 @@ def passes(vit: nn.Module, image: torch.Tensor, dtype: torch.dtype) -> dict:
     return {"forward": forward, "forward+backward": both}
 
 
-def held(call, vit: nn.Module) -> float:
-    """GB that one call holds at most, beside the weights."""
-    with Alive() as alive:
-        for weight in vit.parameters():
-            alive.add(weight)
-        weights = alive.now
-        call()
-    return (alive.most - weights) / 1e9
-
-
 def measure(args) -> list[dict]:
     device, rows = torch.device(args.device), []
     for name, dtype in DTYPES.items():
@@ -64,7 +53,7 @@ def measure(args) -> list[dict]:
         error = ((outputs["LAVIS"] - outputs["fused"]).norm() / outputs["LAVIS"].norm()).item()
         for which in ("forward", "forward+backward"):
             chosen = {kind: call[which] for kind, call in calls.items()}
-            memory = {kind: held(call, vits[kind]) for kind, call in chosen.items()}
+            memory = {kind: held_gb(call, vits[kind].parameters()) for kind, call in chosen.items()}
             seconds = alternate(chosen, device, args.repetitions, args.seconds)
             row = {"dtype": name, "passes": which, "batch": args.batch, "blocks": args.blocks, "seconds": seconds}
             rows.append({**row, "held_gb": memory, "difference": error})

@@ -102,3 +102,13 @@ def load_checkpoint_file(model: nn.Module, path: str, additions: Iterable[set[st
             "and give the folder OUT"
         )
     load_trainable(model, state, path, additions)
+
+
+def config_of_checkpoint(path: str) -> dict:
+    """The model section of the config that a run's checkpoint was made with; {} where a file holds none."""
+    try:
+        content = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # no file, or not one of torch's: reading its weights says what is wrong
+        return {}
+    config = content.get("config") if isinstance(content, dict) else None
+    return config.get("model", {}) if isinstance(config, dict) else {}

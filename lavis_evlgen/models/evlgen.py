@@ -12,7 +12,7 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_evlgen.models.bundle import Bundled, check_frozen, differences, read_config
-from lavis_evlgen.models.checkpoints import load_checkpoint_file
+from lavis_evlgen.models.checkpoints import config_of_checkpoint, load_checkpoint_file
 from lavis_evlgen.models.connectors import CONNECTORS, SIZES, VisualPrompt, build_connector
 from lavis_evlgen.models.freezing import check_precision
 from lavis_evlgen.models.generation import Generates
@@ -186,14 +186,18 @@ class EVLGen(Generates, Bundled, BaseModel):
     def load_checkpoint(self, url_or_filename: str):
         """Load trainable weights strictly and safely (no pickled code); raises WeightsError.
 
-        Of a bundle's folder, the frozen parts are checked too, and other settings than it was trained with are logged.
+        Other settings than a bundle or a run's checkpoint was trained with are logged; of a bundle's folder, the frozen
+        parts are checked too.
         """
         if Path(url_or_filename).is_dir():
             content = read_config(url_or_filename)
             check_frozen(self, content, url_or_filename)
-            for difference in differences(content, self.config or {}):
-                logging.warning("%s: not as it was trained: %s", url_or_filename, difference)
+            trained = content["model"]
+        else:
+            trained = config_of_checkpoint(url_or_filename)
         load_checkpoint_file(self, url_or_filename, self.additions())
+        for difference in differences(trained, self.config or {}):
+            logging.warning("%s: not as it was trained: %s", url_or_filename, difference)
 
     def load_checkpoint_from_config(self, cfg, **kwargs):
         if cfg.get("load_finetuned", False):

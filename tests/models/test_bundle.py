@@ -125,7 +125,7 @@ def test_pretrained_in_a_config_takes_a_bundle_or_its_file(parts, trained, saved
 def test_settings_unlike_those_of_training_are_logged(parts, saved, caplog):
     build(parts, pretrained=str(saved), tome_r=2, lr_scale={"connector": 1.0})
     told = [r.getMessage() for r in caplog.records if "not as it was trained" in r.getMessage()]
-    assert told == [f"{saved}: not as it was trained: tome_r: 2 here, {{'target': 9}} in the bundle"]
+    assert told == [f"{saved}: not as it was trained: tome_r: 2 here, {{'target': 9}} there"]
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,7 @@ def test_evaluate_gives_the_same_test_metrics(finished, tmp_path, capsys):
     runs = finished.copy(tmp_path)
     best = f"model.pretrained={finished.output() / state.BEST}"
     assert runs.command(best, "run.run_name=again", script="evaluate.py") == 0
+    assert "not as it was trained" not in capsys.readouterr().err
     found = read(runs.output("again") / "result" / "test_given.json")
     for key in ("metrics", "blind", "loss_right", "loss_shuffled", "rows"):
         assert found[key] == expected[key], key
@@ -115,6 +116,14 @@ def test_evaluate_gives_the_same_test_metrics(finished, tmp_path, capsys):
     without = finished.copy(tmp_path).train("run.run_name=untrained", evaluate=True)
     untrained = read(without.output_dir / "result" / "test_given.json")
     assert untrained["loss_right"] != expected["loss_right"]
+
+
+def test_settings_unlike_those_of_training_are_told(finished, tmp_path, capsys):
+    best = finished.output() / state.BEST
+    runs = finished.copy(tmp_path)
+    assert runs.command(f"model.pretrained={best}", "model.tome_r=2", script="evaluate.py") == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if "not as it was trained" in line]
+    assert [line.partition(f"{best}: ")[2] for line in lines] == ["not as it was trained: tome_r: 2 here, 4 there"]
 
 
 def test_a_folder_that_holds_a_run_takes_no_other(runs, capsys):
