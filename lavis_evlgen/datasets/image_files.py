@@ -3,43 +3,55 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+import torch
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from lavis_evlgen.datasets.errors import UnreadableImage
 from lavis_evlgen.file_troubles import EMPTY, head_of, looks_like, trouble_with
 
+ORIENTATION = ExifTags.Base.Orientation
 
-def open_image(path, processor=None) -> Image.Image:
+
+def open_image(path, processor=None) -> Image.Image | Tensor:
     """The picture at `path`, fully decoded, as RGB (8 bits). Raises UnreadableImage, whatever is wrong.
 
     Decoding happens here and not later, so that a truncated file fails where it can still be counted. A
     `processor` that says by `least_size(width, height)` how little it needs gets a JPEG decoded at 1/2, 1/4 or 1/8 of
-    its size where that is enough: most of the decoder's work is then not done.
+    its size where that is enough: most of the decoder's work is then not done. One that `takes_pixels` may get a
+    picture's pixels, uint8 (3, H, W), the same that Pillow would give, in less time.
     """
     if trouble := trouble_with(path):
         raise UnreadableImage(path, trouble)
     return _decode(path, path, processor)
 
 
-def decode_image(content: bytes, name: str, processor=None) -> Image.Image:
+def decode_image(content: bytes, name: str, processor=None) -> Image.Image | Tensor:
     """As `open_image`, of a file's content; `name` says which in the error."""
     if not content:
         raise UnreadableImage(name, EMPTY)
     return _decode(io.BytesIO(content), name, processor)
 
 
-def _decode(source, name, processor) -> Image.Image:
+def _decode(source, name, processor) -> Image.Image | Tensor:
     """source: a path, or bytes in memory."""
     least_size = getattr(processor, "least_size", None)  # LAVIS's processors have none and get the whole picture
     try:
         with _whole_files_only(), Image.open(source) as image:
+            whole = image.size
             if least_size is not None:
                 image.draft(None, least_size(*image.size))  # does nothing to what is no JPEG
+            if getattr(processor, "takes_pixels", False) and image.size == whole and _is_plain_jpeg(image):
+                return _pixels_of_jpeg(source)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
     except MemoryError:
@@ -50,6 +62,33 @@ def _decode(source, name, processor) -> Image.Image:
         raise UnreadableImage(name, f"too many pixels to open safely ({error})") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UnreadableImage(name, f"broken or truncated ({type(error).__name__}: {error})") from None
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    """Whether an opened picture is a JPEG whose pixels are upright RGB as they are stored."""
+    return image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1 and _torch_can()
+
+
+def _pixels_of_jpeg(source) -> Tensor:
+    """uint8 (3, H, W) of a JPEG. Raises UnreadableImage without a name."""
+    content = source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition(", ")[2]  # behind the place in torchvision's source
+        raise UnreadableImage("", f"broken or truncated ({reason})") from None
+
+
+@cache
+def _torch_can() -> bool:
+    """Whether this torchvision was built with a JPEG decoder, as all of its released wheels are."""
+    content = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(content, "JPEG")
+    try:
+        _pixels_of_jpeg(content)
+    except UnreadableImage:
+        return False
+    return True
 
 
 _PILLOW_SWITCH = Lock()
@@ -76,7 +115,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         picture = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _what_it_looks_like(source) -> str:

@@ -2,6 +2,7 @@
 
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
+from torch import Tensor
 
 from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.file_troubles import Unreadable
@@ -18,7 +19,7 @@ class ReadableRows(BaseDataset):
 
     noun = "images"  # what the rows are about, in messages
 
-    def _load(self, row: dict) -> Image.Image:
+    def _load(self, row: dict) -> Image.Image | Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how a row's picture is loaded")
 
     def _sample(self, row: dict, image: Image.Image | None, bad: list[dict]) -> dict:
@@ -26,7 +27,8 @@ class ReadableRows(BaseDataset):
 
     def pil_image(self, index: int) -> Image.Image:
         """The RGB picture of row `index`, as its processor gets it. Raises UnreadableImage."""
-        return self._load(self.annotation[index])
+        picture = self._load(self.annotation[index])
+        return Image.fromarray(picture.permute(1, 2, 0).numpy()) if isinstance(picture, Tensor) else picture
 
     def __getitem__(self, index: int) -> dict:
         if index < 0:

@@ -1,12 +1,20 @@
-"""Image processors: a PIL picture in, a normalised (3, H, W) float tensor out."""
+"""Image processors: a PIL picture in, a normalised (3, H, W) float tensor out.
+
+Training crops and resizes bytes by torch's vectorised kernels, in a tenth of Pillow's time; evaluation resizes by
+Pillow, to the same pixels as LAVIS's processors. The two round differently: of photographs, by a step or two of 255.
+"""
 
 import math
 from collections.abc import Callable
 from functools import partial
 
+import numpy as np
+import torch
 from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
-from torchvision import transforms
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2 as transforms
 from torchvision.transforms.functional import InterpolationMode
 
 from lavis_evlgen.processors.config import read_config
@@ -43,8 +51,7 @@ def _statistic(processor: str, key: str, value) -> list[float]:
 class _ImageProcessor(BaseProcessor):
     NAME = ""
     CONFIG_KEYS: dict[str, str] = SIZE_KEYS
-    TO_FLOAT = transforms.ToTensor()  # what turns pixels into floats of 0..1
-
+    takes_pixels = False  # whether a picture may come as uint8 (3, H, W) too
     # (width, height) of a picture -> the least width and height that it may be decoded at; None: its own
     least_size: Callable[[int, int], tuple[int, int]] | None = None
 
@@ -56,12 +63,22 @@ class _ImageProcessor(BaseProcessor):
                 raise ValueError(f"{self.NAME}: mean is given in numbers, so std must be too")
             std = mean
         mean, std = _statistic(self.NAME, "mean", mean), _statistic(self.NAME, "std", std)
-        normalize = transforms.Normalize(mean, std, inplace=True)  # of the tensor that TO_FLOAT just made
-        self.transform = transforms.Compose([*steps, self.TO_FLOAT, normalize])
+        self.transform = transforms.Compose([*steps, pixels, partial(normalized, torch.tensor([mean, std]))])
 
     @classmethod
     def from_config(cls, cfg=None):
         return cls(**read_config(cls, cfg))
+
+
+def pixels(picture: Image.Image | Tensor) -> Tensor:
+    """uint8 (3, H, W) of a picture, its colours side by side in memory, as torch resizes fastest; tensors stay."""
+    return picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
+def normalized(statistics: Tensor, colours: Tensor) -> Tensor:
+    """float32 (..., 3, H, W) of uint8 ones; statistics (2, 3): mean and standard deviation of pixels in 0..1."""
+    mean, std = statistics[..., None, None]  # (3, 1, 1) each
+    return colours.contiguous().float().div_(255).sub_(mean).div_(std)
 
 
 def least_for_crops(image_size: int, min_scale: float, width: int, height: int) -> tuple[int, int]:
@@ -88,6 +105,7 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
     """
 
     NAME = "evlgen_image_train"
+    takes_pixels = True
     CONFIG_KEYS = {
         **SIZE_KEYS,
         **SHRINK_KEY,
@@ -99,12 +117,12 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
                  flip: bool = True, shrink_on_load: bool = True):
         if not 0 < min_scale <= 1:
             raise ValueError(f"{self.NAME}: min_scale={min_scale} must be above 0 and at most 1")
-        steps = [_resize(image_size)]
+        steps = [pixels, _resize(image_size)]
         if min_scale < 1:
             crop = transforms.RandomResizedCrop(
                 image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
             )
-            steps = [crop]
+            steps = [pixels, crop]
         if flip:
             steps.append(transforms.RandomHorizontalFlip())
         self._build(image_size, mean, std, steps)

@@ -5,7 +5,6 @@ They are the image processors on T frames at once: one crop and one mirroring fo
 
 import torch
 from lavis.common.registry import registry
-from torchvision import transforms
 
 from lavis_evlgen.clips import SAMPLING, opened
 from lavis_evlgen.processors.images import SHRINK_KEY, EvlgenImageEvalProcessor, EvlgenImageTrainProcessor
@@ -21,7 +20,7 @@ def _keys(processor: type) -> dict[str, str]:
 class _OfFrames:
     """Before an image processor: takes `num_frames` frames of a clip and hands them to it as one tensor."""
 
-    TO_FLOAT = transforms.ConvertImageDtype(torch.float32)
+    takes_pixels = False  # but frames
 
     def _take(self, num_frames: int, sampling: str):
         if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:

@@ -14,7 +14,7 @@ from torchvision.transforms import RandomResizedCrop
 from lavis_evlgen.datasets.errors import UnreadableImage
 from lavis_evlgen.datasets.image_files import decode_image, open_image
 from lavis_evlgen.processors import EvlgenImageEvalProcessor, EvlgenImageTrainProcessor, EvlgenVideoTrainProcessor
-from lavis_evlgen.processors.images import least_for_crops
+from lavis_evlgen.processors.images import least_for_crops, pixels
 from tests.datasets.helpers import builder, write_csv
 from tests.datasets.shard_tools import image_shards, sample, write_shard
 
@@ -54,7 +54,8 @@ def test_large_jpegs_are_decoded_at_a_part_of_their_size():
         (EvlgenImageTrainProcessor(64, shrink_on_load=False), (640, 480)),
         (registry.get_processor_class("blip_image_train")(64), (640, 480)),
     ):
-        assert decode_image(content, "large.jpg", processor).size == size
+        height, width = pixels(decode_image(content, "large.jpg", processor)).shape[1:]
+        assert (width, height) == size
 
 
 def test_what_shrinking_changes_is_small():
@@ -70,7 +71,7 @@ def test_small_pictures_and_other_formats_stay_as_they_are():
     processor = EvlgenImageTrainProcessor(64)
     for content in (file_of(photograph(160, 120)), file_of(photograph(640, 480), "PNG")):
         whole, given = decode_image(content, ""), decode_image(content, "", processor)
-        assert given.size == whole.size and given.tobytes() == whole.tobytes()
+        assert torch.equal(pixels(given), pixels(whole))
 
 
 def test_turned_and_truncated_jpegs():
@@ -113,7 +114,7 @@ def test_frames_of_clips_have_no_such_key():
 
 
 def test_pixels_are_those_of_lavis():
-    """Bit by bit, by LAVIS's own processors: evaluation, and training draw by draw."""
+    """By LAVIS's own processors: evaluation bit by bit, training draw by draw, at most two steps of 255 apart."""
     for width, height in ((640, 480), (50, 90), (224, 224)):
         picture = photograph(max(width, 16), height)
         theirs = registry.get_processor_class("blip_image_eval")(image_size=224)
@@ -125,4 +126,4 @@ def test_pixels_are_those_of_lavis():
         ):
             torch.manual_seed(3)
             drawn.append(torch.stack([processor(picture) for _ in range(4)]))
-        assert torch.equal(*drawn)
+        assert (drawn[0] - drawn[1]).abs().max() < 2.01 / 255 / 0.26
