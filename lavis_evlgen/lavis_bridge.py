@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+from PIL import Image, ImageOps
+
 from lavis_evlgen import environment
 
 log = logging.getLogger(__name__)
@@ -46,6 +49,7 @@ def apply() -> None:
     restore_generate()
     repeat_for_beams_once()
     contrast_without_processes()
+    stretch_contrast()
     register_runners_and_schedulers()
     set_cache_root()
     _done = True
@@ -166,6 +170,26 @@ def on_this_rank_alone():
         yield
     finally:
         _on_this_rank_alone = before
+
+
+def stretch_contrast() -> None:
+    """RandAugment's AutoContrast (lavis/processors/randaugment.py:42) negates a byte: -low wraps around to 256 - low.
+
+    Every picture without black pixels then becomes white; `blip_image_train` and others draw it often.
+    """
+    from lavis.processors import randaugment
+
+    grey = np.array([[[100], [150]]], np.uint8).repeat(3, axis=2)  # (1, 2, 3), to become black and white
+    with np.errstate(over="ignore"):
+        if np.array_equal(randaugment.func_dict["AutoContrast"](grey), _autocontrast(grey)):
+            return
+    randaugment.func_dict["AutoContrast"] = _autocontrast
+    _record("stretch_contrast", "LAVIS's AutoContrast makes pictures white")
+
+
+def _autocontrast(img, cutoff=0):
+    """uint8 (H, W, 3) -> the same with each colour stretched to 0..255."""
+    return np.asarray(ImageOps.autocontrast(Image.fromarray(img), cutoff))
 
 
 def register_runners_and_schedulers() -> None:

@@ -6,10 +6,13 @@ What happens at import needs an interpreter that has not imported LAVIS yet, hen
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
+from PIL import Image, ImageOps
 
 from lavis_evlgen import lavis_bridge
 from lavis_evlgen.environment import release
@@ -130,3 +133,20 @@ def test_refresh_model_zoo_lists_a_model_registered_late(monkeypatch):
         assert dict(model_zoo)["late_model"] == ["tiny"] and "late_model" in str(model_zoo)
     lavis_bridge.refresh_model_zoo()
     assert "late_model" not in dict(model_zoo)
+
+
+def test_autocontrast_does_not_make_pictures_white():
+    from lavis.processors import randaugment
+
+    pixels = np.random.RandomState(0).randint(40, 200, (9, 7, 3), dtype=np.uint8)
+    expected = np.asarray(ImageOps.autocontrast(Image.fromarray(pixels)))
+    with np.errstate(over="ignore"):
+        assert randaugment.autocontrast_func(pixels).min() == 255  # LAVIS's own
+    assert expected.min() == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(randaugment.func_dict["AutoContrast"](pixels), expected)
+        augment = randaugment.RandomAugment(1, 5, isPIL=True, augs=["AutoContrast"])
+        found = {augment(Image.fromarray(pixels)).tobytes() for _ in range(20)}
+    assert found == {pixels.tobytes(), expected.tobytes()}  # applied half of the time
+    assert "stretch_contrast" in dict(lavis_bridge.applied())

@@ -10,10 +10,12 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from lavis.common.registry import registry
 from lavis.processors.base_processor import BaseProcessor
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.functional import InterpolationMode
 
@@ -25,6 +27,7 @@ STATISTICS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
+RATIO = (3 / 4, 4 / 3)  # least and most width over height of a crop, torchvision's
 SIZE_KEYS = {
     "image_size": "side of the square tensor in pixels",
     "mean": "clip, imagenet, half, or three numbers (pixels in 0..1)",
@@ -75,6 +78,20 @@ def pixels(picture: Image.Image | Tensor) -> Tensor:
     return picture if isinstance(picture, Tensor) else torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
+def cropped(image_size: int, min_scale: float, flip: bool, picture: Tensor) -> Tensor:
+    """(..., 3, H, W) -> (..., 3, S, S), bytes: a random crop, resized, and mirrored at random.
+
+    Draws what torchvision's RandomResizedCrop and RandomHorizontalFlip draw. min_scale=1: no crop.
+    """
+    if min_scale < 1:
+        top, left, height, width = RandomResizedCrop.get_params(picture, (min_scale, 1.0), RATIO)
+        picture = picture[..., top : top + height, left : left + width]
+    batch = picture if picture.ndim == 4 else picture[None]
+    square = F.interpolate(batch, (image_size, image_size), mode="bicubic", antialias=True)
+    square = square if picture.ndim == 4 else square[0]
+    return square.flip(-1) if flip and torch.rand(1) < 0.5 else square
+
+
 def normalized(statistics: Tensor, colours: Tensor) -> Tensor:
     """float32 (..., 3, H, W) of uint8 ones; statistics (2, 3): mean and standard deviation of pixels in 0..1."""
     mean, std = statistics[..., None, None]  # (3, 1, 1) each
@@ -84,12 +101,12 @@ def normalized(statistics: Tensor, colours: Tensor) -> Tensor:
 def least_for_crops(image_size: int, min_scale: float, width: int, height: int) -> tuple[int, int]:
     """The least (width, height) of a picture at which no crop of `min_scale` of its area or more has to be enlarged.
 
-    min_scale 1 is the whole picture. A crop's shorter side is least at the aspect ratio that is furthest from square,
-    3:4 (torchvision's RandomResizedCrop); pictures longer than that are cropped over their whole shorter side.
+    min_scale 1 is the whole picture. A crop's shorter side is least at the aspect ratio that is furthest from square
+    (RATIO); pictures longer than that are cropped over their whole shorter side.
     """
     if min_scale == 1:
         return image_size, image_size
-    shortest = min(math.sqrt(width * height * min_scale * 3 / 4), width, height)  # side of a crop
+    shortest = min(math.sqrt(width * height * min_scale * RATIO[0]), width, height)  # side of a crop
     return math.ceil(width * image_size / shortest), math.ceil(height * image_size / shortest)
 
 
@@ -117,15 +134,7 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
                  flip: bool = True, shrink_on_load: bool = True):
         if not 0 < min_scale <= 1:
             raise ValueError(f"{self.NAME}: min_scale={min_scale} must be above 0 and at most 1")
-        steps = [pixels, _resize(image_size)]
-        if min_scale < 1:
-            crop = transforms.RandomResizedCrop(
-                image_size, scale=(min_scale, 1.0), interpolation=InterpolationMode.BICUBIC, antialias=True
-            )
-            steps = [pixels, crop]
-        if flip:
-            steps.append(transforms.RandomHorizontalFlip())
-        self._build(image_size, mean, std, steps)
+        self._build(image_size, mean, std, [pixels, partial(cropped, image_size, min_scale, flip)])
         if shrink_on_load:
             self.least_size = partial(least_for_crops, image_size, min_scale)
 
