@@ -97,7 +97,8 @@ def step_table(card: dict) -> str:
     saved += f"{held['supervised'] / held['full']:.2f}x)"
     parts = [f"`{row['scale']}`: {', '.join(told)}.", markdown(["phase", "ms", "share"], shares)]
     if undone:
-        parts.append(markdown(["saving undone", "time of a step: by FLOPs", "measured", "peak memory"], undone))
+        columns = ["saving undone", "time of a step: by FLOPs", "measured", "peak memory", "loss differs by"]
+        parts.append(markdown(columns, undone))
     less = head["seconds"]["supervised"]["median"] / head["seconds"]["full"]["median"]
     parts.append(f"Head and loss alone: {alone[0]}, against {alone[1]} ({less:.2f}x){saved}.")
     return "\n\n".join(parts)
@@ -108,7 +109,8 @@ def undone_cells(row: dict, name: str) -> list[str]:
     predicted = f"{row['flops'][name] / row['flops']['whole']:.2f}x"
     slower = ratio(row["seconds"], name, "whole") if name in row["seconds"] else "-"
     memory = row["peak_gb"][name]
-    return [f"`--{name}`", predicted, slower, f"{memory:.1f} GB" if isinstance(memory, float) else memory or "-"]
+    told = f"{memory:.1f} GB" if isinstance(memory, float) else memory or "-"
+    return [f"`--{name}`", predicted, slower, told, f"{row['loss_differences'][name]:.0e}"]
 
 
 def generate_table(card: dict) -> str:

@@ -5,9 +5,9 @@
 
 Random weights of the given sizes, nothing is downloaded. Measured are the whole step of the runner (images/s, peak
 memory, MFU), its phases, and the step with one saving undone at a time, in turn: --full-logits (the head on every
-position), --vit-grad and --llm-grad (gradients of weights that are frozen), --eager-attention. Without any of these
-flags all are tried; --only-whole tries none. --fp32-frozen changes the whole run. --compile PART ... has the step
-under torch.compile and undoes that alone. The head and the loss are also measured alone.
+position), --vit-grad and --llm-grad (gradients of weights that are frozen), --eager-attention, --everything. Without
+any of these flags all are tried; --only-whole tries none. --fp32-frozen changes the whole run. --compile PART ... has
+the step under torch.compile and undoes that alone. The head and the loss are also measured alone.
 """
 
 from __future__ import annotations
@@ -20,76 +20,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from random_models import build, samples, scales
+from savings import COMPILED, UNDONE, full_logits_loss, loss_of
 from timing import alternate, held_gb, parser, spread, write
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_evlgen.analysis.estimate import HARDWARE
-from lavis_evlgen.models import language
 from lavis_evlgen.models.compiling import PARTS, compile_parts, eager
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.schedule import adamw
 from lavis_evlgen.runners.steps import TrainingStep
-
-
-def full_logits_loss(hidden: Tensor, labels: Tensor, head: Callable) -> tuple[Tensor, Tensor]:
-    """`prefix_lm_loss` the usual way: logits (B, T, V) of every position, most of which nobody asks for."""
-    logits, targets = head(hidden)[:, :-1].float(), labels[:, 1:]
-    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view(targets.shape).sum(1), (targets != IGNORE).sum(1).float()
-
-
-@contextlib.contextmanager
-def loss_of(function: Callable) -> Iterator[None]:
-    """The language model computes its loss by `function` of (hidden, labels, head)."""
-    before, language.prefix_lm_loss = language.prefix_lm_loss, function
-    try:
-        yield
-    finally:
-        language.prefix_lm_loss = before
-
-
-@contextlib.contextmanager
-def trained(module: torch.nn.Module) -> Iterator[None]:
-    """Weights get gradients, as if they were not frozen (nobody steps them)."""
-    module.requires_grad_(True)
-    try:
-        yield
-    finally:
-        module.requires_grad_(False).zero_grad(set_to_none=True)
-
-
-@contextlib.contextmanager
-def vit_grad(model: EVLGen) -> Iterator[None]:
-    """The vision encoder keeps what a backward pass needs, and it is made."""
-    vision = model.visual_encoder
-    vision.forward = vision.encode
-    try:
-        with trained(vision):
-            yield
-    finally:
-        del vision.forward
-
-
-@contextlib.contextmanager
-def eager_attention(model: EVLGen) -> Iterator[None]:
-    """Attention as two products with a softmax between them, everywhere."""
-    with sdpa_kernel(SDPBackend.MATH):
-        yield
-
-
-UNDONE = {
-    "full-logits": lambda model: loss_of(full_logits_loss),
-    "vit-grad": vit_grad,
-    "llm-grad": lambda model: trained(model.language_model.llm),
-    "eager-attention": eager_attention,
-}
-COMPILED = {"compile": lambda model: eager()}  # undone only where --compile does it
 
 
 def peak_gb(device: torch.device, call: Callable) -> float | None:
@@ -139,6 +81,18 @@ def operations(model: EVLGen, step: TrainingStep, batch: dict, names: list[str])
         step.optimizer.zero_grad(set_to_none=True)
         found[name] = counter.get_total_flops()
     return found
+
+
+def loss_differences(model: EVLGen, step: TrainingStep, batch: dict, names: list[str]) -> dict[str, float]:
+    """{name: how far the loss with each of `names` undone is from the step's own, as a share of it}."""
+    losses = {}
+    model.eval()  # dropout would draw anew
+    with torch.no_grad(), step.autocast():
+        for name in ("whole", *names):
+            with (UNDONE | COMPILED)[name](model) if name != "whole" else contextlib.nullcontext():
+                losses[name] = model(step.prepared(batch))["loss"].item()
+    model.train()
+    return {name: abs(losses[name] / losses["whole"] - 1) for name in names}
 
 
 OUT_OF_MEMORY = "out of memory"
@@ -293,6 +247,7 @@ def measure(args) -> dict:
     step(itertools.repeat(batch))  # Adam's state is there before memory is measured
     row = {"scale": args.scale, "batch": args.batch, "dtype": args.dtype, "frozen": frozen, "compile": args.compile}
     row["flops"] = operations(model, step, batch, names)
+    row["loss_differences"] = loss_differences(model, step, batch, names)
     row |= whole_steps(model, step, batch, names, args)
     seconds = row["seconds"]["whole"]["median"]
     row |= {"images_per_s": args.batch / seconds, "flops_per_image": flops}

@@ -189,7 +189,7 @@ def stretch_contrast() -> None:
 
 def _autocontrast(img, cutoff=0):
     """uint8 (H, W, 3) -> the same with each colour stretched to 0..255."""
-    return np.asarray(ImageOps.autocontrast(Image.fromarray(img), cutoff))
+    return np.array(ImageOps.autocontrast(Image.fromarray(img), cutoff))
 
 
 def register_runners_and_schedulers() -> None:

@@ -140,7 +140,7 @@ def test_savings_undone_change_no_loss_and_are_redone(tiny):
             other.backward()
             paid = any(p.grad is not None for part in (model.visual_encoder, model.language_model) for p in
                        part.parameters())  # fmt: skip
-            assert paid == name.endswith("-grad")
+            assert paid == (name.endswith("-grad") or name == "everything")
         frozen = [*model.visual_encoder.parameters(), *model.language_model.parameters()]
         assert not any(p.requires_grad or p.grad is not None for p in frozen)
         model.zero_grad(set_to_none=True)
@@ -157,6 +157,7 @@ def test_a_step_measured(script, card_of, tmp_path):
     assert rows["supervised"] < rows["full"]
     assert row["flops_per_image"] > 0 and row["mfu"] is None
     flops = row["flops"]
+    assert set(row["loss_differences"]) == set(step.UNDONE) and max(row["loss_differences"].values()) < 1e-5
     assert set(flops) == set(row["seconds"]) and flops["whole"] == 2 * row["flops_per_image"]
     assert min(flops["full-logits"], flops["vit-grad"], flops["llm-grad"]) > flops["whole"]
     text = page.section("step", tmp_path)

@@ -1,0 +1,82 @@
+"""The savings of a training step, each as a context in which a step goes without it (benchmarks/step.py)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lavis_evlgen.models import language
+from lavis_evlgen.models.compiling import eager
+from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.nn.losses import IGNORE
+
+
+def full_logits_loss(hidden: Tensor, labels: Tensor, head: Callable) -> tuple[Tensor, Tensor]:
+    """`prefix_lm_loss` the usual way: logits (B, T, V) of every position, most of which nobody asks for."""
+    logits, targets = head(hidden)[:, :-1].float(), labels[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses.view(targets.shape).sum(1), (targets != IGNORE).sum(1).float()
+
+
+@contextlib.contextmanager
+def loss_of(function: Callable) -> Iterator[None]:
+    """The language model computes its loss by `function` of (hidden, labels, head)."""
+    before, language.prefix_lm_loss = language.prefix_lm_loss, function
+    try:
+        yield
+    finally:
+        language.prefix_lm_loss = before
+
+
+@contextlib.contextmanager
+def trained(module: torch.nn.Module) -> Iterator[None]:
+    """Weights get gradients, as if they were not frozen (nobody steps them)."""
+    module.requires_grad_(True)
+    try:
+        yield
+    finally:
+        module.requires_grad_(False).zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def vit_grad(model: EVLGen) -> Iterator[None]:
+    """The vision encoder keeps what a backward pass needs, and it is made."""
+    vision = model.visual_encoder
+    vision.forward = vision.encode
+    try:
+        with trained(vision):
+            yield
+    finally:
+        del vision.forward
+
+
+@contextlib.contextmanager
+def eager_attention(model: EVLGen) -> Iterator[None]:
+    """Attention as two products with a softmax between them, everywhere."""
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+@contextlib.contextmanager
+def everything(model: EVLGen) -> Iterator[None]:
+    """All savings undone at once: a plain implementation, but for the precision of frozen weights."""
+    with contextlib.ExitStack() as stack:
+        for name, undo in UNDONE.items():
+            if name != "everything":
+                stack.enter_context(undo(model))
+        yield
+
+
+UNDONE = {
+    "full-logits": lambda model: loss_of(full_logits_loss),
+    "vit-grad": vit_grad,
+    "llm-grad": lambda model: trained(model.language_model.llm),
+    "eager-attention": eager_attention,
+    "everything": everything,
+}
+COMPILED = {"compile": lambda model: eager()}  # undone only where --compile does it
