@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from lavis_evlgen.datasets.seeding import mix, seeded
+from lavis_evlgen.datasets.seeding import generators_kept, mix, seed_all
 from lavis_evlgen.datasets.shard_stream import START, Place, ShardStream
 from lavis_evlgen.datasets.shards import ImageShards
 
@@ -101,11 +101,18 @@ class Mixture(Dataset):
         self._worker = None
 
     def __getitem__(self, key) -> tuple:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list) -> list[tuple]:
+        with generators_kept():  # once a batch: numpy's take longer to keep than to seed
+            return [self._item(key) for key in keys]
+
+    def _item(self, key) -> tuple:
         if isinstance(key, FromShards):
             return key.data_set, self._stream(key).take(key.count)
         k, epoch, row = key
-        with seeded(mix(self.seed, k, epoch, row)):
-            return k, self.datasets[k][row]
+        seed_all(mix(self.seed, k, epoch, row))
+        return k, self.datasets[k][row]
 
     def _stream(self, key: FromShards) -> ShardStream:
         if self._worker not in (None, key.worker):  # samples would be lost and repeated

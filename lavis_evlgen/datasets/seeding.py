@@ -21,13 +21,17 @@ def mix(*numbers: int) -> int:
     return state >> 1
 
 
-@contextmanager
-def seeded(seed: int):
-    """Python, numpy and torch (CPU) draw from `seed` inside, and go on as before afterwards."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def seed_all(seed: int):
+    """Python, numpy and torch (CPU) draw from `seed` from here on."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed CUDA's dropout too, and is slow
+
+
+@contextmanager
+def generators_kept():
+    """Python, numpy and torch (CPU) go on afterwards as they would have before, whatever was drawn inside."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:

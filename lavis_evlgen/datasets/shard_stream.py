@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from lavis_evlgen.datasets.errors import DataError, UnreadableImage
-from lavis_evlgen.datasets.seeding import mix, permuted, seeded, shuffled
+from lavis_evlgen.datasets.seeding import mix, permuted, seed_all, shuffled
 from lavis_evlgen.datasets.shard_reader import ShardItem, read_shard
 from lavis_evlgen.file_troubles import Unreadable
 
@@ -74,7 +74,10 @@ class ShardStream:
         return epoch, permuted(position, size, mix(self.seed, epoch))
 
     def take(self, count: int) -> tuple[list[dict], Tally]:
-        """The next `count` samples, and what was met on the way. Raises DataError when nothing can be used."""
+        """The next `count` samples, and what was met on the way. Raises DataError when nothing can be used.
+
+        Python, numpy and torch are seeded for each sample and left so.
+        """
         samples, tally, dry = [], Tally(self.stream), 0
         last = self.place.shards  # that gave a sample
         while len(samples) < count:
@@ -82,8 +85,8 @@ class ShardStream:
             if dry >= MOST_ITEMS or self.place.shards - last > MOST_SHARDS:
                 raise self._nothing_usable(tally, dry)
             try:
-                with seeded(mix(self.seed, epoch, index, item.index)):
-                    samples.append(self._sample(tally, index, item))
+                seed_all(mix(self.seed, epoch, index, item.index))
+                samples.append(self._sample(tally, index, item))
                 last, dry = self.place.shards, 0
             except Unreadable as error:
                 dry += 1

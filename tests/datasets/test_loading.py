@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from lavis_evlgen.datasets import loading
-from lavis_evlgen.datasets.loading import EpochStream, MixtureBatches, eval_loader, seeded, train_loader
+from lavis_evlgen.datasets.loading import (
+    EpochStream,
+    MixtureBatches,
+    eval_loader,
+    generators_kept,
+    seed_all,
+    train_loader,
+)
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=3)
 seeds = st.integers(0, 2**32)
@@ -103,25 +110,27 @@ def test_sets_get_the_share_of_micro_steps_that_the_ratios_say():
     assert share == pytest.approx([1 / 8, 2 / 8, 5 / 8], abs=0.015)
 
 
-def test_seeded_draws_alike_and_leaves_no_trace():
+def test_seeded_draws_are_alike_and_leave_no_trace():
     def draw():
         return random.random(), np.random.rand(), torch.rand(()).item()
 
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    def start():
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+    start()
     undisturbed = draw()
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    with seeded(7):
-        first = draw()
-    after = draw()
-    with seeded(7):
-        second = draw()
-    with seeded(8):
-        third = draw()
-    assert first == second != third
-    assert after == undisturbed
-    with pytest.raises(KeyError), seeded(7):
+    start()
+    found = []
+    with generators_kept():
+        for seed in (7, 7, 8):
+            seed_all(seed)
+            found.append(draw())
+    assert found[0] == found[1] != found[2]
+    assert draw() == undisturbed
+    start()
+    with pytest.raises(KeyError), generators_kept():
+        seed_all(7)
         raise KeyError
-    random.seed(1), np.random.seed(1), torch.manual_seed(1)
     assert draw() == undisturbed
 
 
