@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import subprocess
 import sys
 from itertools import groupby
@@ -20,24 +19,31 @@ from pathlib import Path
 from statistics import mean
 
 from result_pages import put_between, spread
-from training_runs import ROOT
+from training_runs import ROOT, training_seconds
 
 from lavis_evlgen.analysis.compare import duration
 from lavis_evlgen.analysis.tables import markdown
+from lavis_evlgen.evaluation.run_card import write_run_card
+from lavis_evlgen.evaluation.sweep_plot import sweep_plot
 
 CONFIG, PAGE = "projects/evlgen/flickr8k_mini.yaml", ROOT / "docs/results/ablations.md"
 TOKENS = {137: 10, 101: 13, 65: 16, 29: 19, 10: 22, 5: 25}  # left of 257 -> r that leaves them after 12 layers
 SWEEPS = {  # name: (config key, value -> what the table calls it, columns of these names)
     "tokens": (
-        "model.tome_r", {f"{{target: {left}}}": (left, r) for left, r in TOKENS.items()}, ("tokens", "r of 12 layers"),
+        "model.tome_r",
+        {f"{{target: {left}}}": (left, r) for left, r in TOKENS.items()},
+        ("tokens left", "r of 12 layers"),
     ),
-    "vit_layer": ("model.vit_layer", {str(layer): (layer,) for layer in (3, 6, 9, 12)}, ("hidden layer of 12",)),
+    "vit_layer": ("model.vit_layer", {str(layer): (layer,) for layer in (3, 6, 9, 12)}, ("hidden layer",)),
 }  # fmt: skip
 
 
 def sweep(name: str, args) -> list[dict]:
-    """The runs of a sweep, trained where they are missing; its JSON and picture are put in their places."""
-    key, values, _ = SWEEPS[name]
+    """The runs of a sweep, trained where they are missing; its JSON and picture are put in their places.
+
+    Seconds are those of a run's median window, so that pauses and other work beside it do not count.
+    """
+    key, values, columns = SWEEPS[name]
     files = {"images": args.images.absolute(), "captions": args.captions.absolute()}
     options = [f"datasets.image_captions.{part}={path}" for part, path in files.items()]
     # the start and the rate that did best in docs/results/miniature.md; greedy captions; scored once, at the end
@@ -48,19 +54,32 @@ def sweep(name: str, args) -> list[dict]:
     command = [Path(sys.executable).with_name("evlgen"), "ablate", ROOT / CONFIG, "--out", out, "--seeds", seeds]
     command += ["--sweep", f"{key}={','.join(values)}", "--jobs", str(args.jobs), "--options", *options]
     subprocess.run(command, check=True)
-    args.results.mkdir(parents=True, exist_ok=True)
-    shutil.copy(out / "ablation.json", args.results / f"ablation-{name}.json")
-    shutil.copy(out / "ablation.png", ROOT / f"docs/images/ablation-{name}.png")
-    return json.loads((out / "ablation.json").read_text())["runs"]
+    content = json.loads((out / "ablation.json").read_text())
+    content |= {"config": CONFIG, "steps": args.steps, "jobs": args.jobs}
+    del content["table"], content["options"]  # of other seconds, of this machine's folders
+    for run in content["runs"]:
+        del run["settings"]
+        run["seconds"] = training_seconds(out / "runs", run["name"], args.steps)
+    write_run_card(args.results / f"ablation-{name}.json", content)
+    points = [
+        (str(values[value][0]), [run["scores"]["CIDEr"] for run in runs], [run["seconds"] for run in runs])
+        for value, runs in by_value(name, content["runs"])
+    ]
+    sweep_plot(ROOT / f"docs/images/ablation-{name}.png", columns[0], {"": points}, "CIDEr")
+    return content["runs"]
+
+
+def by_value(name: str, runs: list[dict]) -> list[tuple[str, list[dict]]]:
+    """The runs of each value of a sweep."""
+    return [(value, list(group)) for value, group in groupby(runs, key=lambda run: run["values"][SWEEPS[name][0]])]
 
 
 def table(name: str, runs: list[dict]) -> str:
     """One row for each value: means over seeds, least and most; mean training time."""
-    key, values, columns = SWEEPS[name]
+    _, values, columns = SWEEPS[name]
     header = (*columns, "CIDEr", "blind CIDEr", "loss, right picture", "gap, nats/token", "training")
     rows = []
-    for value, group in groupby(runs, key=lambda run: run["values"][key]):
-        group = list(group)
+    for value, group in by_value(name, runs):
         scores = [run["scores"] for run in group]
         gaps = [score["loss, shuffled"] - score["loss, right"] for score in scores]
         numbers = [[score[one] for score in scores] for one in ("CIDEr", "blind CIDEr", "loss, right")]

@@ -76,7 +76,7 @@ def test_an_ablation_has_a_row_for_each_value(benchmarks):
         for layer, right in (("3", 3.0), ("3", 3.5), ("12", 3.0))
     ]  # fmt: skip
     header, _, third, last = rows(ablations.table("vit_layer", runs))
-    assert header[0] == "hidden layer of 12" and [third[0], last[0]] == ["3", "12"]
+    assert header[0] == "hidden layer" and [third[0], last[0]] == ["3", "12"]
     assert third[3:] == ["3.250 (3.000 to 3.500)", "0.750 (0.500 to 1.000)", "3.25 min"]
 
 
