@@ -84,12 +84,13 @@ def step_table(card: dict) -> str:
     told = [f"batch {row['batch']}", f"{row['dtype']}, frozen parts {row['frozen']}", *compiled,
             f"{row['images_per_s']:.3g} images/s", f"{milliseconds(whole)} ms a step"]  # fmt: skip
     told += [] if row["mfu"] is None else [f"MFU {row['mfu']:.0%}"]
-    told += [] if row["peak_gb"]["whole"] is None else [f"peak {row['peak_gb']['whole']:.1f} GB"]
+    peak = "peak" if card["machine"]["device"] == "cuda" else "beside weights and moments"
+    told.append(f"{peak} {row['memory_gb']['whole']:.2f} GB")
     if data := row["with_data"]:
         told.append(f"{data['waited'] / data['seconds']:.0%} of the time waiting for {data['workers']} data processes")
     shares = [[name, milliseconds(time), f"{time['median'] / sum_of_phases:.0%}"] for name, time in
               sorted(phases.items(), key=lambda item: PHASES.index(item[0]))]  # fmt: skip
-    undone = [undone_cells(row, name) for name in row["peak_gb"] if name != "whole"]
+    undone = [undone_cells(row, name) for name in row["memory_gb"] if name != "whole"]
     alone = [f"{head['rows_of_logits'][name]} rows of logits, {milliseconds(time)} ms" for name, time in
              head["seconds"].items()]  # fmt: skip
     held = head["held_gb"]
@@ -97,7 +98,7 @@ def step_table(card: dict) -> str:
     saved += f"{held['supervised'] / held['full']:.2f}x)"
     parts = [f"`{row['scale']}`: {', '.join(told)}.", markdown(["phase", "ms", "share"], shares)]
     if undone:
-        columns = ["saving undone", "time of a step: by FLOPs", "measured", "peak memory", "loss differs by"]
+        columns = ["changed", "time of a step: by FLOPs", "measured", "memory", "loss differs by"]
         parts.append(markdown(columns, undone))
     less = head["seconds"]["supervised"]["median"] / head["seconds"]["full"]["median"]
     parts.append(f"Head and loss alone: {alone[0]}, against {alone[1]} ({less:.2f}x){saved}.")
@@ -108,8 +109,8 @@ def undone_cells(row: dict, name: str) -> list[str]:
     """What a step without one saving takes, against the whole: by its FLOPs, and as it was measured."""
     predicted = f"{row['flops'][name] / row['flops']['whole']:.2f}x"
     slower = ratio(row["seconds"], name, "whole") if name in row["seconds"] else "-"
-    memory = row["peak_gb"][name]
-    told = f"{memory:.1f} GB" if isinstance(memory, float) else memory or "-"
+    memory = row["memory_gb"][name]
+    told = memory if isinstance(memory, str) else f"{memory:.2f} GB"
     return [f"`--{name}`", predicted, slower, told, f"{row['loss_differences'][name]:.0e}"]
 
 

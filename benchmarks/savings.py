@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lavis_evlgen.models import language
-from lavis_evlgen.models.compiling import eager
+from lavis_evlgen.models.compiling import eager, stack_of
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.recomputing import recompute
 from lavis_evlgen.nn.losses import IGNORE
 
 
@@ -72,6 +73,18 @@ def everything(model: EVLGen) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def grad_checkpoint(model: EVLGen) -> Iterator[None]:
+    """The language model's activations are computed again in the backward pass."""
+    blocks = stack_of(model.language_model)
+    recompute(blocks)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
 UNDONE = {
     "full-logits": lambda model: loss_of(full_logits_loss),
     "vit-grad": vit_grad,
@@ -79,4 +92,6 @@ UNDONE = {
     "eager-attention": eager_attention,
     "everything": everything,
 }
+TRADED = {"grad-checkpoint": grad_checkpoint}  # switched on: time for memory
 COMPILED = {"compile": lambda model: eager()}  # undone only where --compile does it
+CHANGES = UNDONE | TRADED | COMPILED

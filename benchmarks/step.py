@@ -3,11 +3,12 @@
     python benchmarks/step.py --scale opt-2.7b --batch 64          # on a GPU; also vicuna-7b
     python benchmarks/step.py --scale quickstart --batch 8 --dtype fp32
 
-Random weights of the given sizes, nothing is downloaded. Measured are the whole step of the runner (images/s, peak
-memory, MFU), its phases, and the step with one saving undone at a time, in turn: --full-logits (the head on every
-position), --vit-grad and --llm-grad (gradients of weights that are frozen), --eager-attention, --everything. Without
-any of these flags all are tried; --only-whole tries none. --fp32-frozen changes the whole run. --compile PART ... has
-the step under torch.compile and undoes that alone. The head and the loss are also measured alone.
+Random weights of the given sizes, nothing is downloaded. Measured are the whole step of the runner (images/s, memory,
+MFU), its phases, and the step with one saving undone at a time, in turn: --full-logits (the head on every position),
+--vit-grad and --llm-grad (gradients of weights that are frozen), --eager-attention, --everything; and with
+--grad-checkpoint switched on. Without any of these flags all are tried; --only-whole tries none. --fp32-frozen changes
+the whole run. --compile PART ... has the step under torch.compile and undoes that alone. The head and the loss are also
+measured alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 from random_models import build, samples, scales
-from savings import COMPILED, UNDONE, full_logits_loss, loss_of
+from savings import CHANGES, COMPILED, TRADED, UNDONE, full_logits_loss, loss_of
 from timing import alternate, held_gb, parser, spread, write
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,30 +51,30 @@ def undone(model: EVLGen, name: str, call: Callable) -> Callable:
     """`call` with one saving undone."""
 
     def run():
-        with (UNDONE | COMPILED)[name](model):
+        with CHANGES[name](model):
             call()
 
     return run
 
 
 def whole_steps(model: EVLGen, step: TrainingStep, batch: dict, names: list[str], args) -> dict:
-    """{name: time, and peak memory} of the runner's step as it is ("whole") and with each of `names` undone."""
+    """{name: time, and memory in GB} of the runner's step as it is ("whole") and with each of `names` undone."""
     batches = itertools.repeat(batch)
     calls = {"whole": lambda: step(batches)}
     calls |= {name: undone(model, name, calls["whole"]) for name in names}
     memory = {}
     for name in list(calls):
-        memory[name] = fits = _peak_or_nothing(step, calls[name], name)
+        memory[name] = fits = _memory_or_nothing(step, calls[name], name)
         if fits == OUT_OF_MEMORY:
             del calls[name]
-    return {"seconds": alternate(calls, step.device, args.repetitions, args.seconds), "peak_gb": memory}
+    return {"seconds": alternate(calls, step.device, args.repetitions, args.seconds), "memory_gb": memory}
 
 
 def operations(model: EVLGen, step: TrainingStep, batch: dict, names: list[str]) -> dict[str, int]:
     """{name: FLOPs of forward and backward} of the step as it is ("whole") and with each of `names` undone."""
     found = {}
     for name in ("whole", *names):
-        undo = UNDONE[name](model) if name in UNDONE else contextlib.nullcontext()
+        undo = CHANGES[name](model) if name in CHANGES else contextlib.nullcontext()
         with undo, eager(), FlopCounterMode(display=False) as counter:
             with step.autocast():
                 loss = model(step.prepared(batch))["loss"]
@@ -89,7 +90,7 @@ def loss_differences(model: EVLGen, step: TrainingStep, batch: dict, names: list
     model.eval()  # dropout would draw anew
     with torch.no_grad(), step.autocast():
         for name in ("whole", *names):
-            with (UNDONE | COMPILED)[name](model) if name != "whole" else contextlib.nullcontext():
+            with CHANGES[name](model) if name != "whole" else contextlib.nullcontext():
                 losses[name] = model(step.prepared(batch))["loss"].item()
     model.train()
     return {name: abs(losses[name] / losses["whole"] - 1) for name in names}
@@ -98,8 +99,12 @@ def loss_differences(model: EVLGen, step: TrainingStep, batch: dict, names: list
 OUT_OF_MEMORY = "out of memory"
 
 
-def _peak_or_nothing(step: TrainingStep, call: Callable, name: str) -> float | str | None:
-    """`peak_gb`, or OUT_OF_MEMORY for a step that does not fit with a saving undone."""
+def _memory_or_nothing(step: TrainingStep, call: Callable, name: str) -> float | str:
+    """GB: `peak_gb`, on a CPU `held_gb` beside weights and moments; OUT_OF_MEMORY for a step that does not fit."""
+    if step.device.type != "cuda":
+        moments = (value for state in step.optimizer.state.values() for value in state.values())
+        there = (*step.model.parameters(), *step.model.buffers(), *moments)
+        return held_gb(call, there)
     try:
         return peak_gb(step.device, call)
     except torch.cuda.OutOfMemoryError:
@@ -241,7 +246,7 @@ def measure(args) -> dict:
     model = build(scale, frozen, device)
     step = TrainingStep(model, adamw(model, 1e-5, 0.05, 0.999), device, {"amp": args.dtype})
     batch = samples(scale, args.batch, device)
-    names = [] if args.only_whole else args.undo or list(COMPILED if args.compile else UNDONE)
+    names = [] if args.only_whole else args.undo or list(COMPILED if args.compile else UNDONE | TRADED)
     flops = flops_per_image(step, batch)
     compile_parts(model, args.compile)
     step(itertools.repeat(batch))  # Adam's state is there before memory is measured
@@ -265,15 +270,16 @@ def main():
     args_of.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="pictures (GPU 64, CPU 4)")
     args_of.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16" if on_gpu else "fp32",
                          help="of autocast and of what is frozen")  # fmt: skip
-    for name in UNDONE:
-        args_of.add_argument(f"--{name}", dest="undo", action="append_const", const=name, help="undo this saving alone")
+    for name in UNDONE | TRADED:
+        words = "this saving undone" if name in UNDONE else "this switched on"
+        args_of.add_argument(f"--{name}", dest="undo", action="append_const", const=name, help=f"{words}, alone")
     args_of.add_argument("--only-whole", action="store_true", help="no saving undone")
     args_of.add_argument("--fp32-frozen", action="store_true", help="frozen parts in float32")
     args_of.add_argument("--compile", nargs="+", choices=PARTS, default=[], help="these parts under torch.compile")
     args_of.add_argument("--workers", type=int, default=0, help="also step on data that so many processes read")
     args = args_of.parse_args()
     row = measure(args)
-    print({name: f"{1e3 * time['median']:.1f} ms" for name, time in row["seconds"].items()}, row["peak_gb"])
+    print({name: f"{1e3 * time['median']:.1f} ms" for name, time in row["seconds"].items()}, row["memory_gb"])
     write(f"step-{args.scale}" + "-fp32" * args.fp32_frozen + "-compiled" * bool(args.compile), args, [row])
 
 

@@ -133,7 +133,7 @@ def test_phases_are_the_step(tiny, script, monkeypatch):
 def test_savings_undone_change_no_loss_and_are_redone(tiny):
     step, model, _, batch = tiny
     loss = model(batch)["loss"]
-    for name, undo in step.UNDONE.items():
+    for name, undo in (step.UNDONE | step.TRADED).items():
         with undo(model):
             other = model(batch)["loss"]
             assert torch.allclose(other, loss, atol=1e-5), name
@@ -152,12 +152,14 @@ def test_a_step_measured(script, card_of, tmp_path):
     step, page = script("step"), script("performance_page")
     card = card_of("step", "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1")
     row = card["rows"][0]
-    assert set(row["seconds"]) == {"whole", *step.UNDONE} == set(row["peak_gb"])
+    assert set(row["seconds"]) == {"whole", *step.UNDONE, *step.TRADED} == set(row["memory_gb"])
+    assert row["memory_gb"]["grad-checkpoint"] < row["memory_gb"]["whole"] < row["memory_gb"]["everything"]
     rows = row["head_and_loss"]["rows_of_logits"]
     assert rows["supervised"] < rows["full"]
     assert row["flops_per_image"] > 0 and row["mfu"] is None
     flops = row["flops"]
-    assert set(row["loss_differences"]) == set(step.UNDONE) and max(row["loss_differences"].values()) < 1e-5
+    differences = row["loss_differences"]
+    assert set(differences) == set(row["seconds"]) - {"whole"} and max(differences.values()) < 1e-5
     assert set(flops) == set(row["seconds"]) and flops["whole"] == 2 * row["flops_per_image"]
     assert min(flops["full-logits"], flops["vit-grad"], flops["llm-grad"]) > flops["whole"]
     text = page.section("step", tmp_path)

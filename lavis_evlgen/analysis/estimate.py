@@ -18,6 +18,7 @@ from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.models.bundle import empty_model
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.freezing import auto_precision, autocast_type, check_halves
+from lavis_evlgen.models.recomputing import recompute_llm
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 ASSUMED = 0.37  # of a GPU's peak, where no step was measured on it: what the paper's hours on A100s are in these FLOPs
@@ -108,7 +109,9 @@ def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, re
     batch, accumulated = int(run.batch_size_train), int(run.get("accum_grad_iters", 1))
 
     def model():
-        return empty_model(cls, section)
+        empty = empty_model(cls, section)
+        recompute_llm(empty, run.get("llm_grad_checkpoint"))
+        return empty
 
     made = model()
     length = text_tokens or made.language_model.max_txt_len

@@ -21,6 +21,7 @@ from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.checkpoints import frozen_names
 from lavis_evlgen.models.compiling import check_parts, compile_parts, eager
 from lavis_evlgen.models.freezing import check_halves, check_precision
+from lavis_evlgen.models.recomputing import recompute_llm
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
 from lavis_evlgen.runners.checks import check_evaluation, check_splits, check_training, sets_with
@@ -66,6 +67,8 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         "num_workers": "data-loading processes per rank",
         "amp": "autocast: false, bf16, fp16 (true means fp16, as in LAVIS), auto (bf16 where there is hardware for it)",
         "compile": "parts under torch.compile in training steps: true (all), or of vision, connector, llm (false)",
+        "llm_grad_checkpoint": "true: the language model's activations are computed again in the backward pass: less "
+        "memory, more time (false)",
         "seed": "seed of weights, order, augmentation and dropout",
         "output_dir": "folder of runs, seen from where you stand",
         "run_name": "name of this run's folder (a time stamp)",
@@ -93,6 +96,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         else:
             check_training(run, self.CONFIG_KEYS)
             check_halves(amp_of(run), check_precision(cfg.model_cfg.get("llm_precision") or "fp32", "llm_precision"))
+            recompute_llm(model, run.get("llm_grad_checkpoint"))
             compile_parts(model, self.compiled)
         check_splits(run, datasets, task)
         self._folder = self._run_folder(run, job_id)
