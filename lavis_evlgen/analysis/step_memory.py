@@ -89,7 +89,9 @@ def _passes(model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torc
         logits = language.llm.get_output_embeddings()(hidden)
         loss = F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long))
     del prompt, text, hidden, logits
-    loss.backward()
+    # the engine itself: loss.backward() leaves the modes, and blocks that are computed again would miss them
+    run = torch.autograd.Variable._execution_engine.run_backward
+    run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 class Alive(TorchDispatchMode):

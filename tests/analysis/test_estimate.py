@@ -14,6 +14,7 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.bundle import empty_model
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
+from lavis_evlgen.models.recomputing import recompute_llm
 from lavis_evlgen.runners.cost import flops_per_image
 from tests.runners.test_cost import step_of
 from tests.test_cli import evlgen
@@ -51,14 +52,18 @@ def test_alive_is_what_nobody_has_let_go():
 
 
 @pytest.mark.parametrize(
-    "connector, dtype",
-    [("tomeformer", None), ("tomeformer", torch.bfloat16), ("qformer", None), ("avgpool", None), ("linear", None)],
-)
-def test_a_step_without_numbers_takes_what_a_real_one_does(runs, connector, dtype):
+    "connector, dtype, recomputed",
+    [("tomeformer", None, False), ("tomeformer", torch.bfloat16, False), ("qformer", None, False),
+     ("avgpool", None, False), ("linear", None, False), ("linear", None, True)],
+)  # fmt: skip
+def test_a_step_without_numbers_takes_what_a_real_one_does(runs, connector, dtype, recomputed):
     precision = "fp32" if dtype is None else "bf16"
     cfg = section(runs, connector=connector, prompt="a photo of", num_query_token=5, llm_precision=precision)
     model, batch = EVLGen.from_config(cfg).train(), 16
-    found = step_memory(empty_model(EVLGen, cfg), (batch, 3, 28, 28), length_of(model), dtype)
+    empty = empty_model(EVLGen, cfg)
+    for each in (model, empty):
+        recompute_llm(each, recomputed)
+    found = step_memory(empty, (batch, 3, 28, 28), length_of(model), dtype)
     samples = {"image": pictures(batch), "text_input": [CAPTION] * batch}
     with Alive() as alive:
         for value in (*model.parameters(), *model.buffers(), samples["image"]):
