@@ -69,7 +69,7 @@ def data_table(card: dict) -> str:
     for row in card["rows"]:
         cells = [row["kind"], f"{row['picture']}, {row['bytes'] // 1000} kB"]
         for name in names:
-            rate = f"{row['batch'] / row['seconds'][name]['median']:.0f}"
+            rate = f"{row['timed'] / row['seconds'][name]['median']:.0f}"
             cells.append(rate if name == same_steps else f"{rate} ({ratio(row['seconds'], same_steps, name)})")
         rows.append(cells)
     return markdown(["from", "pictures", *names], rows)
