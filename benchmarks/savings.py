@@ -64,6 +64,24 @@ def eager_attention(model: EVLGen) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def dense_mask(model: EVLGen) -> Iterator[None]:
+    """The language model is told of the padding on the right, and masks every attention with a table."""
+    text, kept = model.language_model, {}
+    assemble, body = text._assemble, text._body
+
+    def remember(*args):
+        kept["assembled"] = assemble(*args)
+        return kept["assembled"]
+
+    text._assemble = remember
+    text._body = lambda **inputs: body(**inputs, attention_mask=kept["assembled"][1])
+    try:
+        yield
+    finally:
+        del text._assemble, text._body
+
+
+@contextlib.contextmanager
 def everything(model: EVLGen) -> Iterator[None]:
     """All savings undone at once: a plain implementation, but for the precision of frozen weights."""
     with contextlib.ExitStack() as stack:
@@ -90,6 +108,7 @@ UNDONE = {
     "vit-grad": vit_grad,
     "llm-grad": lambda model: trained(model.language_model.llm),
     "eager-attention": eager_attention,
+    "dense-mask": dense_mask,
     "everything": everything,
 }
 TRADED = {"grad-checkpoint": grad_checkpoint}  # switched on: time for memory

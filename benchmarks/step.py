@@ -5,10 +5,10 @@
 
 Random weights of the given sizes, nothing is downloaded. Measured are the whole step of the runner (images/s, memory,
 MFU), its phases, and the step with one saving undone at a time, in turn: --full-logits (the head on every position),
---vit-grad and --llm-grad (gradients of weights that are frozen), --eager-attention, --everything; and with
---grad-checkpoint switched on. Without any of these flags all are tried; --only-whole tries none. --fp32-frozen changes
-the whole run. --compile PART ... has the step under torch.compile and undoes that alone. The head and the loss are also
-measured alone.
+--vit-grad and --llm-grad (gradients of weights that are frozen), --eager-attention, --dense-mask (of the padding),
+--everything; and with --grad-checkpoint switched on. Without any of these flags all are tried; --only-whole tries none.
+--fp32-frozen changes the whole run. --compile PART ... has the step under torch.compile and undoes that alone. The head
+and the loss are also measured alone.
 """
 
 from __future__ import annotations

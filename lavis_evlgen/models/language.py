@@ -173,7 +173,8 @@ class LanguageModel(nn.Module):
         labels = pad_rows([[IGNORE] * (start + extra) + lab for _, lab in pairs], IGNORE, "right", visual.device)
         if ragged:
             embeds, mask, labels = _pads_to("right", mask, embeds, mask, labels)
-        hidden = self._body(inputs_embeds=embeds, attention_mask=mask)
+        # all padding is on the right, behind what looks back: no mask is needed, and without one attention is fused
+        hidden = self._body(inputs_embeds=embeds)
         return prefix_lm_loss(hidden, labels, head)
 
     def token_log_probs(
