@@ -162,6 +162,27 @@ def scaling_table(card: dict) -> str:
     return f"`{settings['scale']}`, {settings['dtype']}.\n\n" + markdown(columns, rows)
 
 
+def floor_table(card: dict) -> str:
+    """What each part of a step cannot go below: by operations, by bytes of products, by bytes of all operations."""
+    tables = []
+    for row in card["rows"]:
+        sums, lines = [0.0, 0.0], []
+        for part in PHASES:
+            found = row["parts"][part]
+            by_flops = found["flops"] / card["peak"]
+            fused, alone = (found[key] / card["bandwidth"] for key in ("products", "all"))
+            sums = [sums[0] + max(by_flops, fused), sums[1] + max(by_flops, alone)]
+            lines.append([part, f"{found['flops'] / 1e12:.1f}", *(f"{1e3 * s:.1f}" for s in (by_flops, fused, alone))])
+        rates = [f"{1e3 * seconds:.0f} ms, {row['batch'] / seconds:.0f} pictures/s" for seconds in sums]
+        columns = ["part", "TFLOPs", "operations, ms", "bytes of products, ms", "bytes of all operations, ms"]
+        tables.append(
+            f"`{row['scale']}`, batch {row['batch']}, {row['text']} tokens of text: no less than {rates[0]} if all but "
+            f"products were fused into them, {rates[1]} if nothing is.\n\n{markdown(columns, lines)}"
+        )
+    peak, bandwidth = f"{card['peak'] / 1e12:.0f} TFLOPs", f"{card['bandwidth'] / 1e12:g} TB"
+    return "\n\n".join([f"At {peak} and {bandwidth} a second ({card['gpu']}, data sheet).", *tables])
+
+
 TABLES = {
     "merge": merge_table, "connector": connector_table, "data": data_table, "vision": vision_table, "step": step_table,
     "scaling": scaling_table, "generate": generate_table,
@@ -189,6 +210,9 @@ def cards_of(name: str, results: Path = RESULTS) -> Iterator[dict]:
 
 def section(name: str, results: Path = RESULTS) -> str:
     """What stands between the markers of benchmark `name`."""
+    if name == "floor":  # counted, not measured: on no hardware
+        path = results / "floor.json"
+        return floor_table(json.loads(path.read_text())) if path.exists() else "Not counted yet."
     cards = list(cards_of(name, results))
     parts = [f"{origin(card)}\n\n{TABLES[name](card)}" for card in cards]
     if not any(card["machine"]["device"] == "cuda" for card in cards):
@@ -198,7 +222,7 @@ def section(name: str, results: Path = RESULTS) -> str:
 
 def filled(page: str, results: Path = RESULTS) -> str:
     """The page with all its tables as the results are now. Raises ValueError for a benchmark without its place."""
-    for name in TABLES:
+    for name in ("floor", *TABLES):
         marked = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not marked.search(page):
             raise ValueError(f"{PAGE.name} has no place for {name}: add <!-- {name} --> and <!-- /{name} -->")

@@ -24,7 +24,7 @@ from lavis_evlgen.models.evlgen_video import EVLGenVideo
 from lavis_evlgen.models.freezing import DTYPES
 from lavis_evlgen.models.language import LanguageModel
 from lavis_evlgen.models.temporal_vision import TemporalVision
-from lavis_evlgen.models.vision import VisionEncoder, eva_clip_g, wrap_hugging_face
+from lavis_evlgen.models.vision import VisionEncoder, _LinspaceOnCPU, eva_clip_g, wrap_hugging_face
 from lavis_evlgen.nn import TomeFormerConfig
 
 
@@ -108,7 +108,8 @@ def vision_encoder(scale: Scale, precision: str) -> VisionEncoder:
     """Frozen, on the default device."""
     if scale.vit is not None:
         return wrap_hugging_face(Dinov2Model(scale.vit), scale.image_size, precision, None)
-    vit: nn.Module = eva_clip_g(scale.image_size)
+    with _LinspaceOnCPU():  # LAVIS asks for numbers, which the meta device has not
+        vit: nn.Module = eva_clip_g(scale.image_size)
     return VisionEncoder(vit, vit.num_features, (scale.image_size // 14) ** 2 + 1, 1, precision)
 
 

@@ -183,6 +183,31 @@ def test_a_compiled_step_against_the_same_without(script, card_of, tmp_path, mon
     assert "compiled: vision and connector" in text and "| `--compile` | 1.00x |" in text
 
 
+def test_the_floor_counts_what_macs_counts(script, tmp_path):
+    from lavis_evlgen.analysis.macs import evlgen_cost
+
+    floor, models, page = script("floor"), script("random_models"), script("performance_page")
+    scale, text = models.scales()["tiny"], 9
+    found = floor.parts_of(models.build(scale, "bf16", torch.device("meta")), 3, 28, text)
+    assert tuple(found) == page.PHASES
+    assert all(0 < part["products"] <= part["all"] for part in found.values())
+    cost = evlgen_cost(models.build(scale, "fp32", torch.device("meta")).eval(), 28, text)
+    forward = {part.name: 2 * 3 * part.macs for part in cost.parts}
+    assert found["vision encoder"]["flops"] == forward.pop("vision encoder")
+    # rotary angles are computed once a batch
+    assert found["language model, forward"]["flops"] == pytest.approx(forward.pop("language model"), rel=1e-3)
+    assert found["head and loss, both passes"]["flops"] == 2 * forward.pop("head")
+    assert found["connector, forward"]["flops"] == sum(forward.values())
+    whole, step = sum(part["flops"] for part in found.values()), 3 * cost.step_flops
+    assert whole == pytest.approx(step, rel=0.05) and whole >= step  # fused attention computes one product again
+    (tmp_path / "floor.json").write_text(
+        json.dumps({"gpu": "x", "peak": 1e12, "bandwidth": 1e9, "rows": [
+            {"scale": "tiny", "batch": 3, "text": text, "parts": found}]})
+    )  # fmt: skip
+    assert "`tiny`, batch 3, 9 tokens of text" in page.section("floor", tmp_path)
+    assert page.section("floor", tmp_path / "none") == "Not counted yet."
+
+
 def test_a_step_on_data_that_is_read(tiny):
     step, _, training, _ = tiny
     args = SimpleNamespace(workers=0, batch=2, device="cpu", repetitions=1)
