@@ -23,7 +23,7 @@ def check_parts(parts) -> list[str]:
     """`run.compile` as a list of its parts: false or empty, true (all), or names. Raises ConfigError."""
     if isinstance(parts, bool) or parts is None:
         parts = list(PARTS) if parts else []
-    names = [parts] if isinstance(parts, str) else list(parts)
+    names = [parts] if isinstance(parts, str | int | float) else list(parts)
     unknown = [name for name in names if name not in PARTS]
     if unknown:
         raise ConfigError(f"run.compile: {unknown[0]!r} is not one of {', '.join(PARTS)}; true is all of them")

@@ -36,6 +36,8 @@ def test_names_of_parts():
     assert check_parts(["llm", "vision", "llm"]) == ["llm", "vision"] and check_parts("vision") == ["vision"]
     with pytest.raises(ConfigError, match="run.compile: 'vit' is not one of vision, connector, llm; true is all"):
         check_parts(["vision", "vit"])
+    with pytest.raises(ConfigError, match="run.compile: 1 is not one of vision"):
+        check_parts(1)
     with pytest.raises(ConfigError, match="run.compile: Linear has no connector; leave connector out"):
         compile_parts(nn.Linear(1, 1), ["connector"])
 
