@@ -27,6 +27,7 @@ from lavis_evlgen.evaluation.run_card import write_run_card
 from lavis_evlgen.evaluation.sweep_plot import sweep_plot
 
 CONFIG, PAGE = "projects/evlgen/flickr8k_mini.yaml", ROOT / "docs/results/ablations.md"
+GAP = "gap, nats/token"
 TOKENS = {137: 10, 101: 13, 65: 16, 29: 19, 10: 22, 5: 25}  # left of 257 -> r that leaves them after 12 layers
 SWEEPS = {  # name: (config key, value -> what the table calls it, columns of these names)
     "tokens": (
@@ -62,11 +63,16 @@ def sweep(name: str, args) -> list[dict]:
         run["seconds"] = training_seconds(out / "runs", run["name"], args.steps)
     write_run_card(args.results / f"ablation-{name}.json", content)
     points = [
-        (str(values[value][0]), [run["scores"]["CIDEr"] for run in runs], [run["seconds"] for run in runs])
+        (str(values[value][0]), gaps(runs), [run["seconds"] for run in runs])
         for value, runs in by_value(name, content["runs"])
     ]
-    sweep_plot(ROOT / f"docs/images/ablation-{name}.png", columns[0], {"": points}, "CIDEr")
+    sweep_plot(ROOT / f"docs/images/ablation-{name}.png", columns[0], {"": points}, GAP)
     return content["runs"]
+
+
+def gaps(runs: list[dict]) -> list[float]:
+    """What a shuffled picture costs each run, in nats a token."""
+    return [run["scores"]["loss, shuffled"] - run["scores"]["loss, right"] for run in runs]
 
 
 def by_value(name: str, runs: list[dict]) -> list[tuple[str, list[dict]]]:
@@ -77,14 +83,13 @@ def by_value(name: str, runs: list[dict]) -> list[tuple[str, list[dict]]]:
 def table(name: str, runs: list[dict]) -> str:
     """One row for each value: means over seeds, least and most; mean training time."""
     _, values, columns = SWEEPS[name]
-    header = (*columns, "CIDEr", "blind CIDEr", "loss, right picture", "gap, nats/token", "training")
+    header = (*columns, "CIDEr", "blind CIDEr", "loss, right picture", GAP, "training")
     rows = []
     for value, group in by_value(name, runs):
         scores = [run["scores"] for run in group]
-        gaps = [score["loss, shuffled"] - score["loss, right"] for score in scores]
         numbers = [[score[one] for score in scores] for one in ("CIDEr", "blind CIDEr", "loss, right")]
         seconds = duration(mean(run["seconds"] for run in group))
-        rows.append((*map(str, values[value]), *map(spread, (*numbers, gaps)), seconds))
+        rows.append((*map(str, values[value]), *map(spread, (*numbers, gaps(group))), seconds))
     return markdown(header, rows)
 
 
