@@ -91,7 +91,7 @@ def parts_of(model: EVLGen, batch: int, size: int, text: int) -> dict[str, dict[
         cut = prompt.detach().requires_grad_()
         words = torch.empty(batch, text, language.width, dtype=language.dtype)
         inputs = torch.cat([cut.to(language.dtype), words], 1)
-        hidden = count("language model, forward", lambda: language._body(inputs_embeds=inputs))
+        hidden = count("language model, forward", lambda: language.body(inputs))
         last = hidden.detach().requires_grad_()
 
         def head():

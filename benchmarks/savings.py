@@ -67,18 +67,18 @@ def eager_attention(model: EVLGen) -> Iterator[None]:
 def dense_mask(model: EVLGen) -> Iterator[None]:
     """The language model is told of the padding on the right, and masks every attention with a table."""
     text, kept = model.language_model, {}
-    assemble, body = text._assemble, text._body
+    assemble, body = text._assemble, text.body
 
     def remember(*args):
         kept["assembled"] = assemble(*args)
         return kept["assembled"]
 
     text._assemble = remember
-    text._body = lambda **inputs: body(**inputs, attention_mask=kept["assembled"][1])
+    text.body = lambda embeds: body(embeds, kept["assembled"][1])
     try:
         yield
     finally:
-        del text._assemble, text._body
+        del text._assemble, text.body
 
 
 @contextlib.contextmanager

@@ -26,4 +26,4 @@ class NothingIsPadded(TorchFunctionMode):
     """Language models look whether their mask is all ones, which fake tensors cannot tell: here it is."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return True if func is torch.all else func(*args, **(kwargs or {}))
+        return True if func in (torch.all, torch.Tensor.all) else func(*args, **(kwargs or {}))

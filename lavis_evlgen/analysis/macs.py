@@ -95,11 +95,11 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int) -> Cost:
     language = model.language_model
     labels = caption_tokens(model, text_tokens)
     sizes = _sizes(model)
-    llm, head = language.llm.base_model, language.llm.get_output_embeddings()
+    head = language.llm.get_output_embeddings()
 
     def body(prompt):  # (B, L', D_l) -> (B, L' + T, D_l)
         text = torch.empty(1, text_tokens, language.width)
-        return llm(inputs_embeds=torch.cat([prompt, text], 1), use_cache=False).last_hidden_state
+        return language.body(torch.cat([prompt, text], 1))
 
     with without_numbers(model):
         image = torch.empty(1, 3, image_size, image_size)

@@ -84,8 +84,7 @@ def _passes(model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torc
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         prompt = model.visual_prompt(batch).tokens.to(language.dtype)  # (B, L', D_l)
         text = torch.empty(len(prompt), text_tokens, language.width, dtype=language.dtype)
-        hidden = language.llm.base_model(inputs_embeds=torch.cat([prompt, text], 1), use_cache=False)
-        hidden = hidden.last_hidden_state[:, -labels:].flatten(0, 1)  # (B labels, D_l)
+        hidden = language.body(torch.cat([prompt, text], 1))[:, -labels:].flatten(0, 1)  # (B labels, D_l)
         logits = language.llm.get_output_embeddings()(hidden)
         loss = F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long))
     del prompt, text, hidden, logits

@@ -142,10 +142,13 @@ def _words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
 
 def shown(image: Tensor, processor) -> np.ndarray:
     """The picture (H, W, 3) in 0..1 that the model sees, from its normalised tensor (3, H, W)."""
-    steps = getattr(getattr(processor, "transform", None), "transforms", [])
-    normalize = next((step for step in steps if isinstance(step, transforms.Normalize)), None)
-    if normalize is None:
-        raise ConfigError(f"{type(processor).__name__} normalises in a way that evlgen tokens cannot take back")
-    mean, std = (torch.as_tensor(values).view(3, 1, 1) for values in (normalize.mean, normalize.std))
+    statistics = getattr(processor, "statistics", None)
+    if statistics is None:  # LAVIS's
+        steps = getattr(getattr(processor, "transform", None), "transforms", [])
+        normalize = next((step for step in steps if isinstance(step, transforms.Normalize)), None)
+        if normalize is None:
+            raise ConfigError(f"{type(processor).__name__} normalises in a way that evlgen tokens cannot take back")
+        statistics = (normalize.mean, normalize.std)
+    mean, std = (torch.as_tensor(values).view(3, 1, 1) for values in statistics)
     return (image.cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 

@@ -107,15 +107,20 @@ class LanguageModel(nn.Module):
             return
         ids = torch.tensor([[0, 1]], device=weight.device)
         whole = self.llm(input_ids=ids).logits.float()
-        apart = self._head(self._body(inputs_embeds=self.embed[0](ids))).float()
+        apart = self._head(self.body(self.embed[0](ids))).float()
         if not torch.allclose(whole, apart, rtol=1e-2, atol=1e-2 * whole.abs().max().item()):
             raise ValueError(
                 f"{type(self.llm).__name__} post-processes its logits (soft cap or scale): its loss cannot be "
                 "computed on supervised positions alone; use another language model"
             )
 
-    def _body(self, **inputs) -> Tensor:
-        return self.llm.base_model(**inputs, use_cache=False).last_hidden_state
+    def body(self, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Last hidden states (B, T, D_l) of embeddings (B, T, D_l), mask (B, T) | None: nothing is padded on the left.
+
+        That is said by ones: given no mask, transformers looks for several texts in a row and makes a table of them.
+        """
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+        return self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
 
     def _head(self, hidden: Tensor) -> Tensor:
         return self.llm.get_output_embeddings()(hidden)
@@ -174,7 +179,7 @@ class LanguageModel(nn.Module):
         if ragged:
             embeds, mask, labels = _pads_to("right", mask, embeds, mask, labels)
         # all padding is on the right, behind what looks back: no mask is needed, and without one attention is fused
-        hidden = self._body(inputs_embeds=embeds)
+        hidden = self.body(embeds)
         return prefix_lm_loss(hidden, labels, head)
 
     def token_log_probs(
@@ -184,7 +189,7 @@ class LanguageModel(nn.Module):
         ids, labels = self.text.caption(prompt, text, self.text_limit)
         embeds, mask, _ = self._assemble(visual, mask, [ids])  # (1, T, D)
         own = [label for label in labels if label != IGNORE]  # the last N of the sequence
-        hidden = self._body(inputs_embeds=embeds, attention_mask=mask)[0, -len(own) - 1 : -1]  # (N, D)
+        hidden = self.body(embeds, mask)[0, -len(own) - 1 : -1]  # (N, D)
         chosen = torch.tensor(own, device=hidden.device).unsqueeze(1)
         return own, self._head(hidden).float().log_softmax(-1).gather(1, chosen).squeeze(1)
 

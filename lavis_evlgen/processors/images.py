@@ -66,7 +66,8 @@ class _ImageProcessor(BaseProcessor):
                 raise ValueError(f"{self.NAME}: mean is given in numbers, so std must be too")
             std = mean
         mean, std = _statistic(self.NAME, "mean", mean), _statistic(self.NAME, "std", std)
-        self.transform = transforms.Compose([*steps, pixels, partial(normalized, torch.tensor([mean, std]))])
+        self.statistics = torch.tensor([mean, std])  # (2, 3) of pixels in 0..1
+        self.transform = transforms.Compose([*steps, pixels, partial(normalized, self.statistics)])
 
     @classmethod
     def from_config(cls, cfg=None):

@@ -209,3 +209,19 @@ def test_half_precision_is_close(kind):
     half, _ = tiny_language_model(kind).to(torch.bfloat16).loss(visual, TEXTS, PROMPTS)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, exact, rtol=0.1, atol=0.5)
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+@pytest.mark.parametrize("texts", [["a cat", "two dogs on a sofa"], ["a cat", "a dog"]])
+def test_the_loss_needs_no_table_of_what_may_be_seen(kind, texts, monkeypatch):
+    """transformers makes one where it sees padding, or no mask at all; attention is then not fused on every GPU."""
+    model, masks = tiny_language_model(kind), []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        masks.append((kwargs.get("attn_mask"), kwargs.get("is_causal")))
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model.loss(torch.randn(2, 3, model.width), texts, ["", ""])
+    assert masks and all(mask is None and causal for mask, causal in masks)
