@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from torch import nn
@@ -51,9 +52,32 @@ def stack_of(module: nn.Module) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def eager():
-    """What was compiled runs as it is written; a context, or a decorator."""
+    """What was compiled runs as it is written; a context, or a decorator. Threads may be inside at the same time."""
     if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):
         yield  # nothing can have been compiled, and asking would import the compiler
         return
-    with torch.compiler.set_stance("force_eager"):
+    _Inside.enter()
+    try:
         yield
+    finally:
+        _Inside.leave()
+
+
+class _Inside:
+    """How many are in `eager`, of all threads: the first sets torch's stance, which is one for all, the last ends it."""
+
+    lock, count, stance = Lock(), 0, contextlib.ExitStack()
+
+    @classmethod
+    def enter(cls):
+        with cls.lock:
+            if cls.count == 0:
+                cls.stance.enter_context(torch.compiler.set_stance("force_eager"))
+            cls.count += 1
+
+    @classmethod
+    def leave(cls):
+        with cls.lock:
+            cls.count -= 1
+            if cls.count == 0:
+                cls.stance.close()

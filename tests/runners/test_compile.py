@@ -99,3 +99,16 @@ def test_what_is_not_training_is_not_compiled(counter):
     assert counter.frame_count == 0
     model({"image": image, "text_input": ["a red square"] * 2})
     assert counter.frame_count > 0
+
+
+def test_those_who_leave_eager_in_another_order_leave_nothing_behind(counter):
+    model = nn.Linear(2, 2)
+    model.compile()
+    first, second = eager(), eager()
+    first.__enter__(), second.__enter__()
+    first.__exit__(None, None, None)
+    model(torch.zeros(1, 2))
+    assert counter.frame_count == 0  # the second is still inside
+    second.__exit__(None, None, None)
+    model(torch.zeros(1, 2))
+    assert counter.frame_count == 1
