@@ -64,7 +64,7 @@ def eager():
 
 
 class _Inside:
-    """How many are in `eager`, of all threads: the first sets torch's stance, which is one for all, the last ends it."""
+    """How many threads are in `eager`: the first sets torch's stance, which is one for all, and the last ends it."""
 
     lock, count, stance = Lock(), 0, contextlib.ExitStack()
 
