@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lavis_evlgen.analysis.estimate import HARDWARE
-from lavis_evlgen.analysis.fake_models import NothingIsPadded, without_weights
+from lavis_evlgen.analysis.fake_models import NothingIsPadded, backward, without_weights
 from lavis_evlgen.evaluation.run_card import provenance, write_run_card
 from lavis_evlgen.models.evlgen import EVLGen
 
@@ -62,9 +62,9 @@ class Traffic(TorchDispatchMode):
 
 def attention_flops(packet, args) -> int:
     """Two products forward, five backward (one is computed again), of all pairs of query (B, H, T, D) and key."""
-    backward = packet is BACKWARD
-    query, key = args[1:3] if backward else args[:2]
-    return (5 if backward else 2) * 2 * query.numel() * key.shape[-2]
+    first, products = (1, 5) if packet is BACKWARD else (0, 2)
+    query, key = args[first : first + 2]
+    return products * 2 * query.numel() * key.shape[-2]
 
 
 def parts_of(model: EVLGen, batch: int, size: int, text: int) -> dict[str, dict[str, int]]:
@@ -76,11 +76,6 @@ def parts_of(model: EVLGen, batch: int, size: int, text: int) -> dict[str, dict[
             result = call()
         found[name] = {"flops": traffic.flops, "products": traffic.products, "all": traffic.all}
         return result
-
-    def back(outputs: Tensor, grads: Tensor):
-        torch.autograd.Variable._execution_engine.run_backward(
-            (outputs,), (grads,), False, False, (), allow_unreachable=True, accumulate_grad=True
-        )
 
     language = model.language_model
     with FakeTensorMode(allow_non_fake_inputs=True), NothingIsPadded(), torch.autocast("cpu", torch.bfloat16):
@@ -97,11 +92,11 @@ def parts_of(model: EVLGen, batch: int, size: int, text: int) -> dict[str, dict[
         def head():
             rows = last[:, -text:-1].flatten(0, 1)
             loss = F.cross_entropy(language._head(rows).float(), torch.zeros(len(rows), dtype=torch.long))
-            back(loss, torch.ones_like(loss))
+            backward(loss, torch.ones_like(loss))
 
         count("head and loss, both passes", head)
-        count("language model, backward", lambda: back(hidden, torch.empty_like(hidden)))
-        count("connector, backward", lambda: back(prompt, torch.empty_like(prompt)))
+        count("language model, backward", lambda: backward(hidden, torch.empty_like(hidden)))
+        count("connector, backward", lambda: backward(prompt, torch.empty_like(prompt)))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     found["optimizer"] = {"flops": 0, "products": ADAMW * trained, "all": ADAMW * trained}
     return found

@@ -114,3 +114,8 @@ UNDONE = {
 TRADED = {"grad-checkpoint": grad_checkpoint}  # switched on: time for memory
 COMPILED = {"compile": lambda model: eager()}  # undone only where --compile does it
 CHANGES = UNDONE | TRADED | COMPILED
+
+
+def changed(model: EVLGen, name: str) -> contextlib.AbstractContextManager:
+    """The step as one of CHANGES has it, or as it is ("whole")."""
+    return contextlib.nullcontext() if name == "whole" else CHANGES[name](model)

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 from random_models import build, samples, scales
-from savings import CHANGES, COMPILED, TRADED, UNDONE, full_logits_loss, loss_of
+from savings import COMPILED, TRADED, UNDONE, changed, full_logits_loss, loss_of
 from timing import alternate, held_gb, parser, spread, write
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -51,7 +51,7 @@ def undone(model: EVLGen, name: str, call: Callable) -> Callable:
     """`call` with one saving undone."""
 
     def run():
-        with CHANGES[name](model):
+        with changed(model, name):
             call()
 
     return run
@@ -74,8 +74,7 @@ def operations(model: EVLGen, step: TrainingStep, batch: dict, names: list[str])
     """{name: FLOPs of forward and backward} of the step as it is ("whole") and with each of `names` undone."""
     found = {}
     for name in ("whole", *names):
-        undo = CHANGES[name](model) if name in CHANGES else contextlib.nullcontext()
-        with undo, eager(), FlopCounterMode(display=False) as counter:
+        with changed(model, name), eager(), FlopCounterMode(display=False) as counter:
             with step.autocast():
                 loss = model(step.prepared(batch))["loss"]
             loss.backward()
@@ -90,7 +89,7 @@ def loss_differences(model: EVLGen, step: TrainingStep, batch: dict, names: list
     model.eval()  # dropout would draw anew
     with torch.no_grad(), step.autocast():
         for name in ("whole", *names):
-            with CHANGES[name](model) if name != "whole" else contextlib.nullcontext():
+            with changed(model, name):
                 losses[name] = model(step.prepared(batch))["loss"].item()
     model.train()
     return {name: abs(losses[name] / losses["whole"] - 1) for name in names}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -27,3 +27,9 @@ class NothingIsPadded(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         return True if func in (torch.all, torch.Tensor.all) else func(*args, **(kwargs or {}))
+
+
+def backward(output: Tensor, grad: Tensor):
+    """output.backward(grad) that stays in the modes it is called in, as blocks that are computed again need them."""
+    engine = torch.autograd.Variable._execution_engine  # every other way to it leaves the modes of torch functions
+    engine.run_backward((output,), (grad,), False, False, (), allow_unreachable=True, accumulate_grad=True)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_evlgen.analysis.fake_models import NothingIsPadded, without_weights
+from lavis_evlgen.analysis.fake_models import NothingIsPadded, backward, without_weights
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.evlgen import EVLGen
 
@@ -88,9 +88,7 @@ def _passes(model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torc
         logits = language.llm.get_output_embeddings()(hidden)
         loss = F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long))
     del prompt, text, hidden, logits
-    # the engine itself: loss.backward() leaves the modes, and blocks that are computed again would miss them
-    run = torch.autograd.Variable._execution_engine.run_backward
-    run((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    backward(loss, torch.ones_like(loss))
 
 
 class Alive(TorchDispatchMode):
