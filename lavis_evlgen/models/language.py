@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
 
 from lavis_evlgen.models import gguf
@@ -67,6 +68,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"bos: {bos!r} is not one of before, after")
         self.llm = freeze(llm)
         self.bos, self.max_txt_len = bos, max_txt_len
+        self.length_multiple = 1  # of sequences in training: few shapes for a compiler
         self.embed = [llm.get_input_embeddings()]  # in a list: the module stays registered once
         self.text = TextEncoder(tokenizer, llm.config.model_type, self.embed[0].num_embeddings)
         self.width = self.embed[0].embedding_dim
@@ -178,6 +180,9 @@ class LanguageModel(nn.Module):
         labels = pad_rows([[IGNORE] * (start + extra) + lab for _, lab in pairs], IGNORE, "right", visual.device)
         if ragged:
             embeds, mask, labels = _pads_to("right", mask, embeds, mask, labels)
+        if self.training:
+            more = -embeds.shape[1] % self.length_multiple
+            embeds, labels = F.pad(embeds, (0, 0, 0, more)), F.pad(labels, (0, more), value=IGNORE)
         # all padding is on the right, behind what looks back: no mask is needed, and without one attention is fused
         hidden = self.body(embeds)
         return prefix_lm_loss(hidden, labels, head)

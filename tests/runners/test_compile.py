@@ -25,7 +25,7 @@ def counter(monkeypatch):
     """A compiler that runs what it is given and counts it, in place of torch's own, which takes a minute."""
     counter = CompileCounter()
     compiler = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module: compiler(module, backend=counter))
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **how: compiler(module, backend=counter, **how))
     torch._dynamo.reset()
     return counter
 
@@ -85,6 +85,30 @@ def test_every_kind_of_encoder_compiles_to_the_same_gradients(vision, counter):
     assert plain.keys() == compiled.keys()
     for name in plain:
         torch.testing.assert_close(compiled[name], plain[name], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_captions_of_many_lengths_are_few_shapes(counter):
+    """The language model's sequences are multiples of 8 tokens: one compilation for each, and the same loss."""
+    model = tiny_evlgen()
+    words = "red blue green square circle star on a dark floor beside it".split()
+    batches = [{"image": pictures(2), "text_input": ["a", " ".join(words[:n])]} for n in range(1, len(words) + 1)]
+    seen = []
+    model.language_model.llm.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+    )
+    plain = [model(batch)["loss"].item() for batch in batches]
+    lengths = set(seen)
+    assert len(lengths) > 8  # more than torch would compile
+    seen.clear()
+    compile_parts(model, ["llm"])
+    compiled = [model(batch)["loss"].item() for batch in batches]
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert set(seen) == {-(-length // 8) * 8 for length in lengths} and counter.frame_count == len(set(seen))
+    seen.clear()
+    model.eval()
+    with eager():
+        model(batches[0])
+    assert set(seen) == {min(lengths)}  # an evaluation pays for no padding
 
 
 def test_what_is_not_training_is_not_compiled(counter):
