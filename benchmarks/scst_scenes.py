@@ -1,86 +1,135 @@
-"""What SCST adds to a quickstart checkpoint, beside as many more steps of cross-entropy.
+"""What SCST adds to a captioner of drawn scenes, beside as many more steps of cross-entropy.
 
-    python benchmarks/scst_scenes.py output/evlgen/quickstart/.../checkpoint_best.pth --seeds 42 1 2
+    python benchmarks/scst_scenes.py
+    python benchmarks/scst_scenes.py --start 120 --steps 60 --seeds 42 1 2 --jobs 2
 
-From the same checkpoint, each seed trains SCST with either baseline, and cross-entropy for the same steps at the same
-rates; finished runs of an earlier call are kept, and one cut off goes on. Writes a Markdown table and
-benchmarks/results/scst_scenes.json.
+One captioner is trained (the quickstart, `--start` steps); from its weights, each seed trains SCST with either
+baseline, and cross-entropy for the same steps at the same rates. A run that was cut off goes on, a finished one is not
+run again. Nothing is chosen among checkpoints: the last weights are scored, on test pictures. Writes
+benchmarks/results/scst_scenes.json, docs/images/scst_scenes.png and the tables in docs/scst.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import statistics
 from pathlib import Path
 
-from training_runs import ROOT, log_of, scores, train
+from matplotlib.figure import Figure
+from result_pages import put_between, spread
+from training_runs import ROOT, log_of, scores, threads_of, together, train, training_seconds
 
+from lavis_evlgen.analysis.compare import duration
+from lavis_evlgen.analysis.tables import markdown
 from lavis_evlgen.evaluation.run_card import provenance, write_run_card
 
-CONFIG = "projects/evlgen/scst_quickstart.yaml"
+CONFIG, QUICKSTART = "projects/evlgen/scst_quickstart.yaml", "projects/evlgen/quickstart.yaml"
+PAGE, PICTURE = ROOT / "docs/scst.md", "images/scst_scenes.png"
+START = "the captioner"
 # keys of the scst task mean nothing to evlgen_captioning, and are refused: its arm is the quickstart at SCST's rates
 RATES = ["run.init_lr=2.5e-4", "run.min_lr=2.5e-5", "run.warmup_lr=1e-6", "run.warmup_steps=10"]
 ARMS = {
-    "cross-entropy": ("projects/evlgen/quickstart.yaml", RATES),
+    "cross-entropy": (QUICKSTART, RATES),
     "SCST, greedy": (CONFIG, ["run.baseline=greedy", "run.num_samples=1"]),
     "SCST, leave one out of 4": (CONFIG, ["run.baseline=leave_one_out", "run.num_samples=4"]),
 }
-COLUMNS = ("cider", "blind_cider", "loss_right", "loss_shuffled")
 
 
-def measure(number: int, config: str, options: list[str], checkpoint: Path, seed: int, steps: int, folder: Path):
-    """Test scores of the last step of one arm with one seed, and its last log window."""
-    name = f"{number}_seed{seed}_{steps}"
-    # no validation: the last weights are tested, so that no arm is helped by choosing among checkpoints
-    options = [*options, f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}", "run.valid_splits=[]"]
-    card = train(config, name, [*options, f"run.seed={seed}", f"model.pretrained={checkpoint}"], folder, "test")
-    rows = log_of(folder, name)
-    seconds = sum(row["seconds_per_step"] for row in rows) / len(rows)
-    last = {key: rows[-1][key] for key in ("reward", "reward_greedy", "entropy", "length") if key in rows[-1]}
-    return {"seed": seed, **scores(card), "seconds_per_step": seconds, **last}
+class ScstScenes:
+    """All runs of one comparison, in one folder."""
+
+    def __init__(self, args):
+        self.args, self.folder, self.threads = args, args.folder.absolute(), threads_of(args.jobs)
+
+    def _train(self, config: str, name: str, steps: int, options: list[str]) -> dict:
+        """Scores and mean words of the test captions after the last step of a run, and what the run cost."""
+        options = [*options, f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}", "run.valid_splits=[]"]
+        card = train(config, name, [*options, *self.args.set], self.folder, "test", self.threads)
+        rows = json.loads((self.folder / name / "result" / f"test_{steps}.json").read_text())["rows"]
+        words = statistics.mean(len(row["caption"].split()) for row in rows)
+        cost = {"steps": steps, "seconds": training_seconds(self.folder, name, steps)}
+        return {"name": name, **scores(card), "words": words, **cost}
+
+    def start(self) -> dict:
+        return self._train(QUICKSTART, f"start_{self.args.start}", self.args.start, [])
+
+    def run(self, label: str, seed: int) -> dict:
+        """One arm with one seed, and the reward, entropy and length of its log windows."""
+        config, options = ARMS[label]
+        name = f"{label.lower().replace(',', '').replace(' ', '_')}_{self.args.start}_{self.args.steps}_seed{seed}"
+        checkpoint = self.folder / f"start_{self.args.start}" / "checkpoint_last.pth"
+        options = [*options, f"run.seed={seed}", f"model.pretrained={checkpoint}"]
+        found = self._train(config, name, self.args.steps, options)
+        shown = ("step", "reward", "reward_greedy", "entropy", "length")
+        windows = [{key: row[key] for key in shown if key in row} for row in log_of(self.folder, name)]
+        return {"seed": seed, **found, "windows": windows if "reward" in windows[0] else []}
+
+    def compare(self) -> dict[str, list[dict]]:
+        """label -> what its run of every seed found; the start first."""
+        found = {START: [self.start()]}
+        wanted = [(label, seed) for label in ARMS for seed in self.args.seeds]
+        for (label, _), run in zip(wanted, together("run", self.run, wanted, self.args.jobs), strict=True):
+            found.setdefault(label, []).append(run)
+        return found
 
 
-def start(checkpoint: Path, folder: Path) -> dict:
-    """Test scores of the checkpoint itself: as many steps as it takes to change nothing."""
-    options = ["run.init_lr=0", "run.min_lr=0", "run.warmup_lr=0", "run.warmup_steps=0", "run.max_iters=1"]
-    options += ["run.iters_per_inner_epoch=1", "run.valid_splits=[]", f"model.pretrained={checkpoint}"]
-    return scores(train("projects/evlgen/quickstart.yaml", "start", options, folder, "test"))
+def table(found: dict[str, list[dict]]) -> str:
+    """Mean over seeds, least and most."""
+    columns = {"CIDEr": "cider", "blind CIDEr": "blind_cider", "words a caption": "words", "loss, right": "loss_right",
+               "loss, shuffled": "loss_shuffled"}  # fmt: skip
+    rows = []
+    for label, runs in found.items():
+        times = duration(statistics.median(run["seconds"] for run in runs))
+        values = [spread([run[key] for run in runs]) if len(runs) > 1 else f"{runs[0][key]:.3f}"
+                  for key in columns.values()]  # fmt: skip
+        rows.append((label, *values, str(runs[0]["steps"]), times))
+    return markdown(("weights", *columns, "steps", "training"), rows)
 
 
-def table(first: dict, results: dict[str, list[dict]]) -> str:
-    """Means over seeds, and the span of CIDEr, as Markdown."""
-    head = "| weights | CIDEr | from, to | blind CIDEr | loss, right | loss, shuffled | s a step |"
-    lines = [head, "|---|" + "---|" * 6]
-    cells = [f"{first[key]:.3f}" for key in COLUMNS]
-    lines.append(f"| the checkpoint | {cells[0]} | | {' | '.join(cells[1:])} | |")
-    for name, runs in results.items():
-        mean = {key: sum(run[key] for run in runs) / len(runs) for key in (*COLUMNS, "seconds_per_step")}
-        ciders = [run["cider"] for run in runs]
-        cells = [f"{mean[key]:.3f}" for key in COLUMNS]
-        span = f"{min(ciders):.3f}, {max(ciders):.3f}"
-        lines.append(f"| {name} | {cells[0]} | {span} | {' | '.join(cells[1:])} | {mean['seconds_per_step']:.2f} |")
-    return "\n".join(lines)
+def draw(found: dict[str, list[dict]], path: Path):
+    """CIDEr, a dot a seed; and reward, entropy and length of drawn captions over the steps, a line a seed."""
+    figure = Figure(figsize=(12, 3.2), dpi=100, layout="constrained")
+    first, *panels = figure.subplots(1, 4, width_ratios=[1.6, 1, 1, 1])
+    for place, runs in enumerate(found.values()):
+        first.plot([run["cider"] for run in runs], [place] * len(runs), "o", color="#2563a8", markersize=5, alpha=0.7)
+    first.set_yticks(range(len(found)), list(found))
+    first.invert_yaxis()
+    first.set_xlabel("CIDEr (1.0 = 100 in papers)")
+    colours = dict(zip(ARMS, ("#8a8f98", "#b4531f", "#2563a8"), strict=True))
+    for panel, key in zip(panels, ("reward", "entropy", "length"), strict=True):
+        for label, runs in found.items():
+            for run in (run for run in runs if run.get("windows")):
+                steps, values = zip(*((row["step"], row[key]) for row in run["windows"]), strict=True)
+                panel.plot(steps, values, color=colours[label], label=label if run is runs[0] else None, alpha=0.8)
+        panel.set_xlabel("step")
+        panel.set_title({"length": "words of a drawn caption"}.get(key, key), fontsize=10)
+        panel.set_ylim(bottom=0)
+    if panels[0].lines:
+        panels[0].legend(frameon=False, fontsize=8)
+    for panel in (first, *panels):
+        panel.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, facecolor="white")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="checkpoint_best.pth of a run of projects/evlgen/quickstart.yaml")
-    parser.add_argument("--steps", type=int, default=120, help="optimizer steps of each run (120)")
+    parser.add_argument("--start", type=int, default=120, help="steps of the captioner that all start from (120)")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run after it (60)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    parser.add_argument("--jobs", type=int, default=2, help="runs beside each other (2); 1 on a GPU")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys of all runs")
     parser.add_argument("--folder", type=Path, default=Path("output/scst_scenes"), help="where the runs go")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/scst_scenes.json")
+    parser.add_argument("--page", type=Path, default=PAGE, help="the page that has the two marks")
     args = parser.parse_args()
-    folder, checkpoint = args.folder.absolute(), args.checkpoint.absolute()
-    if not checkpoint.is_file():
-        parser.error(f"{checkpoint} does not exist")
-    first, results = start(checkpoint, folder), {}
-    for number, (name, (config, options)) in enumerate(ARMS.items()):
-        own = [measure(number, config, options, checkpoint, seed, args.steps, folder) for seed in args.seeds]
-        results[name] = own
-    words = table(first, results)
-    print(words)
-    args.out.with_suffix(".md").write_text(words + "\n")
-    content = {"steps": args.steps, "start": first, "results": results, "options": ARMS, **provenance()}
-    write_run_card(args.out, content)
+    found = ScstScenes(args).compare()
+    setting = {key: getattr(args, key) for key in ("start", "steps", "seeds", "jobs", "set")}
+    write_run_card(args.out, {**setting, "options": ARMS, "results": found, **provenance()})
+    draw(found, args.page.resolve().parent / PICTURE)
+    picture = f"![CIDEr, and reward, entropy and length over the steps]({PICTURE})"
+    put_between(args.page, [table(found), picture])
 
 
 if __name__ == "__main__":

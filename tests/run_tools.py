@@ -114,7 +114,9 @@ class Runs:
             return end.code or 0
         return 0
 
-    def start(self, *options: str, processes: int = 1, stderr=None) -> subprocess.Popen:
+    def start(
+        self, *options: str, processes: int = 1, stderr=None, script: Path = ROOT / "train.py"
+    ) -> subprocess.Popen:
         """Start train.py as a user does, in its own process group; more than one process by torch's launcher."""
         launcher = [sys.executable]
         if processes > 1:
@@ -122,7 +124,7 @@ class Runs:
             launcher += [f"--master_port={free_port()}"]
         options = ["--options", *options] if options else []
         return subprocess.Popen(
-            [*launcher, str(ROOT / "train.py"), "--cfg-path", str(self.path()), *options],
+            [*launcher, str(script), "--cfg-path", str(self.path()), *options],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=stderr,

@@ -197,7 +197,7 @@ def test_clips_from_end_to_end_and_again(in_this_process, parts, tmp_path, monke
     card = tmp_path / "runs" / found[video_scenes.SCST_FROM][0]["name"] / "run.json"
     model = json.loads(card.read_text())["config"]["model"]
     assert model["temporal_positions"] is True and model["residual"] == "convex"
-    assert model["pretrained"].endswith("start_2_seed7/checkpoint_best.pth")
+    assert model["pretrained"].endswith("start_2_seed7/checkpoint_last.pth")
     text = page.read_text()
     assert "Not yet run" not in text and text.count("| temporal Q-Former |") == 4
     video_scenes.main()

@@ -52,12 +52,12 @@ class CaptionDataset(ReadableRows):
             raise DataError(f"{name}: the {split} split is empty")
         self.num_images = len(self.references)
         self.fingerprint = digest.hexdigest()
-        self.description = description or f"{name} {split}: {self.num_images} images, {len(self)} rows"
+        self.description = description or f"{name} {split}: {self.num_images} {self.noun}, {len(self)} rows"
         self._add_instance_ids()
 
     def _add(self, name: str, item: CaptionedImage, captions: int | None):
         if item.image_id in self.references:
-            raise DataError(f"{name}: two images of the {self.split} split have the id {item.image_id!r}")
+            raise DataError(f"{name}: two {self.noun} of the {self.split} split have the id {item.image_id!r}")
         self.references[item.image_id] = list(item.captions)
         for caption in item.captions[:captions]:
             self.annotation.append({"image": item.image, "image_id": item.image_id, "caption": caption})

@@ -34,18 +34,18 @@ def _by_counts(path: str, place: str, items: list, counts) -> dict[str, list]:
     items, found, start = sorted(items, key=lambda item: item.image), {}, 0
     counts = {split: counts.get(split) or 0 for split in SPLITS}
     if any(not isinstance(count, int) or count < 0 for count in counts.values()):
-        raise DataError(f"{place}.split takes numbers of images, not {counts}")
+        raise DataError(f"{place}.split takes how many each split gets, not {counts}")
     if sum(counts.values()) > len(items):
         tenth = max(len(items) // 10, 1)
         fitting = f"{{train: {max(len(items) - 2 * tenth, 1)}, val: {tenth}, test: {tenth}}}"
-        asked = f"{place}.split asks for {counts}, but {path} has {len(items)} images"
+        asked = f"{place}.split asks for {counts}, but {path} has {len(items)}"
         raise DataError(f"{asked}; set the three together, e.g. '{place}.split={fitting}'")
     for split, count in counts.items():
         if count:
             found[split] = items[start:start + count]
         start += count
     if start < len(items):
-        logging.info("%s: %d of %d images are in no split, unused", path, len(items) - start, len(items))
+        logging.info("%s: %d of %d are in no split, unused", path, len(items) - start, len(items))
     return found
 
 
@@ -57,9 +57,9 @@ def _from_file(path: str, rows: Sequence, items: list) -> dict[str, list]:
         split = str(row.split).strip().lower()
         split = _SPLIT_NAMES.get(split, split)
         if split_of.setdefault(row.image, split) != split:
-            raise DataError(f"{path} puts the image {row.image} into both {split_of[row.image]} and {split}")
+            raise DataError(f"{path} puts {row.image} into both {split_of[row.image]} and {split}")
     if unused := Counter(split for split in split_of.values() if split not in SPLITS):
-        logging.warning("%s: images of other splits are not used: %s", path, dict(unused))
+        logging.warning("%s: rows of other splits are not used: %s", path, dict(unused))
     found = {split: [item for item in items if split_of[item.image] == split] for split in SPLITS}
     return {split: items for split, items in found.items() if items}
 
@@ -78,7 +78,7 @@ def report_shared_images(found: dict[str, list]):
     names = {split: {item.image for item in items} for split, items in found.items()}
     for split in ("val", "test"):
         if shared := len(names.get(split, set()) & names.get("train", set())):
-            logging.warning("%d images of %s are also in train: its scores will flatter", shared, split)
+            logging.warning("%d of %s are also in train: its scores will flatter", shared, split)
 
 
 def spread(items: list, count: int | None, place: str) -> list:

@@ -22,7 +22,7 @@ def build(tmp_path, **keys):
 def test_split_by_counts_and_rows(tmp_path, pictures, caplog):
     with caplog.at_level(logging.INFO):
         found = build(tmp_path)
-    assert "1 of 6 images are in no split" in caplog.text
+    assert "1 of 6 are in no split" in caplog.text
     train, val = found["train"], found["val"]
     assert (len(train), train.num_images, len(val), val.num_images) == (6, 3, 1, 1)
     assert val.references == {"3.jpg": [text for image, text in ROWS if image == "3.jpg"]}
@@ -60,7 +60,7 @@ def test_a_file_per_split_warns_of_shared_images(tmp_path, pictures, caplog):
     found = builder(tmp_path, annotations=files).build_datasets()
     assert {split: len(dataset) for split, dataset in found.items()} == {"train": 12, "val": 1}
     assert list(found["val"].references) == [10]
-    assert "1 images of val are also in train" in caplog.text
+    assert "1 of val are also in train" in caplog.text
 
 
 def test_fingerprint_follows_the_data_not_the_folder(tmp_path, pictures):

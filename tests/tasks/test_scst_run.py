@@ -5,12 +5,10 @@ import json
 import pytest
 
 from lavis_evlgen.evaluation.cider_d import CaptionReward
-from tests.run_tools import checkpoint, log, losses, same_tensors
+from tests.run_tools import ROOT, checkpoint, log, losses, same_tensors
+from tests.tasks.rewarded_by_letters import letters
 
-
-def letters(self, key, caption, ended=True):
-    """A reward that says something of the noise that tiny models utter, where CIDEr-D is 0."""
-    return caption.count("o") + 0.1 * len(caption) + ended, len(caption.split())
+STILL = ["model.dropout=0", "model.partition=alternate", "run.valid_splits=[]", "run.max_iters=2"]
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +61,23 @@ def test_a_resume_is_bit_equal(scst):
 
 def test_micro_steps_are_one_step_of_their_pictures(scst):
     """The same captions are drawn, and a mean over captions is the mean of means over halves of them."""
-    still = ["model.dropout=0", "model.partition=alternate", "run.valid_splits=[]", "run.max_iters=2"]
-    scst.train("run.run_name=two", *still)
-    scst.train("run.run_name=one", "run.accum_grad_iters=1", "run.batch_size_train=4", *still)
+    scst.train("run.run_name=two", *STILL)
+    scst.train("run.run_name=one", "run.accum_grad_iters=1", "run.batch_size_train=4", *STILL)
     one, two = (log(scst.output(name)) for name in ("one", "two"))
     for key in ("loss", "reward", "reward_greedy", "length", "grad_norm"):
         assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-3, abs=1e-5), key
+
+
+def test_two_ranks_are_one_with_their_pictures(scst):
+    """The same captions are drawn and rewarded, each rank's by a thread of its own, and the gradient is the same."""
+    process = scst.start("run.run_name=ranks", "run.accum_grad_iters=1", *STILL, processes=2,
+                         script=ROOT / "tests/tasks/rewarded_by_letters.py")  # fmt: skip
+    scst.train("run.run_name=alone", "run.accum_grad_iters=1", "run.batch_size_train=4", *STILL)
+    assert process.wait(150) == 0
+    alone, ranks = (log(scst.output(name)) for name in ("alone", "ranks"))
+    assert [row["step"] for row in ranks] == [1, 2] and alone[0]["reward"] > 0 and alone[0]["grad_norm"] > 0
+    for key in ("loss", "reward", "reward_greedy", "entropy", "length", "grad_norm"):
+        assert [row[key] for row in ranks] == pytest.approx([row[key] for row in alone], rel=1e-4, abs=1e-5), key
 
 
 def test_an_evaluation_needs_no_reward(scst):
