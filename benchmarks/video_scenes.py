@@ -3,7 +3,7 @@
     bash run_scripts/video_miniature.sh                # this script with its defaults
     python benchmarks/video_scenes.py --steps 80 --seeds 42 1 2 --jobs 2
 
-For each seed an image model is trained on drawn scenes (the quickstart); every way to mix frames starts from it, on the
+For each seed an image model is trained on drawn scenes (the quickstart, twice the steps); every way to mix frames starts from it, on the
 same clips in the same order. SCST goes on from the way that SCST_FROM names. Nothing is chosen among checkpoints: the
 last weights are tested. A run that was cut off goes on, a
 finished one is not run again. Writes benchmarks/results/video_scenes.json, docs/images/video_miniature.png and the
@@ -32,6 +32,7 @@ def mixing(temporal: bool, frame_pooling: str = "mean", residual: str = "gated",
 
 # of all runs: a quarter of the pixels, and fewer tokens for one drawn thing, so that all of it fits an hour or two
 SMALL = ["model.image_size=112", "model.tome_r={target: 9}", "run.max_len=12", "run.valid_splits=[]"]
+START = 2  # times as many steps has the image model
 SCST_FROM = "convex, with positions"
 WAYS = {
     "concat": mixing(False, "concat"),
@@ -73,7 +74,7 @@ class VideoScenes:
 
     def start(self, seed: int):
         """The image model that a seed's runs start from."""
-        self._train(IMAGE, self._name("start", seed), self.args.steps, seed, [])
+        self._train(IMAGE, self._name("start", seed), START * self.args.steps, seed, [])
 
     def run(self, label: str, seed: int) -> dict:
         """What one way to mix frames scores on the test clips, and what it cost."""
