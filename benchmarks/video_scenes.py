@@ -3,11 +3,11 @@
     bash run_scripts/video_miniature.sh                # this script with its defaults
     python benchmarks/video_scenes.py --steps 80 --seeds 42 1 2 --jobs 2
 
-For each seed an image model is trained on drawn scenes (the quickstart, twice the steps); every way to mix frames starts from it, on the
-same clips in the same order. SCST goes on from the way that SCST_FROM names. Nothing is chosen among checkpoints: the
-last weights are tested. A run that was cut off goes on, a
-finished one is not run again. Writes benchmarks/results/video_scenes.json, docs/images/video_miniature.png and the
-tables in docs/results/video.md.
+For each seed an image model is trained on drawn scenes (the quickstart, twice the steps); every way to mix frames
+starts from it, on the same clips in the same order. SCST goes on from the way that SCST_FROM names. Nothing is chosen
+among checkpoints: the last weights are tested. A run that was cut off goes on, a finished one is not run
+again. Writes benchmarks/results/video_scenes.json, docs/images/video_miniature.png and the tables in
+docs/results/video.md.
 """
 
 from __future__ import annotations
