@@ -30,8 +30,7 @@ def mixing(temporal: bool, frame_pooling: str = "mean", residual: str = "gated",
     return [f"model.{key}={str(value).lower()}" for key, value in settings.items()]
 
 
-# of all runs: a quarter of the pixels, and fewer tokens for one drawn thing, so that all of it fits an hour or two
-SMALL = ["model.image_size=112", "model.tome_r={target: 9}", "run.max_len=12", "run.valid_splits=[]"]
+SMALL = ["model.image_size=112", "run.max_len=12", "run.valid_splits=[]"]  # of all runs: a quarter of the pixels
 START = 2  # times as many steps has the image model
 SCST_FROM = "convex, with positions"
 WAYS = {
@@ -94,9 +93,9 @@ class VideoScenes:
         """label -> what its run of every seed found."""
         args = self.args
         together("image model", self.start, [(seed,) for seed in args.seeds], args.jobs)
-        wanted = [(label, seed) for label in WAYS for seed in args.seeds]
+        wanted = [(label, seed) for seed in args.seeds for label in args.ways]
         runs = together("run", self.run, wanted, args.jobs)
-        rewarded = [(SCST, seed) for seed in args.seeds]
+        rewarded = [(SCST, seed) for seed in args.seeds if SCST_FROM in args.ways]
         runs += together("SCST", self.run, rewarded, args.jobs)
         found: dict[str, list[dict]] = {}
         for (label, _), run in zip(wanted + rewarded, runs, strict=True):
@@ -108,6 +107,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=80, help="optimizer steps of each run; SCST: half of them (80)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS), help="to mix frames (all)")
     parser.add_argument("--clips", type=int, nargs=2, default=[4000, 100], metavar=("TRAIN", "TEST"), help="both even")
     parser.add_argument("--jobs", type=int, default=2, help="runs beside each other (2); 1 on a GPU")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="config keys of all runs")
