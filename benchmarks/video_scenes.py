@@ -44,7 +44,7 @@ WAYS = {
     "temporal queries": mixing(False, "temporal_queries"),
 }
 SCST = f"{SCST_FROM}, + SCST"
-# a tenth of the rate, as projects/evlgen/scst_quickstart.yaml
+# a tenth of the rate
 REWARDED = ["run.task=scst", "run.baseline=leave_one_out", "run.num_samples=4", "run.init_lr=2.5e-4",
             "run.min_lr=2.5e-5", "run.warmup_lr=1e-6"]  # fmt: skip
 

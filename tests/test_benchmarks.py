@@ -168,6 +168,16 @@ def in_this_process(benchmarks, monkeypatch):
     return started
 
 
+def tiny(parts) -> list[str]:
+    """Options of a run in seconds."""
+    options = [f"model.{key}={path}" for key, path in parts.items()]
+    options += ["model.vit_layer=null", "model.image_size=28", "model.num_layers=2", "model.tome_r=4",
+                "run.num_workers=0", "run.num_beams=1", "run.max_len=6", "run.tokenizer=simple", "run.log_freq=1",
+                "run.amp=false", "run.tensorboard=false", "run.warmup_steps=0", "run.batch_size_train=2",
+                "run.blind_shuffles=1", "run.sheet_pictures=0", "model.vit_precision=fp32", "model.llm_precision=fp32"]  # fmt: skip
+    return options
+
+
 def test_clips_from_end_to_end_and_again(in_this_process, parts, tmp_path, monkeypatch):
     """Two ways to mix frames and SCST after one, two steps each on tiny parts; a second call finds all of it done."""
     import video_scenes
@@ -179,13 +189,8 @@ def test_clips_from_end_to_end_and_again(in_this_process, parts, tmp_path, monke
     page = tmp_path / "docs" / "results" / "video.md"
     page.parent.mkdir(parents=True)
     page.write_text((ROOT / "docs/results/video.md").read_text())
-    tiny = [f"model.{key}={path}" for key, path in parts.items()]
-    tiny += ["model.vit_layer=null", "model.image_size=28", "model.num_layers=2", "model.tome_r=4", "run.num_workers=0",
-             "run.num_beams=1", "run.max_len=6", "run.tokenizer=simple", "run.log_freq=1", "run.amp=false",
-             "run.tensorboard=false", "run.warmup_steps=0", "run.batch_size_train=2", "run.blind_shuffles=1",
-             "run.sheet_pictures=0", "model.vit_precision=fp32", "model.llm_precision=fp32"]  # fmt: skip
     arguments = ["--steps", "2", "--seeds", "7", "--clips", "4", "4", "--jobs", "1", "--folder", str(tmp_path / "runs")]
-    arguments += ["--out", str(tmp_path / "found.json"), "--page", str(page), "--set", *tiny]
+    arguments += ["--out", str(tmp_path / "found.json"), "--page", str(page), "--set", *tiny(parts)]
     monkeypatch.setattr(sys, "argv", ["video_scenes.py", *arguments])
     video_scenes.main()
     labels = [*ways, video_scenes.SCST]
@@ -202,3 +207,29 @@ def test_clips_from_end_to_end_and_again(in_this_process, parts, tmp_path, monke
     assert "Not yet run" not in text and text.count("| temporal Q-Former |") == 4
     video_scenes.main()
     assert len(in_this_process) == 1 + len(labels)
+
+
+def test_scst_beside_cross_entropy_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):
+    import scst_scenes
+
+    monkeypatch.setattr(scst_scenes, "together", lambda _, function, calls, jobs: [function(*call) for call in calls])
+    page = tmp_path / "scst.md"
+    page.write_text((ROOT / "docs/scst.md").read_text())
+    arguments = ["--start", "3", "--steps", "2", "--seeds", "7", "8", "--jobs", "1", "--pictures", "4"]
+    arguments += ["--arms", "cross-entropy", "SCST, greedy", "--folder", str(tmp_path / "runs"), "--page", str(page)]
+    arguments += ["--out", str(tmp_path / "found.json"), "--set", *tiny(parts)]
+    monkeypatch.setattr(sys, "argv", ["scst_scenes.py", *arguments])
+    scst_scenes.main()
+    assert len(in_this_process) == 1 + 2 * 2
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert set(found) == {scst_scenes.START, "cross-entropy", "SCST, greedy"}
+    assert [run["seed"] for run in found["SCST, greedy"]] == [7, 8]
+    for run in found["SCST, greedy"]:
+        assert [row["step"] for row in run["windows"]] == [1, 2] and "reward_greedy" in run["windows"][0]
+        card = json.loads((tmp_path / "runs" / run["name"] / "run.json").read_text())
+        assert card["config"]["model"]["pretrained"].endswith("start_3/checkpoint_last.pth")
+    assert not found["cross-entropy"][0]["windows"] and found["cross-entropy"][0]["words"] > 0
+    header, _, start, _, scst = rows(page.read_text().split("<!-- tables -->")[1].split("\n\n")[1])
+    assert header[:4] == ["weights", "CIDEr", "blind CIDEr", "words a caption"] and start[-2] == "3"
+    assert scst[0] == "SCST, greedy" and " to " in scst[1]
+    assert (tmp_path / "images/scst_scenes.png").stat().st_size > 5000
