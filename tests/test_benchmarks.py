@@ -174,7 +174,8 @@ def tiny(parts) -> list[str]:
     options += ["model.vit_layer=null", "model.image_size=28", "model.num_layers=2", "model.tome_r=4",
                 "run.num_workers=0", "run.num_beams=1", "run.max_len=6", "run.tokenizer=simple", "run.log_freq=1",
                 "run.amp=false", "run.tensorboard=false", "run.warmup_steps=0", "run.batch_size_train=2",
-                "run.blind_shuffles=1", "run.sheet_pictures=0", "model.vit_precision=fp32", "model.llm_precision=fp32"]  # fmt: skip
+                "run.blind_shuffles=1", "run.sheet_pictures=0", "model.vit_precision=fp32",
+                "model.llm_precision=fp32"]  # fmt: skip
     return options
 
 
