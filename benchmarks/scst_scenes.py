@@ -1,7 +1,7 @@
 """What SCST adds to a captioner of drawn scenes, beside as many more steps of cross-entropy.
 
     python benchmarks/scst_scenes.py
-    python benchmarks/scst_scenes.py --start 100 --steps 60 --seeds 42 1 2 --jobs 2
+    python benchmarks/scst_scenes.py --start 100 --steps 150 --seeds 42 1 2 --jobs 2
 
 One captioner is trained (the quickstart, `--start` steps); from its weights, each seed trains SCST with either
 baseline, and cross-entropy for the same steps at the same rates. A run that was cut off goes on, a finished one is not
@@ -118,7 +118,7 @@ def draw(found: dict[str, list[dict]], path: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--start", type=int, default=100, help="steps of the captioner that all start from (100)")
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of each run after it (60)")
+    parser.add_argument("--steps", type=int, default=150, help="optimizer steps of each run after it (150)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="what to compare (all)")
     parser.add_argument("--pictures", type=int, default=400, help="test pictures (400)")
