@@ -169,9 +169,9 @@ def test_a_step_measured(script, card_of, tmp_path):
 def test_a_compiled_step_against_the_same_without(script, card_of, tmp_path, monkeypatch):
     compiler, page, compiled = torch.nn.Module.compile, script("performance_page"), []
 
-    def plain(module):
+    def plain(module, **how):
         compiled.append(type(module).__name__)
-        compiler(module, backend="eager")
+        compiler(module, backend="eager", **how)
 
     monkeypatch.setattr(torch.nn.Module, "compile", plain)
     options = "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1"

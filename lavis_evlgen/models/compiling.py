@@ -2,9 +2,9 @@
 
 The frozen ViT and the language model are stacks of equal blocks: each block is a region of its own, so one compilation
 serves all of them. The connector is one region: every layer leaves fewer tokens than the one before, in shapes that
-never change. Captions are of any length: sequences of the language model are padded on to a multiple of LENGTHS, so
-that a few compilations, each for one shape, serve all batches. Evaluation, generation and the counting of FLOPs run as
-they are written (`eager`).
+never change. Captions are of any length: sequences of the language model are padded on to a multiple of LENGTHS (more
+for long texts), so that a few compilations, each for one shape, serve all batches. Evaluation, generation and the
+counting of FLOPs run as they are written (`eager`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from lavis_evlgen.config import ConfigError
 
 PARTS = {"vision": "visual_encoder", "connector": "connector", "llm": "language_model"}  # in the config: of the model
-LENGTHS = 8  # a prompt of 29 tokens and up to 32 of text: four shapes; torch compiles up to eight for one function
+LENGTHS, SHAPES = 8, 6  # that many shapes for the longest text at most: torch compiles up to eight for one function
 
 
 def check_parts(parts) -> list[str]:
@@ -43,7 +43,7 @@ def compile_parts(model: nn.Module, parts: Sequence[str]):
         if module is None:
             raise ConfigError(f"run.compile: {type(model).__name__} has no {PARTS[part]}; leave {part} out")
         if part == "llm":
-            module.length_multiple = LENGTHS
+            module.length_multiple = LENGTHS * -(-module.max_txt_len // (LENGTHS * SHAPES))
         for region in [module] if part == "connector" else stack_of(module):
             region.compile(dynamic=False)
 

@@ -111,6 +111,13 @@ def test_captions_of_many_lengths_are_few_shapes(counter):
     assert set(seen) == {min(lengths)}  # an evaluation pays for no padding
 
 
+def test_long_captions_are_few_shapes_too():
+    for longest, multiple in ((32, 8), (48, 8), (64, 16), (128, 24), (512, 88)):
+        module = tiny_evlgen(max_txt_len=longest)
+        compile_parts(module, ["llm"])
+        assert module.language_model.length_multiple == multiple and longest / multiple <= 6
+
+
 def test_what_is_not_training_is_not_compiled(counter):
     model = tiny_evlgen()
     compile_parts(model, list(PARTS))
