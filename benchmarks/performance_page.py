@@ -142,6 +142,25 @@ def vision_table(card: dict) -> str:
     return f"{row['blocks']} of 39 blocks, batches of {row['batch']}.\n\n" + markdown(columns, rows)
 
 
+def lengths_table(card: dict) -> str:
+    """Either way to compile for captions of every length, against the same steps not compiled."""
+    rows = []
+    for row in card["rows"]:
+        seconds, flops = row["seconds"], row["flops"]
+        rows.append([
+            row["way"], str(row["graphs"]), f"{row['first_pass_seconds']:.0f}",
+            *(milliseconds({key: time[key] / row["steps"] for key in ("median", "low", "high")})
+              for time in (seconds["not compiled"], seconds["compiled"])),
+            f"{flops['compiled'] / flops['not compiled']:.2f}x", ratio(seconds, "compiled", "not compiled"),
+            f"{row['loss_difference']:.0e}",
+        ])  # fmt: skip
+    columns = ["language model", "compilations", "first pass, s", "a step not compiled, ms", "compiled, ms",
+               "time of a step: by FLOPs", "measured", "loss differs by"]  # fmt: skip
+    row, (least, most) = card["rows"][0], card["settings"]["tokens"]
+    told = f"`{row['scale']}`, batch {row['batch']}, {row['dtype']}, captions of {least} to {most} tokens.\n\n"
+    return told + markdown(columns, rows)
+
+
 AXES = {"batch": "pictures a batch", "text": "tokens of a caption", "tokens_left": "visual tokens left",
         "frames": "frames of a clip"}  # fmt: skip
 
@@ -185,7 +204,7 @@ def floor_table(card: dict) -> str:
 
 TABLES = {
     "merge": merge_table, "connector": connector_table, "data": data_table, "vision": vision_table, "step": step_table,
-    "scaling": scaling_table, "generate": generate_table,
+    "lengths": lengths_table, "scaling": scaling_table, "generate": generate_table,
 }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from lavis_evlgen.evaluation.run_card import read_json_lines
+from lavis_evlgen.evaluation.run_card import plain, read_json_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -68,6 +68,21 @@ def scores(card: dict) -> dict[str, float]:
         "cider": metrics["metrics"]["CIDEr"],
         "blind_cider": metrics["blind"]["CIDEr"],
     }
+
+
+def with_other_seeds(found: dict[str, list[dict]], path: Path, setting: dict) -> dict[str, list[dict]]:
+    """`found` (label -> runs), and the runs of other seeds, or labels, that the results file has of the same setting.
+
+    So a comparison can be made seed by seed, on several machines. setting: keys of the file that have to be equal.
+    """
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if any(before.get(key) != plain(value) for key, value in setting.items()):
+        return found
+    merged = dict(found)
+    for label, runs in before["results"].items():
+        seeds = {run["seed"] for run in found.get(label, [])}
+        merged[label] = [run for run in runs if run["seed"] not in seeds] + found.get(label, [])
+    return merged
 
 
 def log_of(folder: Path, name: str) -> list[dict]:

@@ -6,7 +6,8 @@
 For each seed an image model is trained on drawn scenes (the quickstart, twice the steps); every way to mix frames
 starts from it, on the same clips in the same order. SCST goes on from the way that SCST_FROM names. Nothing is chosen
 among checkpoints: the last weights are tested. A run that was cut off goes on, a finished one is not run
-again. Writes benchmarks/results/video_scenes.json, docs/images/video_miniature.png and the tables in
+again, and the results of other seeds that the file has of the same setting stay in it.
+Writes benchmarks/results/video_scenes.json, docs/images/video_miniature.png and the tables in
 docs/results/video.md.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from training_runs import ROOT, scores, threads_of, together, train, training_seconds
+from training_runs import ROOT, scores, threads_of, together, train, training_seconds, with_other_seeds
 from video_tables import PAGE, write_page
 
 from lavis_evlgen.evaluation.run_card import provenance, write_run_card
@@ -87,6 +88,7 @@ class VideoScenes:
             "name": name, "seed": seed, "steps": steps, **scores(card), "clips": metrics["order_asked"],
             **{key: value for key, value in metrics.items() if key.startswith("order_accuracy")},
             "trains": card["model"]["trainable_parameters"], "seconds": training_seconds(self.folder, name, steps),
+            "commit": card["commit"].get("sha"),
         }  # fmt: skip
 
     def compare(self) -> dict[str, list[dict]]:
@@ -116,8 +118,11 @@ def main():
     parser.add_argument("--page", type=Path, default=PAGE, help="the page that has the two marks")
     args = parser.parse_args()
     found = VideoScenes(args).compare()
-    setting = {key: getattr(args, key) for key in ("steps", "seeds", "clips", "jobs", "set")}
-    write_run_card(args.out, {**setting, "options": WAYS, "results": found, **provenance()})
+    setting = {key: getattr(args, key) for key in ("steps", "clips", "set")} | {"options": WAYS}
+    found = with_other_seeds(found, args.out, setting)
+    found = {label: found[label] for label in (*WAYS, SCST) if label in found}
+    seeds = sorted({run["seed"] for runs in found.values() for run in runs})
+    write_run_card(args.out, {**setting, "seeds": seeds, "jobs": args.jobs, "results": found, **provenance()})
     write_page(found, args.page)
 
 

@@ -123,6 +123,22 @@ def test_calls_side_by_side_come_back_in_order_and_stop_at_a_failure(benchmarks,
     assert len(begun) < 50
 
 
+def test_runs_of_other_seeds_stay(benchmarks, tmp_path):
+    from training_runs import with_other_seeds
+
+    def run(seed, cider):
+        return {"seed": seed, "cider": cider}
+
+    found, setting, path = {"a": [run(1, 0.1)], "b": [run(2, 0.2)]}, {"steps": 80, "clips": (4, 2)}, tmp_path / "f.json"
+    assert with_other_seeds(found, path, setting) == found
+    before = {"a": [run(42, 0.3), run(1, 0.9)], "c": [run(42, 0.4)]}
+    path.write_text(json.dumps({**setting, "results": before}))
+    assert with_other_seeds(found, path, setting) == {
+        "a": [run(42, 0.3), run(1, 0.1)], "b": [run(2, 0.2)], "c": [run(42, 0.4)]}  # fmt: skip
+    assert with_other_seeds(found, path, {**setting, "steps": 81}) == found
+    assert found == {"a": [run(1, 0.1)], "b": [run(2, 0.2)]}
+
+
 def measured(order: float, cider: float, **more) -> dict:
     return {"name": "x", "seed": 1, "steps": 240, "cider": cider, "blind_cider": 0.1, "loss_right": 1.0, "trains": 5e6,
             "loss_shuffled": 2.0, "order_accuracy": order, "seconds": 90.0, **more}  # fmt: skip
