@@ -22,7 +22,7 @@ from lavis_evlgen.models.checkpoints import frozen_names
 from lavis_evlgen.models.compiling import check_parts, compile_parts, eager
 from lavis_evlgen.models.freezing import check_halves, check_precision
 from lavis_evlgen.models.recomputing import recompute_llm
-from lavis_evlgen.runners import state
+from lavis_evlgen.runners import run_keys, state
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
 from lavis_evlgen.runners.checks import check_evaluation, check_splits, check_training, sets_with
 from lavis_evlgen.runners.cost import flops_per_image
@@ -39,54 +39,7 @@ from lavis_evlgen.runners.steps import TrainingStep, amp_of
 class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
     """Trains for `max_iters` optimizer steps; every `iters_per_inner_epoch` it evaluates and saves."""
 
-    # least and most a number may be; whole numbers where the least is one
-    NUMBERS = {
-        "max_iters": (1, None), "iters_per_inner_epoch": (1, None), "init_lr": (0.0, None), "min_lr": (0.0, None),
-        "warmup_lr": (0.0, None), "warmup_steps": (0, None), "weight_decay": (0.0, None), "beta2": (0.0, 1.0),
-        "max_grad_norm": (0.0, None), "batch_size_train": (1, None), "batch_size_eval": (1, None),
-        "accum_grad_iters": (1, None), "num_workers": (0, None), "seed": (0, None), "log_freq": (1, None),
-        "sheet_pictures": (0, None), "keep_every": (0, None),
-    }  # fmt: skip
-    LISTS = ("train_splits", "valid_splits", "test_splits")
-    CONFIG_KEYS = {
-        "runner": "runner_evlgen",
-        "task": "what is done with model and data: evlgen_captioning, evlgen_vqa, scst, or a LAVIS task",
-        "max_iters": "optimizer steps of the run",
-        "iters_per_inner_epoch": "evaluate and save every this many steps",
-        "lr_sched": "linear_warmup_cosine_step_lr, or another registered schedule",
-        "init_lr": "learning rate after warm-up",
-        "min_lr": "learning rate at the end",
-        "warmup_lr": "learning rate at step 0",
-        "warmup_steps": "steps of linear warm-up",
-        "weight_decay": "AdamW weight decay of matrices",
-        "beta2": "AdamW beta2 (0.999)",
-        "max_grad_norm": "clip the gradient to this norm; 0: no clipping (1.0)",
-        "batch_size_train": "images per rank and micro-step",
-        "batch_size_eval": "images per rank in evaluation",
-        "accum_grad_iters": "micro-steps per optimizer step (1)",
-        "num_workers": "data-loading processes per rank",
-        "amp": "autocast: false, bf16, fp16 (true means fp16, as in LAVIS), auto (bf16 where there is hardware for it)",
-        "compile": "parts under torch.compile in training steps: true (all), or of vision, connector, llm (false)",
-        "llm_grad_checkpoint": "true: the language model's activations are computed again in the backward pass: less "
-        "memory, more time (false)",
-        "seed": "seed of weights, order, augmentation and dropout",
-        "output_dir": "folder of runs, seen from where you stand",
-        "run_name": "name of this run's folder (a time stamp)",
-        "resume_ckpt_path": "checkpoint of a run to continue in its folder, or auto: the newest of run_name",
-        "evaluate": "true: only evaluate test_splits",
-        "keep_every": "evaluate only: keep finished rows every this many batches, to go on when cut off (0: do not)",
-        "train_splits": "must be [train]",
-        "valid_splits": "splits evaluated during training, e.g. [val]",
-        "test_splits": "splits evaluated at the end with the best weights, e.g. [test]",
-        "train_dataset_ratios": "shares of micro-steps, {data set: number}; left out: by size (not with shards)",
-        "device": "auto (CUDA where present), cuda, cpu",
-        "log_freq": "steps between log lines (50)",
-        "tensorboard": "write TensorBoard events to the run folder (true)",
-        "sheet_pictures": "pictures on captions.png (12)",
-        "world_size": "accepted from LAVIS configs; torch.distributed.run decides",
-        "dist_url": "accepted from LAVIS configs; torch.distributed.run decides",
-        "distributed": "accepted from LAVIS configs; torch.distributed.run decides",
-    }
+    NUMBERS, LISTS, CONFIG_KEYS = run_keys.NUMBERS, run_keys.LISTS, run_keys.CONFIG_KEYS
 
     def __init__(self, cfg, task, model, datasets, job_id):
         run = cfg.run_cfg
