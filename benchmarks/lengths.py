@@ -58,7 +58,7 @@ def operations(model: EVLGen, step: TrainingStep, batches: list[dict], multiple:
 def losses(model: EVLGen, step: TrainingStep, batches: list[dict], multiple: int, compiled: bool) -> list[float]:
     """Of each batch, without dropout."""
     model.language_model.length_multiple = multiple
-    model.eval()
+    model.connector.eval()  # the rest stays as in training, where sequences are padded; nothing else has dropout
 
     @torch.no_grad()
     def run():
@@ -66,7 +66,7 @@ def losses(model: EVLGen, step: TrainingStep, batches: list[dict], multiple: int
             return [model(step.prepared(batch))["loss"].item() for batch in batches]
 
     found = (run if compiled else eager()(run))()
-    model.train()
+    model.connector.train()
     return found
 
 
@@ -96,8 +96,8 @@ def main():
     args_of.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="pictures (GPU 64, CPU 4)")
     args_of.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16" if on_gpu else "fp32",
                          help="of autocast and of what is frozen")  # fmt: skip
-    args_of.add_argument("--tokens", type=int, nargs=2, default=[13, 24], metavar=("LEAST", "MOST"),
-                         help="of captions (13 24)")  # fmt: skip
+    args_of.add_argument("--tokens", type=int, nargs=2, default=[13, 20], metavar=("LEAST", "MOST"),
+                         help="of captions (13 20)")  # fmt: skip
     args = args_of.parse_args()
     device, scale = torch.device(args.device), scales()[args.scale]
     model = build(scale, args.dtype, device)
