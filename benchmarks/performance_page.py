@@ -161,6 +161,21 @@ def lengths_table(card: dict) -> str:
     return told + markdown(columns, rows)
 
 
+def blip2_table(card: dict) -> str:
+    """A step of EVLGen and of either stage of BLIP-2: time, pictures a second, and against EVLGen's."""
+    rows = []
+    for row in card["rows"]:
+        for name, time in row["seconds"].items():
+            memory = row["memory_gb"][name]
+            rows.append([
+                name, f"{row['trains'][name] / 1e6:.1f}M", milliseconds(time), f"{row['batch'] / time['median']:.3g}",
+                ratio(row["seconds"], name, "EVLGen"), "-" if memory is None else f"{memory:.2f}",
+            ])  # fmt: skip
+    columns = ["step of", "trains", "ms", "pictures/s", "of EVLGen's", "peak memory, GB"]
+    row = card["rows"][0]
+    return f"`{row['scale']}`, batch {row['batch']}, {row['dtype']}.\n\n" + markdown(columns, rows)
+
+
 AXES = {"batch": "pictures a batch", "text": "tokens of a caption", "tokens_left": "visual tokens left",
         "frames": "frames of a clip"}  # fmt: skip
 
@@ -204,7 +219,7 @@ def floor_table(card: dict) -> str:
 
 TABLES = {
     "merge": merge_table, "connector": connector_table, "data": data_table, "vision": vision_table, "step": step_table,
-    "lengths": lengths_table, "scaling": scaling_table, "generate": generate_table,
+    "lengths": lengths_table, "blip2": blip2_table, "scaling": scaling_table, "generate": generate_table,
 }  # fmt: skip
 
 

@@ -203,6 +203,28 @@ def test_lengths_padded_against_one_compilation_for_any(script, card_of, tmp_pat
     assert "captions of 4 to 17 tokens" in text and "| one compilation for any length |" in text
 
 
+def test_steps_of_blip2_beside_evlgens(script, card_of, tmp_path):
+    page, names = script("performance_page"), {"EVLGen", "BLIP-2, stage 2", "BLIP-2, stage 1"}
+    (row,) = card_of("blip2_step", "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1")["rows"]
+    assert set(row["seconds"]) == set(row["trains"]) == names and row["memory_gb"] == dict.fromkeys(names)
+    assert row["trains"]["BLIP-2, stage 1"] > row["trains"]["BLIP-2, stage 2"] > 0  # words, heads of three losses
+    (tmp_path / "blip2_step-cpu.json").rename(tmp_path / "blip2-tiny-cpu.json")
+    assert "| BLIP-2, stage 1 |" in page.section("blip2", tmp_path)
+
+
+def test_blip2_stages_compared_share_what_is_frozen(script):
+    blip2, scale = script("blip2_step"), script("random_models").scales()["tiny"]
+    found = blip2.models(scale, "fp32", torch.device("cpu"))
+    evlgen, stage2, stage1 = found.values()
+    assert evlgen.visual_encoder is stage2.visual_encoder is stage1.visual_encoder
+    assert evlgen.language_model is stage2.language_model
+    bert = stage1.Qformer.bert.config
+    assert (bert.hidden_size, bert.num_hidden_layers) == (16, 2)
+    assert stage2.connector.width == evlgen.connector.width == 16
+    for model in found.values():
+        assert not any(p.requires_grad for p in model.visual_encoder.parameters())
+
+
 def test_the_floor_counts_what_macs_counts(script, tmp_path):
     from lavis_evlgen.analysis.macs import evlgen_cost
 
