@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from random_models import Scale, build, samples, scales
+from random_models import Scale, add_step_arguments, build, samples, scales
 from step import peak_gb
 from timing import alternate, parser, write
 from transformers import BertConfig, BertModel
@@ -71,10 +71,7 @@ def measure(args) -> dict:
 def main():
     on_gpu = torch.cuda.is_available()
     args_of = parser(__doc__, repetitions=9 if on_gpu else 3, seconds=120)
-    args_of.add_argument("--scale", choices=scales(), default="opt-2.7b" if on_gpu else "quickstart")
-    args_of.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="pictures (GPU 64, CPU 4)")
-    args_of.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16" if on_gpu else "fp32",
-                         help="of autocast and of what is frozen")  # fmt: skip
+    add_step_arguments(args_of)
     args = args_of.parse_args()
     row = measure(args)
     print({name: f"{1e3 * time['median']:.1f} ms" for name, time in row["seconds"].items()})

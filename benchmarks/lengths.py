@@ -14,7 +14,7 @@ import itertools
 import time
 
 import torch
-from random_models import build, samples, scales
+from random_models import add_step_arguments, build, samples, scales
 from timing import alternate, parser, write
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -92,10 +92,7 @@ def measure(model: EVLGen, step: TrainingStep, batches: list[dict], way: str, ar
 def main():
     on_gpu = torch.cuda.is_available()
     args_of = parser(__doc__, repetitions=9 if on_gpu else 3, seconds=300)
-    args_of.add_argument("--scale", choices=scales(), default="opt-2.7b" if on_gpu else "quickstart")
-    args_of.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="pictures (GPU 64, CPU 4)")
-    args_of.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16" if on_gpu else "fp32",
-                         help="of autocast and of what is frozen")  # fmt: skip
+    add_step_arguments(args_of)
     args_of.add_argument("--tokens", type=int, nargs=2, default=[13, 20], metavar=("LEAST", "MOST"),
                          help="of captions (13 20)")  # fmt: skip
     args = args_of.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from dataclasses import dataclass, field
 
@@ -126,3 +127,12 @@ def samples(
     times = () if frames is None else (frames,)
     image = torch.randn(batch, 3, *times, scale.image_size, scale.image_size, generator=generator)
     return {"image": image.to(device), "text_input": captions}
+
+
+def add_step_arguments(parser: argparse.ArgumentParser):
+    """--scale, --batch and --dtype of a benchmark of training steps: full size on a GPU, else the quickstart's."""
+    on_gpu = torch.cuda.is_available()
+    parser.add_argument("--scale", choices=scales(), default="opt-2.7b" if on_gpu else "quickstart")
+    parser.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="pictures (GPU 64, CPU 4)")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16" if on_gpu else "fp32",
+                        help="of autocast and of what is frozen")  # fmt: skip

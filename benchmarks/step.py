@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from random_models import build, samples, scales
+from random_models import add_step_arguments, build, samples, scales
 from savings import COMPILED, TRADED, UNDONE, changed, full_logits_loss, loss_of
 from timing import alternate, held_gb, parser, spread, write
 from torch.utils.flop_counter import FlopCounterMode
@@ -265,10 +265,7 @@ def measure(args) -> dict:
 def main():
     on_gpu = torch.cuda.is_available()
     args_of = parser(__doc__, repetitions=20 if on_gpu else 3, seconds=120)
-    args_of.add_argument("--scale", choices=scales(), default="opt-2.7b" if on_gpu else "quickstart")
-    args_of.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="pictures (GPU 64, CPU 4)")
-    args_of.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16" if on_gpu else "fp32",
-                         help="of autocast and of what is frozen")  # fmt: skip
+    add_step_arguments(args_of)
     for name in UNDONE | TRADED:
         words = "this saving undone" if name in UNDONE else "this switched on"
         args_of.add_argument(f"--{name}", dest="undo", action="append_const", const=name, help=f"{words}, alone")
