@@ -94,7 +94,8 @@ def match(
 ) -> MergeMap:
     """Choose the `r` most similar pairs and map T tokens to T - r.
 
-    keys: (B, T, C), compared by cosine. The tokens are split in two sets, A and B: even and odd positions
+    keys: (B, T, C), compared by cosine in float32 whatever the autocast: half precision ties cosines that differ, and
+    training would merge other pairs than evaluation. The tokens are split in two sets, A and B: even and odd positions
     (`alternate`), or at random, anew in every call (`random`, from `generator`). Every A token points at its
     most similar B token; the r strongest pointers are kept. The first `protected` tokens are in A and never
     merge. Order afterwards: unmerged A in their old order, then B. r is capped at `max_merges`.
@@ -104,8 +105,9 @@ def match(
     if r <= 0:
         return MergeMap.identity(batch, tokens, keys.device)
     set_a, set_b = _partition(tokens, protected, partition, keys.device, generator)
-    unit = F.normalize(keys, dim=-1)
-    similarity = unit[:, set_a] @ unit[:, set_b].transpose(1, 2)  # (B, A, B)
+    with torch.autocast(keys.device.type, enabled=False):
+        unit = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
+        similarity = unit[:, set_a] @ unit[:, set_b].transpose(1, 2)  # (B, A, B)
     similarity[:, :protected] = float("-inf")
     strength, partner = similarity.max(dim=-1)  # (B, A)
     merged = strength.topk(r, dim=-1).indices  # (B, r) positions within A

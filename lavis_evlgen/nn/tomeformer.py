@@ -72,7 +72,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention; also returns the keys averaged over heads, the metric that merging compares."""
+    """Multi-head attention, and the keys averaged over heads, which merging compares."""
 
     def __init__(self, cfg: TomeFormerConfig):
         super().__init__()
@@ -81,7 +81,19 @@ class SelfAttention(nn.Module):
         self.key = nn.Linear(cfg.hidden_size, cfg.hidden_size)
         self.value = nn.Linear(cfg.hidden_size, cfg.hidden_size)
 
-    def forward(self, x: Tensor, log_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def mean_keys(self, x: Tensor) -> Tensor:
+        """x (B, T, D) -> the keys averaged over heads (B, T, d), float32 whatever the autocast.
+
+        By the averaged weights, a small product of its own: keys of half precision would merge other pairs in training
+        than in evaluation.
+        """
+        weight = self.key.weight.unflatten(0, (self.num_heads, -1)).mean(0)  # (d, D)
+        bias = self.key.bias.unflatten(0, (self.num_heads, -1)).mean(0)  # (d,)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(weight.dtype), weight, bias)
+
+    def forward(self, x: Tensor, log_sizes: Tensor | None) -> Tensor:
         batch, tokens, width = x.shape
 
         def heads(projected):
@@ -95,7 +107,7 @@ class SelfAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             heads(self.query(x)), key, heads(self.value(x)), logit_bias, self.dropout if self.training else 0.0
         )
-        return mixed.transpose(1, 2).reshape(batch, tokens, width), key.mean(1)
+        return mixed.transpose(1, 2).reshape(batch, tokens, width)
 
 
 class AddNorm(nn.Module):
@@ -124,11 +136,11 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, r: int, sizes: Tensor | None, generator) -> tuple[Tensor, MergeMap | None]:
         log_sizes = sizes.log() if sizes is not None and self.cfg.proportional_attention else None
-        mixed, metric = self.attention["self"](x, log_sizes)
-        x = self.attention["output"](mixed, x)  # (B, T, D)
+        keys = self.attention["self"].mean_keys(x) if r > 0 else None
+        x = self.attention["output"](self.attention["self"](x, log_sizes), x)  # (B, T, D)
         step = None
-        if r > 0:
-            step = match(metric, r, self.cfg.protected, self.cfg.partition, generator)
+        if keys is not None:
+            step = match(keys, r, self.cfg.protected, self.cfg.partition, generator)
             x = step.merge(x, sizes if self.cfg.merge_mean == "size" else None)  # (B, T - r, D)
         return self.output(F.gelu(self.intermediate["dense"](x)), x), step
 

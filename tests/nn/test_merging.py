@@ -170,3 +170,11 @@ def test_random_partition_follows_its_generator():
     assert not torch.equal(drawn(1), drawn(2))
     with pytest.raises(ValueError, match="halves.*alternate, random"):
         match(keys, 9, partition="halves")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_autocast_does_not_choose_other_pairs(dtype):
+    keys = (1 + 0.05 * tensor(3, 8, 61, 16, dtype=torch.float32)).to(dtype)
+    exact = match(keys.double(), 15).slot
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(match(keys, 15).slot, exact)

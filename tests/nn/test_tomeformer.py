@@ -127,14 +127,31 @@ def test_the_options_change_the_output():
 def test_proportional_attention_with_all_sizes_1_is_plain_attention():
     x = visual_tokens(2, 21, 24)
     layer = tomeformer().encoder["layer"][0].attention["self"]
-    plain, keys = layer(x, None)
-    ones, same_keys = layer(x, torch.ones(2, 21).log())
+    plain = layer(x, None)
+    ones = layer(x, torch.ones(2, 21).log())
     torch.testing.assert_close(ones, plain, rtol=0, atol=1e-12)
-    assert torch.equal(keys, same_keys)
-    twice, _ = layer(x, torch.tensor([2.0] + [1.0] * 20).log().expand(2, -1))
+    twice = layer(x, torch.tensor([2.0] + [1.0] * 20).log().expand(2, -1))
     # a token of size 2 counts like that token twice
-    doubled, _ = layer(torch.cat([x[:, :1], x], 1), None)
+    doubled = layer(torch.cat([x[:, :1], x], 1), None)
     torch.testing.assert_close(twice, doubled[:, 1:], rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_layer_merges_the_same_pairs_under_autocast():
+    """In the type of autocast, half of the pictures would merge other pairs: their cosines differ by less than bf16."""
+    x = 1 + 0.1 * visual_tokens(16, 257, 24, dtype=torch.float32)  # alike, as neighbouring patches are
+    cfg = {"num_tokens": 257, "max_positions": 257, "num_layers": 1, "tome_r": 60}
+    model = tomeformer(dtype=torch.float32, **cfg)
+    _, exact = model(x, return_source=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, half = model(x, return_source=True)
+    assert torch.equal(exact.slot, half.slot)
+
+
+@torch.no_grad()
+def test_mean_keys_are_the_keys_averaged_over_heads():
+    layer, x = tomeformer().encoder["layer"][0].attention["self"], visual_tokens(2, 21, 24)
+    torch.testing.assert_close(layer.mean_keys(x), layer.key(x).view(2, 21, 3, 8).mean(2), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("partition", ["alternate", "random"])
