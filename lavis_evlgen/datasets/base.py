@@ -2,29 +2,31 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
-
-import torch
-from PIL import Image
 
 from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.reading import ReadableRows
 
 
 class CaptionedImage(NamedTuple):
-    """One image of a data set: what `_load` needs to find it, its id, and its raw captions, best first."""
+    """One image of a data set: what `_load` needs to find it, its id, and its raw captions, best first.
+
+    source: names what it was made from, such as the film of a clip, where the annotations say so.
+    """
 
     image: Any
     image_id: int | str
     captions: tuple[str, ...]
+    source: str | None = None
 
 
 class CaptionDataset(ReadableRows):
     """Images with captions. Training rows are (image, caption) pairs, evaluation rows are images.
 
     Attributes: `name`, `split`, `is_train`, `max_bad_fraction` (share of unreadable samples, 0 to 1, above
-    which a run should stop), `references` {image_id: raw captions of this split}, `num_images`, `fingerprint`
+    which a run should stop), `references` {image_id: raw captions of this split}, `sources` {image_id: what it was
+    made from, where known}, `num_images`, `fingerprint`
     (sha256 hex digest of all images, ids and captions), `description` (one short line).
 
     A sample is a dict with `image` (3, H, W) float, `text_input` str (evaluation: the first caption),
@@ -32,6 +34,8 @@ class CaptionDataset(ReadableRows):
     read on the way: training takes the next readable row instead, evaluation gives `image` None, which the
     collater drops. Subclasses say in `_load(row)` how a picture is had, or raise UnreadableImage.
     """
+
+    TEXT_KEYS = ("text_input", "image_id", "instance_id")
 
     def __init__(self, name: str, split: str, items: Iterable[CaptionedImage], *, vis_processor=None,
                  text_processor=None, captions_per_image: int | None = None, max_bad_fraction: float = 0.01,
@@ -44,6 +48,7 @@ class CaptionDataset(ReadableRows):
         self.name, self.split, self.is_train = name, split, split == "train"
         self.max_bad_fraction = float(max_bad_fraction)
         self.references: dict[int | str, list[str]] = {}
+        self.sources: dict[int | str, str] = {}
         digest = hashlib.sha256(json.dumps([split, captions_per_image, definition]).encode())
         for item in items:
             digest.update(json.dumps([item.image, item.image_id, item.captions]).encode())
@@ -59,26 +64,17 @@ class CaptionDataset(ReadableRows):
         if item.image_id in self.references:
             raise DataError(f"{name}: two {self.noun} of the {self.split} split have the id {item.image_id!r}")
         self.references[item.image_id] = list(item.captions)
+        if item.source is not None:
+            self.sources[item.image_id] = item.source
         for caption in item.captions[:captions]:
             self.annotation.append({"image": item.image, "image_id": item.image_id, "caption": caption})
 
-    def _sample(self, row: dict, image: Image.Image | None, bad: list[dict]) -> dict:
+    def _text(self, row: dict) -> dict:
         return {
-            "image": None if image is None else self.vis_processor(image),  # (3, H, W)
             "text_input": self.text_processor(row["caption"]),
             "image_id": row["image_id"],
             "instance_id": row["instance_id"],
-            "bad": bad,
         }
 
-    def collater(self, samples: list[dict]) -> dict:
-        """Stack samples into a batch: `image` (B, 3, H, W), or None where none could be read; the rest
-        lists of length B, except `bad`: every unreadable image met, those of dropped samples included."""
-        kept = [sample for sample in samples if sample["image"] is not None]
-        return {
-            "image": torch.stack([sample["image"] for sample in kept]) if kept else None,  # (B, 3, H, W)
-            "text_input": [sample["text_input"] for sample in kept],
-            "image_id": [sample["image_id"] for sample in kept],
-            "instance_id": [sample["instance_id"] for sample in kept],
-            "bad": [entry for sample in samples for entry in sample["bad"]],
-        }
+    def source_of(self, row: dict) -> Hashable:
+        return self.sources.get(row["image_id"], row["image_id"])

@@ -27,12 +27,13 @@ _OPTIONAL = ("image_id", "split")
 
 
 class CaptionRow(NamedTuple):
-    """One caption of one image or clip. `image` is its path below the folder."""
+    """One caption of one image or clip. `image` is its path below the folder, `source` the film that it is from."""
 
     image: str
     caption: str
     image_id: int | str | None = None
     split: str | None = None
+    source: str | None = None
 
 
 @dataclass
@@ -42,7 +43,7 @@ class CaptionsFile(RowsFile):
     thing: str = "image"
     place: str = "datasets.image_captions"
 
-    def add(self, where: str, image, caption, image_id=None, split=None):
+    def add(self, where: str, image, caption, image_id=None, split=None, source=None):
         """Keep the row, or say what is wrong with it."""
         if not isinstance(image, str) or not image.strip():
             self.problems.append(f"{where}: no {self.thing} name")
@@ -53,7 +54,7 @@ class CaptionsFile(RowsFile):
         elif image_id is not None and not isinstance(image_id, (int, str)):
             self.problems.append(f"{where}: the {self.thing} id of {image} is neither number nor text: {image_id!r}")
         else:
-            self.rows.append(CaptionRow(image.strip(), caption.strip(), image_id, split))
+            self.rows.append(CaptionRow(image.strip(), caption.strip(), image_id, split, source))
 
 
 def read_captions_file(
@@ -141,17 +142,21 @@ def _read_karpathy(found: CaptionsFile, images: list[dict]):
 
 
 def _read_msrvtt(found: CaptionsFile, videos: list[dict], sentences: list[dict]):
-    """MSR-VTT's own files: {"videos": [{"video_id", "split"}], "sentences": [{"video_id", "caption"}]}."""
+    """MSR-VTT's own files: {"videos": [{"video_id", "split", "url"}], "sentences": [{"video_id", "caption"}]}."""
     found.format = "MSR-VTT JSON"
     _objects(found, "video", videos)
     _objects(found, "sentence", sentences)
-    splits = {video.get("video_id"): video.get("split") for video in videos}
+    splits = {video.get("video_id"): (video.get("split"), _text_or_none(video.get("url"))) for video in videos}
     for number, row in enumerate(sentences, 1):
         name = row.get("video_id")
         if name not in splits:
             found.problems.append(f"sentence {number}: the video {name!r} is not among the videos")
         else:
-            found.add(f"sentence {number}", f"{name}.mp4", row.get("caption"), name, splits[name])
+            found.add(f"sentence {number}", f"{name}.mp4", row.get("caption"), name, *splits[name])
+
+
+def _text_or_none(value) -> str | None:
+    return value if isinstance(value, str) and value else None
 
 
 def _read_table(found: CaptionsFile, text: str, columns: dict):

@@ -87,7 +87,8 @@ def group_by_image(path: str, rows: list[CaptionRow]) -> list[CaptionedImage]:
     for image, image_id in ids.items():
         if owner.setdefault(image_id, image) != image:
             raise DataError(f"{path} gives the id {image_id!r} to two images: {owner[image_id]} and {image}")
-    return [CaptionedImage(image, ids[image], tuple(texts)) for image, texts in captions.items()]
+    sources = {row.image: row.source for row in rows}
+    return [CaptionedImage(image, ids[image], tuple(texts), sources[image]) for image, texts in captions.items()]
 
 
 def split_items(

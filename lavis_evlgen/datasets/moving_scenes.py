@@ -62,6 +62,10 @@ class MovingScenesDataset(Clips, CaptionDataset):
         motion = sample_motion(self.seed, split, index, self.kinds)
         return CaptionedImage(index, f"{split}-{index // 2:06d}{'ab'[index % 2]}", (motion.caption,))
 
+    def source_of(self, row: dict) -> int:
+        """A clip and its reverse show the same frames."""
+        return row["image"] // 2
+
     def motion(self, index: int) -> Motion:
         """What the clip of row `index` shows."""
         return sample_motion(self.seed, self.split, self.annotation[index]["image"], self.kinds)

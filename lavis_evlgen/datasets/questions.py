@@ -7,9 +7,6 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import torch
-from PIL import Image
-
 from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.reading import ReadableRows
 
@@ -46,6 +43,8 @@ class QuestionDataset(ReadableRows):
     `_load(row)` how a picture is had.
     """
 
+    TEXT_KEYS = ("question", "answer", "question_id", "image_id", "instance_id")
+
     def __init__(self, name: str, split: str, items: Iterable[AskedImage], *, vis_processor=None, text_processor=None,
                  max_bad_fraction: float = 0.01, template: str = TEMPLATE):
         super().__init__(vis_processor, text_processor)
@@ -78,31 +77,21 @@ class QuestionDataset(ReadableRows):
         row = {"image": item.image, "image_id": item.image_id, "question_id": key}
         self.annotation.append({**row, "question": question.text, "answers": question.answers})
 
-    def _sample(self, row: dict, image: Image.Image | None, bad: list[dict]) -> dict:
+    def _text(self, row: dict) -> dict:
         answers = row["answers"]
         answer = random.choice(answers) if self.is_train else Counter(answers).most_common(1)[0][0]
         return {
-            "image": None if image is None else self.vis_processor(image),  # (3, H, W)
             "question": self.text_processor(row["question"]),
             "answer": answer,
             "question_id": row["question_id"],
             "image_id": row["image_id"],
             "instance_id": row["instance_id"],
-            "bad": bad,
         }
 
-    def collater(self, samples: list[dict]) -> dict:
-        """Stack samples into a batch: `image` (B, 3, H, W), or None where none could be read; the rest lists of
-        length B, except `bad`: every unreadable image met.
-
-        Training batches ask by `prompt`, and `text_input` is the answer that is learnt; in evaluation `text_input`
-        is the question, as LAVIS's `predict_answers` reads it.
-        """
-        kept = [sample for sample in samples if sample["image"] is not None]
-        keys = ("question", "answer", "question_id", "image_id", "instance_id")
-        batch = {key: [sample[key] for sample in kept] for key in keys}
-        batch["image"] = torch.stack([sample["image"] for sample in kept]) if kept else None  # (B, 3, H, W)
-        batch["bad"] = [entry for sample in samples for entry in sample["bad"]]
+    def _texts(self, samples: list[dict]) -> dict[str, list]:
+        """Training batches ask by `prompt`, and `text_input` is the answer that is learnt; in evaluation `text_input`
+        is the question, as LAVIS's `predict_answers` reads it."""
+        batch = super()._texts(samples)
         if self.is_train:
             return batch | {"text_input": batch["answer"], "prompt": self.asked(batch["question"])}
         return batch | {"text_input": batch["question"]}

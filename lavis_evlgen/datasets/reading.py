@@ -1,5 +1,8 @@
 """Rows whose pictures may not be readable: training goes on with the next one, evaluation leaves it out and says so."""
 
+from collections.abc import Hashable, Iterable
+
+import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
 from torch import Tensor
@@ -14,16 +17,44 @@ class ReadableRows(BaseDataset):
     """The reading half of our data sets: row number in, sample out.
 
     Needs `name`, `split`, `is_train` and `annotation`, a list of rows with `image_id`. Subclasses say in
-    `_load(row)` how a picture or clip is had, or raise Unreadable, and in `_sample` what a sample holds.
+    `_load(row)` how a picture or clip is had, or raise Unreadable, and in `_text(row)` what a sample holds besides
+    `image` and `bad`: the keys `TEXT_KEYS`.
     """
+
+    TEXT_KEYS: tuple[str, ...]
 
     noun = "images"  # what the rows are about, in messages
 
     def _load(self, row: dict) -> Image.Image | Tensor:
         raise NotImplementedError(f"{type(self).__name__} must say how a row's picture is loaded")
 
+    def _text(self, row: dict) -> dict:
+        raise NotImplementedError(f"{type(self).__name__} must say what a row's sample holds besides its picture")
+
     def _sample(self, row: dict, image: Image.Image | None, bad: list[dict]) -> dict:
-        raise NotImplementedError(f"{type(self).__name__} must say what a row's sample holds")
+        text = self._text(row)
+        return {"image": None if image is None else self.vis_processor(image), **text, "bad": bad}
+
+    def collater(self, samples: list[dict]) -> dict:
+        """Stack samples into a batch: `image` (B, 3, H, W), or None where none could be read; the rest lists of
+        length B, except `bad`: every unreadable image met, those of dropped samples included."""
+        kept = [sample for sample in samples if sample["image"] is not None]
+        return {
+            **self._texts(kept),
+            "image": torch.stack([sample["image"] for sample in kept]) if kept else None,  # (B, 3, H, W)
+            "bad": [entry for sample in samples for entry in sample["bad"]],
+        }
+
+    def _texts(self, samples: list[dict]) -> dict[str, list]:
+        return {key: [sample[key] for sample in samples] for key in self.TEXT_KEYS}
+
+    def texts_of(self, indices: Iterable[int]) -> dict[str, list]:
+        """What a batch of these rows holds besides `image` and `bad`; no picture is read."""
+        return self._texts([self._text(self.annotation[index]) for index in indices])
+
+    def source_of(self, row: dict) -> Hashable:
+        """What `row` was made from: rows of one source are too alike to stand in for each other."""
+        return row["image_id"]
 
     def pil_image(self, index: int) -> Image.Image:
         """The RGB picture of row `index`, as its processor gets it. Raises UnreadableImage."""

@@ -1,7 +1,9 @@
 """`video_captions`: a folder of clips and a captions file, or one per split; `webvid2m`: WebVid's tables."""
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Hashable, Iterable
+from pathlib import Path
 
 from lavis.common.registry import registry
 from PIL import Image
@@ -23,6 +25,8 @@ from lavis_evlgen.datasets.records import (
 )
 
 _SHEET = 2  # frames on a side of a clip's sheet
+# FILM_START_END, seconds: how MSVD names the clips of a film
+_FILM = re.compile(r"(.+)_\d+(?:\.\d+)?_\d+(?:\.\d+)?")
 
 
 class Clips:
@@ -55,6 +59,13 @@ class VideoCaptionDataset(Clips, ImageFolder, CaptionDataset):
 
     def _load(self, row: dict) -> VideoFile:
         return VideoFile(os.path.join(self.vis_root, row["image"]))
+
+    def source_of(self, row: dict) -> Hashable:
+        """The film that a clip was cut from: by the annotations, else by a name such as FILM_12_20.avi."""
+        if row["image_id"] in self.sources:
+            return self.sources[row["image_id"]]
+        named = _FILM.fullmatch(Path(row["image"]).stem)
+        return named[1] if named else row["image_id"]
 
 
 @registry.register_builder("video_captions")

@@ -46,11 +46,10 @@ def check_splits(run, datasets: dict, task):
         if hasattr(task, "check_dataset"):  # LAVIS's own tasks have none
             task.check_dataset(name, dataset)
         check_files(name, dataset)
-        on_one_rank = -(-len(dataset) // distributed.world_size())
-        if on_one_rank < getattr(task, "LEAST_PICTURES", 1):
+        if len(dataset) < getattr(task, "LEAST_PICTURES", 1):
             raise ConfigError(
-                f"{name}: {split} has {len(dataset)} pictures for {distributed.world_size()} ranks; scoring needs "
-                f"{task.LEAST_PICTURES} on one rank: give it more pictures, or take it out of the run's splits"
+                f"{name}: {split} has {len(dataset)} pictures; scoring needs {task.LEAST_PICTURES}: give it more, or "
+                "take it out of the run's splits"
             )
 
 

@@ -28,7 +28,7 @@ class Reporter:
     def facts(self, data: dict, images_per_step: int) -> dict[str, str]:
         """The lines under the start-up table."""
         runner, run = self.runner, self.runner.config.run_cfg
-        model = runner.unwrap_dist_model(runner.model)
+        model = runner.bare_model
         facts = {}
         if hasattr(model, "token_counts"):
             facts["tokens"] = model.token_counts()
@@ -90,7 +90,7 @@ class Reporter:
         return row["caption"], row["references"], row["scores"].get("CIDEr")
 
     def _card(self, name: str, dataset, split: str, step, result: dict):
-        model = self.runner.unwrap_dist_model(self.runner.model)
+        model = self.runner.bare_model
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
         fingerprint = getattr(dataset, "fingerprint", None)

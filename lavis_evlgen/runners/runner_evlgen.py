@@ -102,8 +102,16 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         return distributed.initialized()
 
     @property
+    def bare_model(self):
+        """The model itself; any rank may ask for it alone."""
+        return self._model
+
+    @property
     def model(self):
-        """The model to call in training: wrapped in DDP over its trainable parameters when there are ranks."""
+        """The model to call in training: wrapped in DDP over its trainable parameters when there are ranks.
+
+        The wrapping is a collective operation: the first call must come on every rank.
+        """
         if self._wrapped_model is None:
             self._wrapped_model = self._model
             if self.use_distributed:

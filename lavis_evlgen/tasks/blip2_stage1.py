@@ -21,7 +21,6 @@ class Blip2Stage1Task(BaseTask):
     """
 
     CONFIG_KEYS: dict[str, str] = {}
-    LEAST_PICTURES = 2  # on one rank: a single picture has nothing to be told from
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):
@@ -34,6 +33,14 @@ class Blip2Stage1Task(BaseTask):
                 "run.task=evlgen_captioning"
             )
         return super().build_model(cfg)
+
+    def check_dataset(self, name: str, dataset):
+        """Raises ConfigError where no rank would get two pictures: one alone has nothing to be told from."""
+        if -(-len(dataset) // distributed.world_size()) < 2:
+            raise ConfigError(
+                f"{name}: {dataset.split} has {len(dataset)} pictures for {distributed.world_size()} ranks; scoring "
+                "needs 2 on one rank: give it more pictures, or take it out of the run's splits"
+            )
 
     def before_evaluation(self, model, dataset, **kwargs):
         pass

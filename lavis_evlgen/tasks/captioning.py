@@ -6,12 +6,11 @@ import torch
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 
-from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.evaluation import caption_metrics, order_accuracy
 from lavis_evlgen.evaluation.blind import score_with_blind
-from lavis_evlgen.tasks.other_pictures import paired_losses
+from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
 from lavis_evlgen.tasks.watching import watched
 
 
@@ -31,8 +30,8 @@ class EvlgenCaptionTask(BaseTask):
     """Captions a split and scores it: CIDEr, BLEU, ROUGE-L, METEOR, and what a model that does not look would get.
 
     Blind baseline: the same captions with the pictures shuffled among samples; and the validation loss under the
-    right and under another sample's visual prompt. Where a data set of clips has `order_captions`, also the share of
-    captions that tell what happened in the right order.
+    right and under another picture's visual prompt (tasks/blind_baseline.py). Where a data set of clips has
+    `order_captions`, also the share of captions that tell what happened in the right order.
     """
 
     NUMBERS = {
@@ -40,7 +39,7 @@ class EvlgenCaptionTask(BaseTask):
         "repetition_penalty": (0.01, None), "blind_shuffles": (1, None),
     }  # fmt: skip
     LISTS = ("metrics",)
-    LEAST_PICTURES = 2  # on one rank: a single picture cannot be shuffled
+    LEAST_PICTURES = 2  # a single picture cannot be shuffled
     CONFIG_KEYS = {
         "num_beams": "beams of the search (5)",
         "max_len": "most new tokens of a caption (30)",
@@ -65,6 +64,7 @@ class EvlgenCaptionTask(BaseTask):
         self.shuffles, self.agg = shuffles, agg
         self.references: dict = {}
         self.order_captions: dict = {}
+        self.blind: BlindPairs
 
     @classmethod
     def setup_task(cls, cfg):
@@ -97,46 +97,45 @@ class EvlgenCaptionTask(BaseTask):
     def before_evaluation(self, model, dataset, **kwargs):
         self.references = dataset.references
         self.order_captions = getattr(dataset, "order_captions", {})
+        self.blind = BlindPairs(dataset)
 
     @torch.no_grad()
     def evaluation(self, model, data_loader, cuda_enabled=False) -> list[dict]:
-        """One row a readable picture of this rank: image_id, caption, losses (nats), tokens; `bad` rows too."""
-        rows, bad, previous = [], [], None
+        """One row a readable picture of this rank: image_id, caption, loss (nats), tokens, and what its picture
+        measured for another row's text; `bad` rows too."""
+        rows, bad = [], []
         for batch in watched(data_loader):
             bad += batch["bad"]
             if batch["image"] is not None:
                 batch["image"] = batch["image"].to(model.device, non_blocking=True)
-                found, previous = self._caption_batch(model, batch, previous)
-                rows += found
+                rows += self._caption_batch(model, batch)
         return rows + [{"bad": entry} for entry in bad]
 
-    def _caption_batch(self, model, batch: dict, previous):
-        """Rows of one batch; `previous` is a visual prompt of the batch before, for the shuffled loss."""
+    def _caption_batch(self, model, batch: dict) -> list[dict]:
         prompt = model.visual_prompt(batch["image"])
         captions = model.generate(batch, visual_prompt=prompt, **self.decoding)
         right, tokens = model.loss_of(prompt, batch)  # (B,), (B,)
-        # each sample gets its neighbour's picture; the first gets the last of the batch before, or of this one
-        tail = prompt.tokens[-1:]
-        shuffled_prompt = type(prompt)(torch.cat([tail if previous is None else previous, prompt.tokens[:-1]]))
-        alone = previous is None and len(captions) == 1
-        shuffled = None if alone else model.loss_of(shuffled_prompt, batch)[0]
         rows = []
         for i, caption in enumerate(captions):
             row = {"image_id": batch["image_id"][i], "instance_id": batch["instance_id"][i], "caption": caption}
-            row |= {"loss": right[i].item(), "tokens": tokens[i].item()}
-            row["loss_shuffled"] = None if shuffled is None else shuffled[i].item()
-            rows.append(row)
-        return rows, tail
+            rows.append(row | {"loss": right[i].item(), "tokens": tokens[i].item(), "loss_shuffled": None})
+        places, others = self.blind.of(batch["instance_id"])
+        if places:
+            shuffled, _ = model.loss_of(prompts_of(prompt, places), self.blind.dataset.texts_of(others))
+            for place, other, loss in zip(places, others, shuffled.tolist(), strict=True):
+                rows[place]["blind"] = {str(other): {"loss_shuffled": loss}}
+        return rows
 
     def after_evaluation(self, val_result: list[dict], split_name: str, epoch, **kwargs) -> dict:
         """Scores of all ranks' rows (call on one rank): metrics, blind metrics, losses, `agg_metrics`, `rows`; and
         what evaluation.order_accuracy says, where the data set asks for the order of events."""
         rows = [row for row in val_result if "bad" not in row]
         bad = [row["bad"] for row in val_result if "bad" in row]
-        if len(rows) < 2 or all(row["loss_shuffled"] is None for row in rows):
+        assign(rows)
+        if all(row["loss_shuffled"] is None for row in rows):
             raise DataError(
-                f"{split_name}: {len(rows)} readable pictures ({len(bad)} unreadable) on {distributed.world_size()} "
-                "ranks; scoring needs 2 on one rank"
+                f"{split_name}: {len(rows)} readable pictures ({len(bad)} unreadable), no two of which are of "
+                "different sources and paired for the blind baseline: give the split more pictures"
             )
         predictions = {row["image_id"]: row["caption"] for row in rows}
         references = {key: self.references[key] for key in predictions}

@@ -12,7 +12,7 @@ from lavis_evlgen.datasets import DataError
 from lavis_evlgen.datasets.questions import TEMPLATE
 from lavis_evlgen.evaluation import vqa_metrics
 from lavis_evlgen.evaluation.lemmas import load_lemmatizer
-from lavis_evlgen.tasks.other_pictures import OtherPictures, paired_losses, prompts_of
+from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
 from lavis_evlgen.tasks.watching import watched
 
 LONGEST = 200  # questions, the longest in letters, that are tried against max_txt_len
@@ -22,9 +22,9 @@ LONGEST = 200  # questions, the longest in letters, that are tried against max_t
 class EvlgenVqaTask(BaseTask):
     """Answers the questions of a split by `model.predict_answers` and scores them.
 
-    Blind twin: the same questions asked again with the prompt of another picture, scored against the same answers:
-    what question and habit alone are worth. And the loss of the most frequent human answer under the right and
-    under the other picture's prompt.
+    Blind twin: the same questions asked again with the prompt of another picture (tasks/blind_baseline.py), scored
+    against the same answers: what question and habit alone are worth. And the loss of the most frequent human answer
+    under the right and under the other picture's prompt.
     """
 
     NUMBERS = {
@@ -57,6 +57,7 @@ class EvlgenVqaTask(BaseTask):
         self.decoding, self.prompt, self.metric = decoding, prompt, metric
         self.lemmatize = load_lemmatizer() if lemmatize else None
         self.blind_share, self.dataset = float(blind_share), None
+        self.blind: BlindPairs
 
     @classmethod
     def setup_task(cls, cfg):
@@ -124,41 +125,48 @@ class EvlgenVqaTask(BaseTask):
             raise ConfigError(f"run.metric=gqa takes one answer a question, {name} has {max(counts)}; see run.metric")
 
     def before_evaluation(self, model, dataset, **kwargs):
-        self.dataset = dataset
+        self.dataset, self.blind = dataset, BlindPairs(dataset)
 
     @torch.no_grad()
     def evaluation(self, model, data_loader, cuda_enabled=False) -> list[dict]:
         """One row a question of this rank that has a readable picture; `bad` rows for the others."""
-        rows, bad, others = [], [], OtherPictures()
+        rows, bad = [], []
         for batch in watched(data_loader):
             bad += batch["bad"]
             if batch["image"] is not None:
                 batch["image"] = batch["image"].to(model.device, non_blocking=True)
-                rows += self._answer_batch(model, batch, others)
+                rows += self._answer_batch(model, batch)
         return rows + [{"bad": entry} for entry in bad]
 
-    def _answer_batch(self, model, batch: dict, others: OtherPictures) -> list[dict]:
+    def _answer_batch(self, model, batch: dict) -> list[dict]:
         prompt = model.visual_prompt(batch["image"])
         answers = model.predict_answers(batch, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
         keys = ("instance_id", "question_id", "image_id", "question")
         rows = [{key: batch[key][i] for key in keys} | {"answer": answer} for i, answer in enumerate(answers)]
-        donors = others.of(batch["image_id"], prompt)
-        again = [i for i in range(len(rows)) if i in donors and self._asks_again(batch["instance_id"][i])]
-        if again:
-            right = prompts_of(prompt, [(prompt, i) for i in again])
-            other = prompts_of(prompt, [donors[i] for i in again])
-            part = {key: [batch[key][i] for i in again] for key in ("text_input", "question", "answer")}
-            blind = model.predict_answers(part, prompt=self.prompt, visual_prompt=other, **self.decoding)
-            truth = {"text_input": part["answer"], "prompt": [self.prompt.format(q) for q in part["question"]]}
-            (loss, tokens), (shuffled, _) = model.loss_of(right, truth), model.loss_of(other, truth)
-            for at, i in enumerate(again):
-                rows[i] |= {"blind_answer": blind[at], "loss": loss[at].item(), "loss_shuffled": shuffled[at].item()}
-                rows[i]["tokens"] = tokens[at].item()
+        asked_again = [place for place, own in enumerate(batch["instance_id"]) if self._asks_again(int(own))]
+        if asked_again:
+            loss, tokens = self._truth_loss(model, prompts_of(prompt, asked_again), batch, asked_again)
+            for place, nats, count in zip(asked_again, loss, tokens, strict=True):
+                rows[place] |= {"loss": nats, "tokens": count}
+        places, others = self.blind.of(batch["instance_id"], self._asks_again)
+        if places:
+            prompt, texts = prompts_of(prompt, places), self.dataset.texts_of(others)
+            answers = model.predict_answers(texts, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
+            loss, _ = self._truth_loss(model, prompt, texts, range(len(others)))
+            for place, other, answer, nats in zip(places, others, answers, loss, strict=True):
+                rows[place]["blind"] = {str(other): {"blind_answer": answer, "loss_shuffled": nats}}
         return rows
 
-    def _asks_again(self, instance_id: str) -> bool:
+    def _truth_loss(self, model, prompt, texts: dict, places) -> tuple[list[float], list[int]]:
+        """Nats and tokens of the most frequent human answers to the questions at `places` of `texts`."""
+        asked = [self.prompt.format(texts["question"][place]) for place in places]
+        answers = [texts["answer"][place] for place in places]
+        nats, tokens = model.loss_of(prompt, {"text_input": answers, "prompt": asked})
+        return nats.tolist(), tokens.tolist()
+
+    def _asks_again(self, row: int) -> bool:
         """`blind_share` of the rows, spread as if at random, the same whatever the batches and ranks."""
-        return int(instance_id) * 2654435761 % 2**32 < self.blind_share * 2**32
+        return row * 2654435761 % 2**32 < self.blind_share * 2**32
 
     def after_evaluation(self, val_result: list[dict], split_name: str, epoch, **kwargs) -> dict:
         """Scores of all ranks' rows (call on one rank): accuracy, blind accuracy, losses, `agg_metrics`, `rows`."""
@@ -166,6 +174,7 @@ class EvlgenVqaTask(BaseTask):
         bad = {row["bad"]["image"]: row["bad"] for row in val_result if "bad" in row}
         unasked = len(val_result) - len(rows)
         self._check_complete(rows, unasked, split_name)
+        assign(rows)
         scores = self._score({row["question_id"]: row["answer"] for row in rows})
         blind = {row["question_id"]: row["blind_answer"] for row in rows if "blind_answer" in row}
         blind_scores = self._score(blind).per_sample if blind else {}

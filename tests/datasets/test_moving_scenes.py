@@ -196,3 +196,8 @@ def test_every_clip_says_which_order_is_right():
     assert dataset.order_captions == {row["image_id"]: row["caption"] for row in dataset.annotation}
     asked = order_accuracy(dataset.order_captions, dataset.order_captions)
     assert asked["order_asked"] == 40 and asked["order_accuracy"] == 1
+
+
+def test_a_clip_and_its_reverse_are_of_one_source():
+    data = clips(size=6)
+    assert [data.source_of(row) for row in data.annotation] == [0, 0, 1, 1, 2, 2]

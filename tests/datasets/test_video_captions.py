@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader
 
 from lavis_evlgen.clips import UnreadableVideo
 from lavis_evlgen.datasets import DataError, VideoCaptionsBuilder, VideoShards, WebvidBuilder
+from lavis_evlgen.datasets.base import CaptionedImage
 from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.datasets.shard_names import ShardNames
 from lavis_evlgen.datasets.shard_stream import ShardStream
+from lavis_evlgen.datasets.video_captions import VideoCaptionDataset
 from lavis_evlgen.runners.bad_images import BadImages, TooManyBadImages, check_unreadable
 from lavis_evlgen.runners.checks import check_files
 from tests.clip_tools import numbers_in, write_clip
@@ -150,7 +152,7 @@ def test_lavis_and_coco_and_msrvtt_files(videos):
 
     official = {
         "info": {},
-        "videos": [{"video_id": "video0", "split": "train"}, {"video_id": "7", "split": "validate"}],
+        "videos": [{"video_id": "video0", "split": "train", "url": "film"}, {"video_id": "7", "split": "validate"}],
         "sentences": [{"video_id": "video0", "caption": "a", "sen_id": 1}, {"video_id": "7", "caption": "b"}],
     }
     path = write_json(videos.parent / "m.json", official)
@@ -160,6 +162,7 @@ def test_lavis_and_coco_and_msrvtt_files(videos):
         "train": {"video0": ["a"]}, "val": {"7": ["b"]}
     }
     assert found["train"][0]["image"].shape == (3, 4, 16, 16)
+    assert found["train"].sources == {"video0": "film"} and found["val"].sources == {}
 
 
 @pytest.mark.parametrize("kind", ["msrvtt", "msvd"])
@@ -242,3 +245,15 @@ def test_clips_in_tar_shards(clips, tmp_path):
     _, tally = ShardStream(dataset, 0, 0, 1).take(3 * COUNT)  # more than one epoch
     reasons = {bad.reason for bad in tally.bad.values()}
     assert reasons == {"looks like text, not a video", "a caption without a clip"}
+
+
+def test_clips_of_one_film_are_of_one_source(videos):
+    """Two clips of one film are too alike to stand in for each other in a blind baseline."""
+    names = ("-4wsuPCjDBc_5_15.avi", "-4wsuPCjDBc_20.5_31.avi", "04Gt01vatkk_248_265.mp4", "holiday_2.mp4")
+    items = [CaptionedImage(name, name, ("a clip",)) for name in names]
+    clips = VideoCaptionDataset("mine", "test", items, videos=str(videos), vis_processor=str, text_processor=str)
+    sources = [clips.source_of(row) for row in clips.annotation]
+    assert sources == ["-4wsuPCjDBc", "-4wsuPCjDBc", "04Gt01vatkk", "holiday_2.mp4"]
+    items = [CaptionedImage(f"video{n}.mp4", f"video{n}", ("a clip",), "youtube.com/a") for n in (1, 2)]
+    clips = VideoCaptionDataset("mine", "test", items, videos=str(videos), vis_processor=str, text_processor=str)
+    assert [clips.source_of(row) for row in clips.annotation] == ["youtube.com/a"] * 2

@@ -7,6 +7,7 @@ from lavis_evlgen.models.evlgen_video import POOLINGS, EVLGenVideo, averaged, co
 from lavis_evlgen.models.vision import VisionEncoder
 from lavis_evlgen.runners.progress import startup_table
 from lavis_evlgen.runners.schedule import parameter_groups
+from lavis_evlgen.tasks.blind_baseline import assign
 from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 from tests.tiny import (
     clips,
@@ -134,6 +135,19 @@ def test_source_and_mask_of_concatenated_frames():
         averaged(prompt, T)
 
 
+class ThreeClips:
+    references, annotation = {}, [{"image_id": name} for name in "abc"]
+
+    def __init__(self, texts):
+        self.texts = texts
+
+    def source_of(self, row):
+        return row["image_id"]
+
+    def texts_of(self, rows):
+        return {"text_input": [self.texts[row] for row in rows]}
+
+
 def test_captions_features_and_the_task_take_clips():
     model = tiny_evlgen_video(alpha=0.5).eval()
     captions = model.generate({"image": clips(2)}, num_beams=2, max_length=5)
@@ -143,10 +157,13 @@ def test_captions_features_and_the_task_take_clips():
     task = EvlgenCaptionTask({"num_beams": 1, "max_length": 4}, metrics=["CIDEr"], tokenizer="simple")
     batch = {"image": clips(3), "text_input": ["a dog", "a red square", "two cats"], "image_id": ["a", "b", "c"],
              "instance_id": ["0", "1", "2"], "bad": []}  # fmt: skip
+    task.before_evaluation(model, ThreeClips(batch["text_input"]))
     rows = task.evaluation(model, [batch])
+    assign(rows)
     prompt = model.visual_prompt(clips(3))
-    neighbours = type(prompt)(prompt.tokens[[2, 0, 1]])
-    shuffled = model.loss_of(neighbours, batch)[0].tolist()
+    donor = {text: picture for picture, text in enumerate(task.blind.partner)}
+    others = type(prompt)(prompt.tokens[[donor[text] for text in range(3)]])
+    shuffled = model.loss_of(others, batch)[0].tolist()
     assert [row["image_id"] for row in rows] == ["a", "b", "c"]
     assert [row["loss_shuffled"] for row in rows] == pytest.approx(shuffled, rel=1e-4)
     assert all(row["loss"] != row["loss_shuffled"] for row in rows)

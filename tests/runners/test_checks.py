@@ -19,7 +19,7 @@ from tests.run_tools import checkpoint, losses, same_tensors
         ("run.metrics=CIDEr", "run.metrics=CIDEr is not a list"),
         ("run.metrics=[BLEU]", "run.agg_metric=CIDEr will not be scored here; run.metrics gives BLEU-1"),
         ("run.agg_metric=SPICE", "run.agg_metric=SPICE will not be scored here"),
-        ("datasets.scenes.sizes.val=1", "val has 1 pictures for 1 ranks; scoring needs 2 on one rank"),
+        ("datasets.scenes.sizes.val=1", "val has 1 pictures; scoring needs 2: give it more"),
         ("run.num_beams=0", "run.num_beams=0 must be a whole number of at least 1"),
         ("run.blind_shuffles=0", "run.blind_shuffles=0 must be a whole number of at least 1"),
         ("run.log_freq=0", "run.log_freq=0 must be a whole number of at least 1"),

@@ -15,8 +15,22 @@ from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 WORDS = ("cat", "dog", "boat", "tree", "house", "ball", "red", "blue")
 
 
+class Pictures:
+    """Eight pictures by number, with one text each; `sources` says which of them are of one film."""
+
+    def __init__(self, sources=range(8)):
+        self.annotation = [{"image_id": f"id{n}", "source": source} for n, source in enumerate(sources)]
+        self.references = {f"id{n}": [f"a {WORDS[n]} stands here", f"here is a {WORDS[n]}"] for n in range(8)}
+
+    def source_of(self, row):
+        return row["source"]
+
+    def texts_of(self, rows):
+        return {"text_input": [f"text {row}" for row in rows]}
+
+
 class Witness:
-    """A picture is its number; the loss of a caption is 10 nats times the number whose prompt it was scored with."""
+    """A picture is its number; text m under the prompt of picture n costs 10 n + m / 100 nats."""
 
     device = torch.device("cpu")
 
@@ -27,7 +41,8 @@ class Witness:
         return VisualPrompt(image.view(-1, 1, 1))
 
     def loss_of(self, prompt, batch):
-        return 10 * prompt.tokens[:, 0, 0], torch.full((len(prompt.tokens),), 5)
+        numbers = torch.tensor([float(text.split()[1]) for text in batch["text_input"]])
+        return 10 * prompt.tokens[:, 0, 0] + numbers / 100, torch.full((len(prompt.tokens),), 5)
 
     def generate(self, batch, visual_prompt, **decoding):
         self.decoding.append(decoding)
@@ -41,50 +56,83 @@ def batches(numbers, size, bad=()):
         kept = [n for n in chunk if n not in bad]
         yield {
             "image": torch.tensor([float(n) for n in kept]) if kept else None,
-            "text_input": ["x"] * len(kept),
+            "text_input": [f"text {n}" for n in kept],
             "image_id": [f"id{n}" for n in kept],
             "instance_id": [str(n) for n in kept],
             "bad": [{"image": f"{n}.jpg", "reason": "broken"} for n in chunk if n in bad],
         }
 
 
-def task(**run):
+def task(data=None, **run):
     run = {"metrics": ["CIDEr", "BLEU"], "tokenizer": "simple", "blind_shuffles": 2, **run}
     found = EvlgenCaptionTask.setup_task(types.SimpleNamespace(run_cfg=OmegaConf.create(run)))
-    references = {f"id{n}": [f"a {WORDS[n]} stands here", f"here is a {WORDS[n]}"] for n in range(8)}
-    found.before_evaluation(None, types.SimpleNamespace(references=references))
+    found.before_evaluation(None, data or Pictures())
     return found
 
 
-def evaluate(numbers, size, bad=(), **run):
-    return task(**run).evaluation(Witness(), list(batches(numbers, size, bad)))
+def evaluate(numbers, size, bad=(), data=None, ranks=1, **run):
+    """The rows of all ranks; rank r has every `ranks`-th number from the r-th on."""
+    rows = []
+    for rank in range(ranks):
+        rows += task(data, **run).evaluation(Witness(), list(batches(numbers[rank::ranks], size, bad)))
+    return rows
 
 
-@pytest.mark.parametrize("count", range(2, 9))
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
-def test_shuffled_is_never_the_own_picture(count, size):
-    rows = evaluate(list(range(count)), size)
-    assert [row["instance_id"] for row in rows] == [str(n) for n in range(count)]
+def shuffled_by(rows, data=None) -> dict[int, int | None]:
+    """{text: picture that it was scored with in the blind baseline}."""
+    rows = task(data).after_evaluation(rows, "val", 1)["rows"]
     for row in rows:
-        assert row["loss"] == 10 * int(row["instance_id"])
-        assert row["loss_shuffled"] != row["loss"]
-    without = [row["instance_id"] for row in rows if row["loss_shuffled"] is None]
-    assert without == (["0"] if size == 1 else [])  # the very first has no other picture yet
+        assert row["loss"] == pytest.approx(10.01 * int(row["instance_id"]))
+    losses = {int(row["instance_id"]): row["loss_shuffled"] for row in rows}
+    return {text: None if loss is None else round((loss - text / 100) / 10) for text, loss in losses.items()}
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_the_other_picture_depends_on_the_data_set_alone(size, ranks):
+    """With a neighbour in the batch as the other picture it depended on both."""
+    found = shuffled_by(evaluate(list(range(8)), size, ranks=ranks))
+    assert found == shuffled_by(evaluate(list(range(8)), 4))
+    assert sorted(found.values()) == list(range(8)) and all(text != picture for text, picture in found.items())
+
+
+@pytest.mark.parametrize("sources", ["aabbccdd", "abababcd", "aaaabbbb", "abcdabcd"])
+def test_the_other_picture_is_of_another_source(sources):
+    """A clip's reverse shows the same frames, and clips of one film the same things."""
+    data = Pictures(sources)
+    found = shuffled_by(evaluate(list(range(8)), 3, data=data), data)
+    assert sorted(found.values()) == list(range(8))
+    assert all(sources[text] != sources[picture] for text, picture in found.items())
+
+
+def test_a_source_of_more_than_half_the_rows_leaves_some_without():
+    data = Pictures("aaaaaabb")
+    found = shuffled_by(evaluate(list(range(8)), 3, data=data), data)
+    paired = {text: picture for text, picture in found.items() if picture is not None}
+    assert len(paired) == 4 and all((text < 6) != (picture < 6) for text, picture in paired.items())
+
+
 @pytest.mark.parametrize("bad", [{0}, {1}, {2, 3}, {6}, {0, 1, 2}])
-def test_nor_when_pictures_are_unreadable(size, bad):
-    rows = [row for row in evaluate(list(range(7)), size, bad) if "bad" not in row]
-    assert {row["instance_id"] for row in rows} == {str(n) for n in range(7) if n not in bad}
-    assert all(row["loss_shuffled"] != row["loss"] for row in rows)
+def test_texts_paired_with_unreadable_pictures_have_no_other(bad):
+    whole = shuffled_by(evaluate(list(range(8)), 3))
+    left = shuffled_by(evaluate(list(range(8)), 3, bad))
+    assert left == {text: None if picture in bad else picture for text, picture in whole.items() if text not in bad}
 
 
 def test_losses_are_per_token_over_the_rows_that_have_both():
-    rows = evaluate([1, 2, 5], 1)
-    result = task().after_evaluation(rows, "val", 1)
-    # the first row has no shuffled loss: right is (20 + 50) / 10 tokens, shuffled (10 + 20) / 10
-    assert (result["loss_right"], result["loss_shuffled"], result["loss_gap"]) == pytest.approx((7.0, 3.0, -4.0))
+    result = task().after_evaluation(evaluate(list(range(8)), 3, {1}), "val", 1)
+    paired = [row for row in result["rows"] if row["loss_shuffled"] is not None]
+    assert len(result["rows"]) == 7 and len(paired) == 6
+    right = sum(row["loss"] for row in paired) / (5 * len(paired))
+    shuffled = sum(row["loss_shuffled"] for row in paired) / (5 * len(paired))
+    assert (result["loss_right"], result["loss_shuffled"]) == pytest.approx((right, shuffled))
+    assert result["loss_gap"] == pytest.approx(shuffled - right)
+
+
+def test_pictures_of_one_source_cannot_be_scored():
+    data = Pictures("aaaaaaaa")
+    with pytest.raises(DataError, match=r"val: 8 readable pictures \(0 unreadable\), no two .* different sources"):
+        task(data).after_evaluation(evaluate(list(range(8)), 3, data=data), "val", 1)
 
 
 def test_unreadable_pictures_are_left_out_and_counted():
@@ -114,7 +162,7 @@ def test_decoding_comes_from_the_config():
 
 
 def test_the_aggregate_must_be_among_the_metrics():
-    rows = evaluate([0, 1], 2)
+    rows = evaluate(list(range(8)), 2)
     with pytest.raises(ConfigError, match="run.agg_metric=METEOR will not be scored"):
         task(agg_metric="METEOR").after_evaluation(rows, "val", 1)
     assert task(agg_metric="BLEU-1").after_evaluation(rows, "val", 1)["agg_metrics"] == pytest.approx(1.0)
@@ -136,10 +184,9 @@ def test_too_few_pictures_say_so(rows):
         task().after_evaluation(evaluate(rows, 2), "val", 1)
 
 
-def test_two_ranks_of_one_picture_each_say_so():
-    rows = evaluate([0], 1) + evaluate([1], 1)
-    with pytest.raises(DataError, match="scoring needs 2"):
-        task().after_evaluation(rows, "val", 1)
+def test_one_picture_on_each_of_two_ranks_is_enough():
+    data = Pictures("ab")
+    assert shuffled_by(evaluate([0, 1], 1, data=data, ranks=2), data) == {0: 1, 1: 0}
 
 
 class Narrator(Witness):
@@ -164,8 +211,10 @@ EVENTS = ("red circle moves left", "red circle moves right", "blue star appears"
 def test_the_order_of_events_is_scored_where_the_data_set_says_it(bad, expected):
     captioner = task()
     captions = {f"id{n}": caption for n, caption in enumerate(EVENTS)}
-    references = {key: [caption] for key, caption in captions.items()}
-    captioner.before_evaluation(None, types.SimpleNamespace(references=references, order_captions=captions))
+    data = Pictures(range(4))
+    data.references = {key: [caption] for key, caption in captions.items()}
+    data.order_captions = captions
+    captioner.before_evaluation(None, data)
     rows = captioner.evaluation(Narrator(), list(batches(range(4), 3, bad)))
     result = captioner.after_evaluation(rows, "val", 1)
     found = {key.removeprefix("order_accuracy"): result[key] for key in result if key.startswith("order_accuracy")}
@@ -174,6 +223,7 @@ def test_the_order_of_events_is_scored_where_the_data_set_says_it(bad, expected)
     words = f"order of events {expected['']:.3f} (appears/leaves 1.00, left/right {expected[' left/right']:.2f}; "
     assert words in summary(result)
     # the next data set does not say it
-    captioner.before_evaluation(None, types.SimpleNamespace(references=references))
+    del data.order_captions
+    captioner.before_evaluation(None, data)
     result = captioner.after_evaluation(rows, "val", 1)
     assert not [key for key in (*result, *scored_curve(result)) if "order" in key] and "order" not in summary(result)

@@ -17,7 +17,8 @@ COLOURS = ("red", "blue", "green", "black", "white", "pink", "brown", "grey")
 
 
 class Witness:
-    """A picture is its number, and its colour the answer; an answer's loss is 10 nats times the number it sees."""
+    """A picture is its number, and its colour the answer; an answer costs 10 nats times the number of the picture that
+    it is seen with, and a hundredth of its colour's."""
 
     device = torch.device("cpu")
 
@@ -29,7 +30,8 @@ class Witness:
 
     def loss_of(self, prompt, samples):
         assert samples["prompt"] == ["Q: which colour? A:"] * len(prompt.tokens)
-        return 10 * prompt.tokens[:, 0, 0], torch.full((len(prompt.tokens),), 5)
+        numbers = torch.tensor([float(COLOURS.index(answer)) for answer in samples["text_input"]])
+        return 10 * prompt.tokens[:, 0, 0] + numbers / 100, torch.full((len(prompt.tokens),), 5)
 
     def predict_answers(self, samples, prompt, visual_prompt, **decoding):
         assert len(samples["text_input"]) == len(visual_prompt.tokens)
@@ -46,6 +48,14 @@ class Questions(list):
         super().__init__(numbers)
         self.answers = {f"q{row}": [COLOURS[n]] * humans for row, n in enumerate(numbers)}
         self.kinds = {f"q{row}": "colour" for row in range(len(numbers))}
+        self.annotation = [{"image_id": n} for n in numbers]
+
+    def source_of(self, row):
+        return row["image_id"]
+
+    def texts_of(self, rows):
+        keys = ("text_input", "question")
+        return {**{key: ["which colour?"] * len(rows) for key in keys}, "answer": [COLOURS[self[row]] for row in rows]}
 
     def batches(self, size, bad=(), ranks=1, rank=0):
         rows = list(range(rank, len(self), ranks))
@@ -66,7 +76,8 @@ class Questions(list):
 
 def task(data=None, **run):
     found = EvlgenVqaTask.setup_task(types.SimpleNamespace(run_cfg=OmegaConf.create({"prompt": "Q: {} A:", **run})))
-    found.before_evaluation(None, data)
+    if data is not None:
+        found.before_evaluation(None, data)
     return found
 
 
@@ -77,18 +88,21 @@ def evaluate(data, size, bad=(), model=None, ranks=1, **run):
     return rows
 
 
-@pytest.mark.parametrize("size, alone", [(1, 3), (2, 2), (3, 3), (5, 0), (12, 0)])
-def test_the_other_picture_is_never_the_own_one(size, alone):
-    """Three questions about each picture, in a row, as files have them; `alone` are asked before another is seen."""
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 5, 12])
+def test_the_other_picture_depends_on_the_data_set_alone(size, ranks):
+    """Three questions about each picture, in a row, as files have them: each is asked again of another picture."""
     data = Questions([n for n in range(4) for _ in range(3)])
-    rows = evaluate(data, size)
+    rows = evaluate(data, size, ranks=ranks)
+    rows = sorted(task(data).after_evaluation(rows, "test", 1)["rows"], key=lambda row: int(row["instance_id"]))
     assert [row["question_id"] for row in rows] == list(data.answers)
     for row in rows:
-        assert row["answer"] == COLOURS[row["image_id"]] != row.get("blind_answer")
-        if "loss" in row:
-            assert row["loss"] == 10 * row["image_id"] != row["loss_shuffled"]
-    without = [row["image_id"] for row in rows if "blind_answer" not in row]
-    assert without == [0] * alone
+        own, other = row["image_id"], COLOURS.index(row["blind_answer"])
+        assert row["answer"] == COLOURS[own] and other != own
+        assert row["loss"] == pytest.approx(10 * own + own / 100)
+        assert row["loss_shuffled"] == pytest.approx(10 * other + own / 100)
+    alone = task(data).after_evaluation(evaluate(data, 4), "test", 1)["rows"]
+    assert [row["blind_answer"] for row in rows] == [row["blind_answer"] for row in alone]
 
 
 def test_scores_right_and_blind():
@@ -98,7 +112,7 @@ def test_scores_right_and_blind():
     assert result["blind"] == {"accuracy": 0.0, "accuracy_same_questions": 1.0, "questions": 16}
     assert (result["questions"], result["pictures"], result["unreadable"]) == (16, 8, [])
     tokens = 16 * 5
-    assert result["loss_right"] == pytest.approx(sum(20 * n for n in range(8)) / tokens)
+    assert result["loss_right"] == pytest.approx(sum(20.02 * n for n in range(8)) / tokens)
     assert result["loss_gap"] == pytest.approx(result["loss_shuffled"] - result["loss_right"])
     row = result["rows"][3]
     assert (row["question"], row["answer"], row["answers"], row["score"]) == ("which colour?", "blue", ["blue"], 1.0)
@@ -132,8 +146,12 @@ def test_a_share_of_the_questions_is_asked_again():
     data = Questions([n % 8 for n in range(400)])
     counts = {}
     for share in (0.0, 0.25, 1.0):
-        counts[share] = [{row["question_id"] for row in evaluate(data, size, blind_share=share) if "loss" in row}
-                         for size in (8, 50)]  # fmt: skip
+        counts[share] = []
+        for size in (8, 50):
+            rows = task(data).after_evaluation(evaluate(data, size, blind_share=share), "test", 1)["rows"]
+            again = {row["question_id"] for row in rows if "loss" in row}
+            assert again == {row["question_id"] for row in rows if "loss_shuffled" in row and row["blind_answer"]}
+            counts[share].append(again)
     assert counts[0.0] == [set(), set()] and len(counts[1.0][0]) == 400
     assert counts[0.25][0] == counts[0.25][1] and 80 < len(counts[0.25][0]) < 120
     result = task(data, blind_share=0.0).after_evaluation(evaluate(data, 8, blind_share=0.0), "test", 1)
@@ -155,7 +173,10 @@ def test_answers_are_lemmatised_for_the_score_only(monkeypatch):
     monkeypatch.setattr(vqa, "load_lemmatizer", lambda: lambda text: text.removesuffix("s"))
     data = Questions([0, 1])
     data.answers = {"q0": ["red"], "q1": ["blue"]}
-    rows = [{"question_id": f"q{i}", "image_id": i, "answer": word} for i, word in enumerate(("reds", "blue"))]
+    rows = [
+        {"question_id": f"q{i}", "instance_id": str(i), "image_id": i, "answer": word}
+        for i, word in enumerate(("reds", "blue"))
+    ]
     found = task(data, lemmatize=True)
     result = found.after_evaluation(rows, "test", 1)
     assert result["metrics"]["accuracy"] == 1.0 and result["lemmatized"] is True

@@ -1,0 +1,77 @@
+"""The blind baseline of a loss or an answer: the same text under the visual prompt of another row's picture.
+
+Which other row is a function of the data set alone, so neither batch size nor ranks change it. Each picture is paired
+with the *text* of another row, which is cheap to have anywhere; no prompt has to be kept or sent. The measurement then
+belongs to the row that the text is of, and `assign` hands it over once the rows of all ranks are together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+
+
+def partners(sources: Sequence[Hashable]) -> list[int | None]:
+    """For each row, the row whose text goes under its picture: one of another source, each row at most once.
+
+    Rows are put in an order drawn by a hash of their sources, those of one source together, and paired half a turn
+    apart. None where that is a row of the same source, which needs a source with more than half of all rows.
+    """
+    names = [repr(source) for source in sources]
+    digests = {name: hashlib.sha256(name.encode()).digest() for name in set(names)}
+    order = sorted(range(len(names)), key=lambda row: (digests[names[row]], row))
+    half = max(len(order) // 2, Counter(names).most_common(1)[0][1] if names else 0)
+    found: list[int | None] = [None] * len(order)
+    for place, row in enumerate(order):
+        other = order[(place + half) % len(order)]
+        found[row] = None if names[other] == names[row] else other
+    return found
+
+
+class BlindPairs:
+    """The pairs of one data set (a ReadableRows), for the batches of an evaluation."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.partner = partners([dataset.source_of(row) for row in dataset.annotation])
+
+    def __len__(self) -> int:
+        return sum(other is not None for other in self.partner)
+
+    def of(self, instance_ids: Iterable[str], wanted=lambda row: True) -> tuple[list[int], list[int]]:
+        """(places in the batch, rows whose text goes under the pictures there) for the pairs with wanted(row)."""
+        pairs = [(place, self.partner[int(own)]) for place, own in enumerate(instance_ids)]
+        pairs = [(place, row) for place, row in pairs if row is not None and wanted(row)]
+        return [place for place, _ in pairs], [row for _, row in pairs]
+
+
+def prompts_of(prompt, places: Sequence[int]):
+    """The visual prompts at these places of a batch."""
+    if len(places) == len(prompt.tokens):
+        return prompt
+    rows = list(places)
+    return type(prompt)(prompt.tokens[rows], None if prompt.mask is None else prompt.mask[rows])
+
+
+def assign(rows: list[dict]):
+    """Move what each row's picture measured on another row's text, under "blind", to the row that the text is of.
+
+    Nothing is kept for the text of a row that is not among `rows` (its own picture could not be read).
+    """
+    by_instance = {row["instance_id"]: row for row in rows}
+    for row in rows:
+        for instance_id, measured in row.pop("blind", {}).items():
+            if instance_id in by_instance:
+                by_instance[instance_id] |= measured
+
+
+def paired_losses(rows: list[dict]) -> dict[str, float]:
+    """Nats per token with the right and with another picture, over the rows that have both; {} where none has."""
+    paired = [row for row in rows if row.get("loss") is not None and row.get("loss_shuffled") is not None]
+    if not paired:
+        return {}
+    tokens = sum(row["tokens"] for row in paired)
+    right = sum(row["loss"] for row in paired) / tokens
+    shuffled = sum(row["loss_shuffled"] for row in paired) / tokens
+    return {"loss_right": right, "loss_shuffled": shuffled, "loss_gap": shuffled - right}
