@@ -197,8 +197,9 @@ def doctor(args) -> int:
     from lavis_evlgen.analysis.doctor_shards import check_shards
     from lavis_evlgen.config import EvlgenConfig
     from lavis_evlgen.datasets import ImageShards
+    from lavis_evlgen.models.bundle import trained_section
 
-    cfg = EvlgenConfig(args)
+    cfg = EvlgenConfig(args, trained_section=trained_section)
     print(f"ok    config {args.cfg_path}: every key is known")
     findings = [*check_weights(cfg.model_cfg), check_memory(cfg.model_cfg)]
     for finding in findings:

@@ -4,6 +4,7 @@ with every key checked against the classes that read it."""
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
+
+from lavis_evlgen.as_trained import AsTrained, as_trained, weights_of
 
 SECTIONS = ("run", "model", "datasets")
 # model keys that take one of several kinds of value ({target}, {r, inflection}, a list): what is given replaces the
@@ -31,8 +34,12 @@ class ConfigError(ValueError):
 class EvlgenConfig(Config):
     """LAVIS's Config, with `--options` applied first: model.model_type=X selects that type's defaults too."""
 
-    def __init__(self, args):
+    def __init__(self, args, evaluate: bool = False, trained_section: Callable[[str], dict] | None = None):
+        """args: cfg_path and options; evaluate: as run.evaluate=true. trained_section: gives the model section that
+        weights carry ({} for none), which an evaluation uses in place of the file's (as_trained.py)."""
         self.args, self.config = args, {}
+        self.evaluate, self.trained_section = evaluate, trained_section
+        self.trained: AsTrained | None = None  # of an evaluation whose weights carry their section
         registry.register("configuration", self)
         self.path = Path(args.cfg_path)
         if not self.path.is_file():
@@ -52,6 +59,7 @@ class EvlgenConfig(Config):
     def _merged(self, config: DictConfig, options: DictConfig) -> DictConfig:
         """Defaults under the file under the options."""
         layers = [layer.model for layer in (config, options) if isinstance(layer.get("model"), DictConfig)]
+        in_file, asked = (OmegaConf.create(layer.get("model") or {}) for layer in (config, options))
         given = [(key, layer.pop(key)) for key in REPLACED for layer in layers if key in layer]
         config = OmegaConf.merge(config, options)
         self._check_sections(config)
@@ -59,13 +67,33 @@ class EvlgenConfig(Config):
         merged = OmegaConf.merge(
             self.build_runner_config(config), self.build_model_config(config), self.build_dataset_config(config)
         )
+        if self.evaluate:
+            merged.run.evaluate = True
+        if merged.run.get("evaluate") and self.trained_section is not None:
+            given = given if self._use_trained(merged, in_file, asked) is None else list(asked.items())
         for key, value in given:
-            under = merged.model.get(key)
-            mappings = isinstance(under, DictConfig) and isinstance(value, DictConfig)
-            merged.model[key] = OmegaConf.merge(under, value) if mappings and set(value) <= set(under) else value
+            merged.model[key] = _over(merged.model.get(key), value)
         for key in SAID_ONCE:
             self._said_once(key, merged, config)
         return merged
+
+    def _use_trained(self, merged: DictConfig, in_file: DictConfig, asked: DictConfig) -> AsTrained | None:
+        """Put the weights' own model section in place of the config's; None where they carry none.
+
+        asked: what --options says of the model, for the caller to set on top.
+        """
+        path = weights_of(merged.model)
+        section = self.trained_section(str(path)) if path else {}
+        if not section:
+            return None
+        here = registry.get_model_class(merged.model.arch)
+        there = self._known(f"model.pretrained={path}: model.arch", section.get("arch"),
+                            registry.mapping["model_name_mapping"])  # fmt: skip
+        keeps_arch = here is not there and issubclass(here, there)
+        config, own = OmegaConf.to_container(merged.model), OmegaConf.to_container(in_file)
+        self.trained = as_trained(section, config, own, OmegaConf.to_container(asked), keeps_arch)
+        merged.model = OmegaConf.create(self.trained.section)
+        return self.trained
 
     @staticmethod
     def _said_once(key: str, merged: DictConfig, given: DictConfig):
@@ -186,6 +214,12 @@ class EvlgenConfig(Config):
         for key in section:
             if key not in known:
                 raise ConfigError(f"{self.path}: unknown key {prefix}{key}{nearest(str(key), known)}")
+
+
+def _over(under, value):
+    """`value` in place of `under`; a mapping that only changes keys of the one below is merged with it."""
+    mappings = isinstance(under, DictConfig) and isinstance(value, DictConfig)
+    return OmegaConf.merge(under, value) if mappings and set(value) <= set(under) else value
 
 
 def _one_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from lavis_evlgen import distributed, plugin  # noqa: E402, F401
 from lavis_evlgen.config import ConfigError, EvlgenConfig  # noqa: E402
 from lavis_evlgen.datasets import DataError  # noqa: E402
 from lavis_evlgen.environment import MissingExtra  # noqa: E402
+from lavis_evlgen.models.bundle import trained_section  # noqa: E402
 from lavis_evlgen.models.sources import WeightsError  # noqa: E402
 from lavis_evlgen.runners.bad_images import TooManyBadImages  # noqa: E402
 from lavis_evlgen.runners.steps import NonFinite  # noqa: E402
@@ -78,12 +79,12 @@ def run(args, evaluate: bool = False):
     """Train, or only evaluate, as the config says; returns the runner."""
     import torch
 
-    cfg = EvlgenConfig(args)
-    if evaluate:
-        cfg.run_cfg.evaluate = True
+    cfg = EvlgenConfig(args, evaluate, trained_section)
     with config_errors():
         distributed.start(cfg.run_cfg.get("device", "auto"))
     set_up_logging()
+    if cfg.trained is not None and distributed.is_main():
+        cfg.trained.log()
     # every rank builds the same weights; the runner then gives each rank its own dropout
     torch.manual_seed(int(cfg.run_cfg.get("seed", 42)))
     job_id = distributed.from_main(time.strftime("%Y%m%d-%H%M%S"))

@@ -28,6 +28,7 @@ FLOOR = {
     "processors": 1,
     "evaluation": 1,
     "config": 1,
+    "as_trained": 1,  # which model an evaluation means, for config
     "distributed": 1,
     "lavis_bridge": 1,
     "environment": 1,
@@ -37,7 +38,7 @@ FLOOR = {
 # the package itself imports the bridge and the plugin: that is how everything gets registered
 ENTRANCE = "__init__"
 # these know no room, and every other room stands on what they make sure of
-FOR_EVERYONE = {"environment", "lavis_bridge", "clips", "file_troubles"}
+FOR_EVERYONE = {"as_trained", "environment", "lavis_bridge", "clips", "file_troubles"}
 NN_MAY_IMPORT = {"torch", "lavis_evlgen"} | set(sys.stdlib_module_names)
 MAX_LINES = 350
 # built from pieces, so that this file does not hold what it forbids

@@ -20,7 +20,7 @@ from lavis_evlgen import __version__
 from lavis_evlgen.config import ConfigError, nearest
 from lavis_evlgen.evaluation.model_card import model_card
 from lavis_evlgen.evaluation.run_card import plain
-from lavis_evlgen.models.checkpoints import trainable_state
+from lavis_evlgen.models.checkpoints import config_of_checkpoint, trainable_state
 from lavis_evlgen.models.sources import WeightsError, load_from_hub
 
 WEIGHTS, CONFIG, README, EXTRA = "model.safetensors", "config.json", "README.md", "extra.safetensors"
@@ -102,6 +102,16 @@ class Bundled:
 
 def is_bundle(folder) -> bool:
     return all((Path(folder) / name).is_file() for name in (WEIGHTS, CONFIG))
+
+
+def trained_section(path: str) -> dict:
+    """The model section that weights were trained with: of a bundle (its folder or file) or of a run's checkpoint.
+
+    {} where a file carries none, or is not there: loading it says what is wrong.
+    """
+    folder = Path(path).expanduser()
+    folder = folder.parent if folder.name == WEIGHTS else folder
+    return read_config(folder)["model"] if is_bundle(folder) else config_of_checkpoint(path)
 
 
 def find_bundle(source: str, cls, revision: str | None = None) -> Path:

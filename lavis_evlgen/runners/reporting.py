@@ -93,7 +93,7 @@ class Reporter:
         model = self.runner.bare_model
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         total = sum(p.numel() for p in model.parameters())
-        fingerprint = getattr(dataset, "fingerprint", None)
+        fingerprint, trained = getattr(dataset, "fingerprint", None), getattr(self.runner.config, "trained", None)
         size = getattr(dataset, "num_images", len(dataset))
         card = run_card(
             config=self.runner.config.to_dict(),
@@ -107,6 +107,7 @@ class Reporter:
                 "trainable_parameters": trainable,
                 "parameters": total,
                 "precision": precisions(model),
+                **({} if trained is None else {"not_as_trained": trained.changed}),
             },
             step=step,
             unreadable_images={split: len(result.get("unreadable", [])), "train": self._bad_in_training()},

@@ -1,0 +1,87 @@
+"""What is evaluated is what was trained: the model section of an evaluation comes from the weights.
+
+A checkpoint of a run and a bundle carry the model section that they were trained with. Evaluating them under other
+settings (where BOS stands, how many tokens are merged, ...) scores another model than the one that was trained, so the
+config file's own settings are used only where the weights carry none, as released files do. What is given with
+--options wins, is logged, and stands in the run card.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# where training started from, which an evaluation does not repeat
+STARTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned")
+# no part of what was learnt: room for a text, number formats of frozen weights, where a file lies. The config file's
+# own value is used where it gives one
+OF_THE_EVALUATION = ("max_txt_len", "vit_precision", "llm_precision", "vit_path")
+# frozen parts that may lie elsewhere on this machine; what they hold is checked when the weights are loaded
+SOURCES = ("vit_model", "llm_model", "opt_model", "connector_init")
+ALIASES = {"opt_model", "llm_model"}  # the same setting: both come from the same place
+
+
+@dataclass
+class AsTrained:
+    """A model section made from that of the weights, and in words what of the config file is not used.
+
+    changed: {key: {"trained", "here"}} of what --options has otherwise.
+    """
+
+    section: dict
+    notes: list[str] = field(default_factory=list)
+    changed: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def log(self):
+        for note in self.notes:
+            logging.warning("%s", note)
+        for key, values in self.changed.items():
+            logging.warning("model.%s=%s by --options; the weights were trained with %s",
+                            key, values["here"], values["trained"])  # fmt: skip
+
+
+def weights_of(model: Mapping) -> str | None:
+    """The path of the trained weights that a model section loads, None where it loads none."""
+    if model.get("load_finetuned"):
+        return model.get("finetuned")
+    return model.get("pretrained") if model.get("load_pretrained", True) else None
+
+
+def as_trained(trained: dict, merged: dict, given: dict, options: dict, keeps_arch: bool) -> AsTrained:
+    """The model section of an evaluation, on top of which the caller sets what --options says.
+
+    trained: the section that the weights carry; merged: the config's, defaults included; given: what its file says
+    itself; options: what --options says. keeps_arch: weights of an image model are evaluated as a video model, whose
+    own keys are not the weights'.
+    """
+    trained = {key: value for key, value in trained.items() if key not in STARTS}
+    if keeps_arch:
+        trained = {key: value for key, value in trained.items() if key not in ("arch", "model_type", "lr_scale")}
+    if ALIASES & set(trained):
+        merged = {key: value for key, value in merged.items() if key not in ALIASES - set(trained)}
+    found = AsTrained({**merged, **trained})
+    for key in OF_THE_EVALUATION:
+        if given.get(key) is not None:
+            found.section[key] = given[key]
+    for key in SOURCES:
+        if _is_elsewhere(trained.get(key)) and merged.get(key) not in (None, trained[key]):
+            found.section[key] = merged[key]
+            found.notes.append(f"model.{key}: {trained[key]}, which it was trained with, is not here: {merged[key]}")
+    for key, value in options.items():
+        if key in trained and value != trained[key]:
+            found.changed[key] = {"trained": trained[key], "here": value}
+    for key, value in given.items():
+        if key in trained and key not in options and found.section[key] != value:
+            found.notes.append(
+                f"model.{key}={value} of the config is not used: the weights were trained with {found.section[key]} "
+                f"(--options model.{key}={value} evaluates them otherwise)"
+            )
+    return found
+
+
+def _is_elsewhere(source) -> bool:
+    """Whether it is a path, not a public name, and nothing is there."""
+    return isinstance(source, str) and source.startswith(("/", ".", "~")) and not Path(source).expanduser().exists()
