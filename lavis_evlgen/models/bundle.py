@@ -21,6 +21,7 @@ from lavis_evlgen.config import ConfigError, nearest
 from lavis_evlgen.evaluation.model_card import model_card
 from lavis_evlgen.evaluation.run_card import plain
 from lavis_evlgen.models.checkpoints import config_of_checkpoint, trainable_state
+from lavis_evlgen.models.frozen_identity import frozen_identity
 from lavis_evlgen.models.sources import WeightsError, load_from_hub
 
 WEIGHTS, CONFIG, README, EXTRA = "model.safetensors", "config.json", "README.md", "extra.safetensors"
@@ -177,7 +178,7 @@ def bundle_config(model, preprocess=None, decoding=None, changes: dict | None = 
     if preprocess is None:
         preprocess = model.preprocess or default_preprocess(type(model), section.get("model_type"), section)
     decoding = model.decoding if decoding is None else decoding
-    return compose(section, preprocess, decoding, frozen_facts(model))
+    return compose(section, preprocess, decoding, frozen_facts(model), frozen_weights=frozen_identity(model))
 
 
 def compose(section: dict, preprocess: dict, decoding: dict | None, frozen: dict, **more) -> dict:

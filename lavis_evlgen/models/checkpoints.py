@@ -106,9 +106,14 @@ def load_checkpoint_file(model: nn.Module, path: str, additions: Iterable[set[st
 
 def config_of_checkpoint(path: str) -> dict:
     """The model section of the config that a run's checkpoint was made with; {} where a file holds none."""
+    config = facts_of_checkpoint(path).get("config")
+    return config.get("model", {}) if isinstance(config, dict) else {}
+
+
+def facts_of_checkpoint(path: str) -> dict:
+    """What a run's checkpoint says of itself, its tensors on the meta device; {} where a file says nothing."""
     try:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception:  # no file, or not one of torch's: reading its weights says what is wrong
         return {}
-    config = content.get("config") if isinstance(content, dict) else None
-    return config.get("model", {}) if isinstance(config, dict) else {}
+    return content if isinstance(content, dict) else {}

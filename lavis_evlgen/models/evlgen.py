@@ -12,9 +12,10 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_evlgen.models.bundle import Bundled, check_frozen, differences, read_config
-from lavis_evlgen.models.checkpoints import config_of_checkpoint, load_checkpoint_file
+from lavis_evlgen.models.checkpoints import config_of_checkpoint, facts_of_checkpoint, load_checkpoint_file
 from lavis_evlgen.models.connectors import CONNECTORS, SIZES, VisualPrompt, build_connector
 from lavis_evlgen.models.freezing import check_precision
+from lavis_evlgen.models.frozen_identity import check_identity
 from lavis_evlgen.models.generation import Generates
 from lavis_evlgen.models.language import LanguageModel, load_language_model
 from lavis_evlgen.models.vision import VISION_KEYS, vision_of
@@ -186,16 +187,18 @@ class EVLGen(Generates, Bundled, BaseModel):
     def load_checkpoint(self, url_or_filename: str):
         """Load trainable weights strictly and safely (no pickled code); raises WeightsError.
 
-        Other settings than a bundle or a run's checkpoint was trained with are logged; of a bundle's folder, the frozen
-        parts are checked too.
+        Other settings than a bundle or a run's checkpoint was trained with are logged; frozen parts of the same name
+        that hold other weights are refused, and of a bundle's folder those of another kind or size.
         """
         if Path(url_or_filename).is_dir():
             content = read_config(url_or_filename)
             check_frozen(self, content, url_or_filename)
             trained = content["model"]
         else:
+            content = facts_of_checkpoint(url_or_filename)
             trained = config_of_checkpoint(url_or_filename)
         load_checkpoint_file(self, url_or_filename, self.additions())
+        check_identity(self, content.get("frozen_weights") or {}, trained, self.config or {}, url_or_filename)
         for difference in differences(trained, self.config or {}):
             logging.warning("%s: not as it was trained: %s", url_or_filename, difference)
 

@@ -25,6 +25,7 @@ def export_run(cfg: dict, checkpoint: Path, out: str, changes: dict) -> str:
     dataset = next(iter(cfg["datasets"].values()))
     preprocess = {kind: dataset[kind] for kind in ("vis_processor", "text_processor") if kind in dataset}
     config = bundle_config(model, preprocess, decoding_of(cfg["run"]), changes)
+    config["frozen_weights"] = content.get("frozen_weights") or {}  # the model here has no weights to tell them from
     card = _card(checkpoint.parent, cfg["run"], content["step"])
     write_bundle(out, content["model"], config, card)
     told = f"its {card['data']['split']} results are in README.md" if card else "no evaluation of that step was found"

@@ -7,6 +7,7 @@ import logging
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.checkpoints import load_trainable, trainable_state
+from lavis_evlgen.models.frozen_identity import NAMED_BY, frozen_identity, other_parts
 from lavis_evlgen.runners import state
 
 
@@ -31,6 +32,7 @@ class Resumable:
             "world_size": distributed.world_size(),
             "shards": self.shards.state(step),
             "config": self.config.to_dict(),
+            "frozen_weights": frozen_identity(self._model),
         }
 
     def _save(self, step: int, *names: str, unevaluated: bool = False):
@@ -90,6 +92,12 @@ class Resumable:
                 f"{path} was trained with {saved['images_per_step']} images a step, this run has {images}, and would "
                 "lose its place in the data: keep run.batch_size_train x ranks x run.accum_grad_iters, or start a new "
                 f"run from these weights with model.pretrained={path}"
+            )
+        for part in other_parts(saved.get("frozen_weights") or {}, frozen_identity(self._model)):
+            raise ConfigError(
+                f"{path} was trained with another {part} than this run has: resume with the same one "
+                f"({' or '.join(f'model.{key}' for key in NAMED_BY.get(part, ('...',)))}), or start a new run from "
+                f"these weights with model.pretrained={path}"
             )
         now = flat(self.config.to_dict())
         then = flat(saved.get("config", now))

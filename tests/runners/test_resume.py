@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.sources import WeightsError
 from lavis_evlgen.runners import state
 from tests.run_tools import checkpoint, log, losses, same_tensors
 from tests.runners.conftest import KILLED_AFTER
+from tests.tiny import tiny_llama, tiny_tokenizer
 
 STEPS = 16
 
@@ -110,3 +112,20 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
     assert checkpoint(tmp_path, state.PREVIOUS) == {"step": 1} and checkpoint(tmp_path) == {"step": 2}
     path.unlink()
     assert state.find_last(tmp_path).name == state.PREVIOUS
+
+
+def test_another_language_model_of_the_same_width_is_refused(runs, parts, tmp_path):
+    """It was one warning among the changed settings, and training went on with a model that the weights do not fit."""
+    runs.train()
+    saved = checkpoint(runs.output())
+    assert set(saved["frozen_weights"]) == {"visual_encoder", "language_model"}
+    llm = tiny_llama()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in llm.parameters():
+            parameter.normal_(std=0.1)
+    llm.save_pretrained(tmp_path / "llm")
+    tiny_tokenizer().save_pretrained(tmp_path / "llm")
+    words = "checkpoint_last.pth was trained with another language_model .*model.llm_model or model.opt_model"
+    with pytest.raises(ConfigError, match=words):
+        runs.train("run.resume_ckpt_path=auto", "run.max_iters=6", f"model.llm_model={tmp_path / 'llm'}")
