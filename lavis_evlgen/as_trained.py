@@ -60,9 +60,10 @@ def as_trained(trained: dict, merged: dict, given: dict, options: dict, keeps_ar
     trained = {key: value for key, value in trained.items() if key not in STARTS}
     if keeps_arch:
         trained = {key: value for key, value in trained.items() if key not in ("arch", "model_type", "lr_scale")}
-    if ALIASES & set(trained):
-        merged = {key: value for key, value in merged.items() if key not in ALIASES - set(trained)}
-    found = AsTrained({**merged, **trained})
+        others = {key: value for key, value in merged.items() if key not in ALIASES or not ALIASES & set(trained)}
+    else:  # a key that they were trained without keeps the meaning that it had then: the class's own default
+        others = {key: merged[key] for key in STARTS if key in merged}
+    found = AsTrained({**others, **trained})
     for key in OF_THE_EVALUATION:
         if given.get(key) is not None:
             found.section[key] = given[key]

@@ -112,9 +112,16 @@ def test_a_frozen_part_that_moved_is_taken_where_the_config_has_it(tmp_path):
     assert as_trained(public, merged, {}, {}, False).section["llm_model"] == "owner/name"
 
 
-def test_the_released_alias_does_not_stay_beside_the_weights_own():
+@pytest.mark.parametrize("keeps_arch", [False, True])
+def test_the_released_alias_does_not_stay_beside_the_weights_own(keeps_arch):
     section, merged = {"arch": "evlgen", "llm_model": "a/b"}, {"arch": "evlgen", "opt_model": "c/d"}
-    assert as_trained(section, merged, {}, {}, False).section == {"arch": "evlgen", "llm_model": "a/b"}
+    assert as_trained(section, merged, {}, {}, keeps_arch).section == {"arch": "evlgen", "llm_model": "a/b"}
+
+
+def test_a_key_that_came_later_keeps_its_meaning_of_then():
+    section, merged = {"arch": "evlgen", "bos": "after"}, {"arch": "evlgen", "bos_token": "</s>", "pretrained": "a.pth"}
+    found = as_trained(section, merged, {}, {}, False).section
+    assert found == {"arch": "evlgen", "bos": "after", "pretrained": "a.pth"}
 
 
 @pytest.mark.parametrize(
