@@ -69,12 +69,15 @@ def step_flops(model: EVLGen, image: tuple[int, ...], text_tokens: int) -> float
 
 
 def caption_tokens(model: EVLGen, text_tokens: int) -> int:
-    """Supervised tokens of a text: all but BOS and the config's prompt. Raises ConfigError where none is left."""
+    """Supervised tokens of a text: all but the config's prompt, and BOS where it is a label (`model.label_bos`).
+
+    Raises ConfigError where none is left for a caption.
+    """
     language = model.language_model
     labels = text_tokens - (language.text.bos_id is not None) - len(language.text.encode(model.prompt.rstrip()))
     if labels < 1:
         raise ConfigError(f"--text-tokens {text_tokens}: BOS and the config's prompt leave no token for a caption")
-    return labels
+    return labels + language.labelled_bos(model.prompt)
 
 
 def _passes(model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torch.dtype | None):

@@ -70,6 +70,9 @@ class EVLGen(Generates, Bundled, BaseModel):
         "prompt": "text put before every caption",
         "max_txt_len": "longest text in tokens, BOS and end token counted",
         "bos": "after (released): BOS between visual prompt and text; before: in front of the visual prompt",
+        "bos_token": "the token that stands as BOS; empty: the tokenizer's own (OPT: </s>). </s>: Vicuna as released",
+        "label_bos": "whether captions without a prompt also teach the BOS behind the visual prompt; empty: as "
+        "released (OPT true, others false)",
         "prompt_scale": "released: plain nn.Linear at the LLM; embedding: output starts at the size of the LLM's "
         "embedding table; a number: that many times it",
         "soft_prompt": "true: a learned vector, zero at first, is added at each place of the visual prompt (false, as "
@@ -249,7 +252,10 @@ def build_evlgen(cls, cfg, vision_of=vision_of, **more) -> EVLGen:
     return cls(
         vision,
         connector,
-        LanguageModel(llm, tokenizer, cfg.get("bos", "after"), cfg.get("max_txt_len", 32)),
+        LanguageModel(
+            llm, tokenizer, cfg.get("bos", "after"), cfg.get("max_txt_len", 32), cfg.get("bos_token"),
+            cfg.get("label_bos"),
+        ),
         cfg.get("prompt", ""),
         cfg.get("prompt_scale", "released"),
         _plain(cfg.get("lr_scale")),

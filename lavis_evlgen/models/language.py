@@ -60,9 +60,20 @@ class LanguageModel(nn.Module):
 
     Sequence: `[visual prompt][BOS][prompt][caption]` (bos="after", released) or
     `[BOS][visual prompt][prompt][caption]` (bos="before"). Right padding for the loss, left for generation.
+
+    bos_token: as TextEncoder. label_bos: whether `loss` counts the BOS behind the visual prompt as a label where the
+    prompt is empty; None: as the released code does with this family of language models. Raises ValueError.
     """
 
-    def __init__(self, llm: nn.Module, tokenizer, bos: str = "after", max_txt_len: int = 32):
+    def __init__(
+        self,
+        llm: nn.Module,
+        tokenizer,
+        bos: str = "after",
+        max_txt_len: int = 32,
+        bos_token: str | None = None,
+        label_bos: bool | None = None,
+    ):
         super().__init__()
         if bos not in ("before", "after"):
             raise ValueError(f"bos: {bos!r} is not one of before, after")
@@ -70,7 +81,8 @@ class LanguageModel(nn.Module):
         self.bos, self.max_txt_len = bos, max_txt_len
         self.length_multiple = 1  # of sequences in training: few shapes for a compiler
         self.embed = [llm.get_input_embeddings()]  # in a list: the module stays registered once
-        self.text = TextEncoder(tokenizer, llm.config.model_type, self.embed[0].num_embeddings)
+        self.text = TextEncoder(tokenizer, llm.config.model_type, self.embed[0].num_embeddings, bos_token)
+        self.label_bos = self._labels_bos(label_bos)
         self.width = self.embed[0].embedding_dim
         self._check_head()
 
@@ -78,6 +90,18 @@ class LanguageModel(nn.Module):
         super().train(mode)
         self.llm.eval()  # frozen means eval mode, always
         return self
+
+    def _labels_bos(self, asked: bool | None) -> bool:
+        if not (asked is None or isinstance(asked, bool)):
+            raise ValueError(f"label_bos: {asked!r} is not true or false; leave it empty for the released behaviour")
+        if asked and (self.bos == "before" or self.text.bos_id is None):
+            why = "bos=before puts it in front" if self.bos == "before" else "this tokenizer has none"
+            raise ValueError(f"label_bos: true needs a BOS behind the visual prompt, and {why}; leave it empty")
+        return self.bos == "after" and (self.text.label_bos if asked is None else asked)
+
+    def labelled_bos(self, prompt: str) -> bool:
+        """Whether the BOS in front of this prompt and its caption is a label."""
+        return self.label_bos and not prompt.strip()
 
     @property
     def text_limit(self) -> int:
@@ -153,7 +177,8 @@ class LanguageModel(nn.Module):
         for prompt, (_, labels) in zip(prompts, pairs, strict=True):
             if all(label == IGNORE for label in labels):
                 self.check_prompt(prompt)
-        return self._nats(visual, pairs, mask, self._head)
+        first = [self.text.bos_id if self.labelled_bos(prompt) else IGNORE for prompt in prompts]
+        return self._nats(visual, pairs, mask, self._head, first)
 
     def log_probs(
         self,
@@ -172,12 +197,17 @@ class LanguageModel(nn.Module):
         sums, tokens = self._nats(visual, pairs, mask, lambda hidden: self._head(hidden) / temperature)
         return -sums, tokens
 
-    def _nats(self, visual: Tensor, pairs: list[tuple[list[int], list[int]]], mask: Tensor | None, head):
-        """Summed cross-entropy (B,) of the labels of (ids, labels) after the visual prompt, and their number (B,)."""
+    def _nats(self, visual: Tensor, pairs: list[tuple[list[int], list[int]]], mask: Tensor | None, head, first=None):
+        """Summed cross-entropy (B,) of the labels of (ids, labels) after the visual prompt, and their number (B,).
+
+        first: the label of each text's BOS, where that stands behind the visual prompt; None: it has none.
+        """
         ragged = mask is not None
         embeds, mask, start = self._assemble(visual, mask, [ids for ids, _ in pairs])
         extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows
-        labels = pad_rows([[IGNORE] * (start + extra) + lab for _, lab in pairs], IGNORE, "right", visual.device)
+        first = [IGNORE] * len(pairs) if first is None else first
+        rows = [[IGNORE] * start + [bos] * extra + lab for bos, (_, lab) in zip(first, pairs, strict=True)]
+        labels = pad_rows(rows, IGNORE, "right", visual.device)
         if ragged:
             embeds, mask, labels = _pads_to("right", mask, embeds, mask, labels)
         if self.training:

@@ -12,16 +12,21 @@ from lavis_evlgen.nn.losses import IGNORE
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """bos: token put in front of text (None: none); end: text that ends a caption (None: the EOS token)."""
+    """bos: token put in front of text (None: none); end: text that ends a caption (None: the EOS token).
+
+    label_bos: whether the released code trains on the BOS between visual prompt and text, where no prompt follows.
+    """
 
     bos: str | None
     end: str | None
     pad: str | None
+    label_bos: bool = False
 
 
 # by the `model_type` of the Hugging Face config; None = what the tokenizer itself says
 FACTS = {
-    "opt": TokenizerFacts(bos="</s>", end="\n", pad="<pad>"),  # released EVLGen and BLIP-2: id 50118 ends
+    # released EVLGen and BLIP-2: id 50118 ends, and only a prompt hides the BOS from the loss
+    "opt": TokenizerFacts(bos="</s>", end="\n", pad="<pad>", label_bos=True),
     "llama": TokenizerFacts(bos="bos_token", end=None, pad="[PAD]"),
     "mistral": TokenizerFacts(bos="bos_token", end=None, pad="[PAD]"),
     "qwen2": TokenizerFacts(bos=None, end="<|endoftext|>", pad="<|endoftext|>"),
@@ -31,12 +36,17 @@ DEFAULT = TokenizerFacts(bos="bos_token", end=None, pad=None)
 
 
 class TextEncoder:
-    """Turns prompts and captions into id lists; owns BOS, end-of-caption and padding ids, nothing else."""
+    """Turns prompts and captions into id lists; owns BOS, end-of-caption and padding ids, nothing else.
 
-    def __init__(self, tokenizer, model_type: str, vocab_size: int):
+    bos_token: the token to put in front of text in place of the table's; None: the table's. Raises ValueError for
+    a token that the tokenizer does not have.
+    """
+
+    def __init__(self, tokenizer, model_type: str, vocab_size: int, bos_token: str | None = None):
         facts = FACTS.get(model_type, DEFAULT)
         self.tokenizer = tokenizer
-        self.bos_id = self._bos(facts)
+        self.bos_id = self._bos(facts) if bos_token is None else self._given_bos(bos_token)
+        self.label_bos = facts.label_bos and self.bos_id is not None
         self.end_id = self._single(facts.end) if facts.end else tokenizer.eos_token_id
         if self.end_id is None:
             raise ValueError(f"the tokenizer of {model_type} has no EOS token: add it to FACTS in {__name__}")
@@ -49,6 +59,15 @@ class TextEncoder:
         if facts.bos == "bos_token":
             return self.tokenizer.bos_token_id
         return None if facts.bos is None else self.tokenizer.convert_tokens_to_ids(facts.bos)
+
+    def _given_bos(self, token: str) -> int:
+        found = self.tokenizer.get_vocab().get(token) if isinstance(token, str) else None
+        if found is None:
+            raise ValueError(
+                f"bos_token: {token!r} is no token of this tokenizer; leave it empty for the tokenizer's own "
+                f"({self.tokenizer.bos_token!r})"
+            )
+        return found
 
     def _single(self, text: str) -> int:
         ids = self.encode(text)

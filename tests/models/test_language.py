@@ -5,7 +5,8 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from lavis_evlgen.models.language import LanguageModel
-from tests.tiny import tiny_language_model, tiny_llama, tiny_tokenizer
+from tests.tiny import pictures, tiny_language_model, tiny_llama, tiny_opt, tiny_tokenizer
+from tests.tiny_blip2 import lavis_blip2_opt
 
 KINDS = pytest.mark.parametrize("kind", ["llama", "opt"])
 BOS = pytest.mark.parametrize("bos", ["before", "after"])
@@ -34,7 +35,78 @@ def by_hand(lm, visual, prompt, text=None):
     word_embeddings = [table[i] for i in ids]
     before, after = ([table[bos_id]], []) if lm.bos == "before" else ([], [table[bos_id]])
     embeds = torch.stack(before + list(visual) + after + word_embeddings)
-    return embeds, torch.tensor([-100] * (len(visual) + 1) + labels)
+    learns_bos = lm.llm.config.model_type == "opt" and lm.bos == "after" and not prompt
+    return embeds, torch.tensor([-100] * len(visual) + [bos_id if learns_bos else -100] + labels)
+
+
+@pytest.mark.parametrize("prompt", ["", "a photo of"])
+@torch.no_grad()
+def test_the_loss_is_that_of_lavis_blip2(prompt, tmp_path, monkeypatch):
+    """Blip2OPT trains on the BOS behind the visual prompt where no text prompt follows, and so does EVLGen's OPT."""
+    lavis = lavis_blip2_opt(tmp_path, monkeypatch)
+    lavis.prompt, prompts = prompt, []
+    lavis.prompt_length = lavis.opt_tokenizer(prompt, return_tensors="pt").attention_mask.sum(1)
+    lavis.opt_proj.register_forward_hook(lambda module, args, output: prompts.append(output))
+    texts = [f"{prompt} {text}".strip() for text in TEXTS]
+    expected = lavis({"image": pictures(3), "text_input": texts})["loss"].item()
+    llm = tiny_opt()
+    llm.load_state_dict(lavis.opt_model.state_dict())
+    lm = LanguageModel(llm, lavis.opt_tokenizer)
+    sums, tokens = lm.loss(prompts[0], texts, [prompt] * 3)
+    assert (sums.sum() / tokens.sum()).item() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_label_bos():
+    """One more label, of the last visual token's prediction; never of a BOS in front, nor of what was sampled."""
+    visual = soft_prompts(2)
+
+    def losses(kind, prompts=("", ""), bos="after", **kw):
+        lm = tiny_language_model(kind, bos)
+        return LanguageModel(lm.llm, lm.text.tokenizer, bos, **kw).loss(visual, TEXTS[:2], list(prompts))
+
+    for kind, released in (("opt", True), ("llama", False)):
+        with_bos, without = losses(kind, label_bos=True), losses(kind, label_bos=False)
+        assert (with_bos[1] - without[1]).tolist() == [1, 1] and (with_bos[0] > without[0]).all()
+        for asked, as_released in zip(losses(kind), with_bos if released else without, strict=True):
+            assert torch.equal(asked, as_released)
+        # a prompt hides it, sample by sample
+        mixed = losses(kind, ("a photo of", ""), label_bos=True)[1]
+        assert (mixed - losses(kind, ("a photo of", ""), label_bos=False)[1]).tolist() == [0, 1]
+        assert torch.equal(losses(kind, bos="before")[1], without[1])
+    lm, ids = tiny_language_model("opt"), [[5, 6, 7], [8, 9]]
+    assert lm.log_probs(visual, ids, ["", ""])[1].tolist() == [3, 2]
+    own, log_probs = lm.token_log_probs(visual[:1], TEXTS[0])
+    assert own == lm.text.caption("", TEXTS[0], 32)[0] and len(log_probs) == len(own)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"label_bos": "yes"}, "label_bos: 'yes' is not true or false"),
+        ({"label_bos": True, "bos": "before"}, "label_bos: true needs a BOS .* bos=before puts it in front"),
+        ({"bos_token": "<bos>"}, "bos_token: '<bos>' is no token of this tokenizer; .* own \\('<s>'\\)"),
+        ({"bos_token": 2}, "bos_token: 2 is no token"),
+    ],
+)
+def test_what_is_no_bos_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        LanguageModel(tiny_llama(), tiny_tokenizer(), **changes)
+
+
+@torch.no_grad()
+def test_the_released_vicuna_starts_with_its_end():
+    """Its tokenizer is made with bos_token='</s>', id 2."""
+    released = LanguageModel(tiny_llama(), tiny_tokenizer(), bos_token="</s>")
+    own, visual = tiny_language_model(), soft_prompts(2)
+    assert (own.text.bos_id, released.text.bos_id, released.text.end_id) == (0, 2, 2)
+    again = LanguageModel(tiny_llama(), tiny_tokenizer(bos="</s>"))
+    decoding = {"max_new_tokens": 6, "do_sample": False}
+    loss, tokens = released.loss(visual, TEXTS[:2], ["", ""])
+    assert torch.equal(loss, again.loss(visual, TEXTS[:2], ["", ""])[0])
+    assert not torch.allclose(loss, own.loss(visual, TEXTS[:2], ["", ""])[0], rtol=1e-3)
+    assert tokens.tolist() == own.loss(visual, TEXTS[:2], ["", ""])[1].tolist()
+    assert released.generate(visual, ["", ""], **decoding) == again.generate(visual, ["", ""], **decoding)
 
 
 @KINDS
