@@ -163,11 +163,11 @@ def convert(args) -> int:
     """Released checkpoint -> bundle, or back; every key is reported."""
     from lavis.common.registry import registry
 
-    from lavis_evlgen.models import bundle, released
+    from lavis_evlgen.models import bundle, released, releasing
 
     cls = registry.get_model_class("evlgen")
     if args.to == "released":
-        lines = released.write_released(args.source, args.out, cls)
+        lines = releasing.write_released(args.source, args.out, cls)
     else:
         options = _model_options(args.options)
         weights, config, extra, report = released.from_released(args.source, cls, options, args.allow_unknown)

@@ -1,4 +1,4 @@
-"""Checkpoints of the released implementation (`{"model": {...}}`), to a bundle of ours and back, bit for bit.
+"""Checkpoints of the released implementation (`{"model": {...}}`), to a bundle of ours (back: `releasing.py`).
 
 Every key of the file is used, kept aside, left out or refused, and the report says which:
 
@@ -23,18 +23,14 @@ from pathlib import Path
 import torch
 from lavis.common.registry import registry
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lavis_evlgen.models.bundle import (
     EXTRA,
     STARTS,
-    WEIGHTS,
     check_keys,
     compose,
     default_preprocess,
-    find_bundle,
-    read_config,
 )
 from lavis_evlgen.models.checkpoints import RELEASED
 from lavis_evlgen.models.connectors import TomeFormerConnector
@@ -44,7 +40,6 @@ from lavis_evlgen.nn import TemporalMixing, TomeFormerConfig
 PROJECTIONS = ("opt_proj", "llm_proj")
 NAMES = {"VL_proj.": "connector.input_proj.", "VLconnector.": "connector.tomeformer."}
 THEIR_TEMPORAL = re.compile(r"visual_encoder\.blocks\.(\d+)\.temporal_merge\.(.+)")
-OUR_TEMPORAL = re.compile(r"visual_encoder\.temporal\.(\d+)\.(.+)")
 FROZEN = ("visual_encoder.", "opt_model.", "llm_model.")
 UNUSED = ("VLconnector.pooler.", "VLconnector.embeddings.position_ids", "VLconnector.embeddings.word_embeddings.")
 # (projection, LLM width) -> model type; the same for ViT width -> vit_model: what the paper trained
@@ -54,11 +49,9 @@ TYPES = {
 }  # fmt: skip
 VITS = {1408: "eva_clip_g", 1024: "clip_L"}
 BLOCKS = {"eva_clip_g": 39, "clip_L": 21}
-# settings that the released code does not have: what it does in their place
-RELEASED_SETTINGS = {
-    "bos": "after", "merge_mean": "plain", "partition": "alternate", "proportional_attention": False,
-    "temporal": True, "residual": "gated", "frame_pooling": "mean",
-}  # fmt: skip
+# decoding of captions: beams and lengths of the released configs, the penalty that `generate` defaults to there
+REPETITION = {"opt_proj": 1.0, "llm_proj": 1.5}
+LENGTHS = {"evlgen": {"max_length": 30, "min_length": 8}, "evlgen_video": {"max_length": 20, "min_length": 5}}
 
 
 @dataclass
@@ -73,9 +66,10 @@ class Report:
 
     def lines(self) -> list[str]:
         """A table of all keys, then a line for each kind."""
-        rows = [f"used    {name}  {_shape(t)} -> {ours}" for name, (ours, t) in self.used.items()]
-        rows += [f"kept    {name}  {_shape(t)} -> {EXTRA} (the model does not use it)" for name, t in self.kept.items()]
-        rows += [f"kept    {name}  {_shape(t)} -> {EXTRA} (unknown)" for name, t in self.unknown.items()]
+        rows = [f"used    {name}  {shape_of(t)} -> {ours}" for name, (ours, t) in self.used.items()]
+        unused = f"-> {EXTRA} (the model does not use it)"
+        rows += [f"kept    {name}  {shape_of(t)} {unused}" for name, t in self.kept.items()]
+        rows += [f"kept    {name}  {shape_of(t)} -> {EXTRA} (unknown)" for name, t in self.unknown.items()]
         rows += [f"left    {prefix}*  {n} tensors (frozen: not trained)" for prefix, (n, _) in self.frozen.items()]
         used = [t for _, t in self.used.values()]
         left = [sum(counts) for counts in zip(*self.frozen.values(), strict=True)] or [0, 0]
@@ -95,7 +89,7 @@ class Report:
         return [f"not in the file: {merging}, {sizes}, which ViT and language model; --options model.KEY=VALUE"]
 
 
-def _shape(tensor: Tensor) -> str:
+def shape_of(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
@@ -114,7 +108,7 @@ def from_released(path: str, cls, changes: dict | None = None, allow_unknown: bo
     state = read_state_dict(str(path), "convert")
     _check_kind(state, path)
     more = {}
-    if any(THEIR_TEMPORAL.fullmatch(name) for name in state):
+    if _is_video(state):
         cls, more = registry.get_model_class("evlgen_video"), _one_wide_gates(state)
     projection = _projection(state, path)
     check_keys(cls, changes or {}, "--options")
@@ -132,9 +126,15 @@ def from_released(path: str, cls, changes: dict | None = None, allow_unknown: bo
     }
     source = f"Converted from a released checkpoint, `{Path(path).name}`."
     preprocess = default_preprocess(cls, kind, section)
-    content = compose(section, preprocess, None, frozen, source=source, released={"projection": projection, **more})
+    lengths = LENGTHS["evlgen_video" if _is_video(state) else "evlgen"]
+    decoding = {"num_beams": 5, **lengths, "repetition_penalty": REPETITION[projection]}
+    content = compose(section, preprocess, decoding, frozen, source=source, released={"projection": projection, **more})
     used = {ours: tensor for ours, tensor in report.used.values()}
     return used, content, report.kept | report.unknown, report
+
+
+def _is_video(state: dict) -> bool:
+    return any(THEIR_TEMPORAL.fullmatch(name) for name in state)
 
 
 def _check_kind(state: dict, path):
@@ -148,7 +148,7 @@ def _check_kind(state: dict, path):
 
 
 def _one_wide_gates(state: dict) -> dict:
-    """Gates without dimension become (1,), as ours are; what `to_released` must know to turn them back."""
+    """Gates without dimension become (1,), as ours are; what the way back must know to turn them back."""
     gates = [name for name in state if name.endswith(".temporal_merge.alpha") and state[name].ndim == 0]
     for name in gates:
         state[name] = state[name].reshape(1)
@@ -280,49 +280,3 @@ def _refuse(report: Report, expected: dict, allow_unknown: bool, path):
         )
     if problems:
         raise WeightsError(f"convert: {path}: {'; '.join(problems)}")
-
-
-def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
-    """(state by the released names, report) of a bundle; raises WeightsError where the layout has no place for it."""
-    folder = find_bundle(str(folder), cls)
-    content = read_config(folder)
-    section = content["model"]
-    if section.get("connector", "tomeformer") != "tomeformer":
-        raise WeightsError(f"convert: {folder} has a {section['connector']}; the released layout has TomeFormer only")
-    if section.get("temporal_positions"):
-        raise WeightsError(f"convert: {folder} has temporal positions, for which the released layout has no place")
-    if section.get("soft_prompt"):
-        raise WeightsError(f"convert: {folder} has a soft prompt, for which the released layout has no place")
-    opt = content["frozen"]["language model"]["model_type"] == "opt"
-    projection = content.get("released", {}).get("projection") or PROJECTIONS[0 if opt else 1]
-    gate = content.get("released", {}).get("alpha_shape", [1])
-    theirs = {ours: name for name, ours in NAMES.items()} | {"llm_proj.": projection + "."}
-    state, lines = {}, []
-    for name, tensor in load_file(folder / WEIGHTS).items():
-        prefix = next((p for p in theirs if name.startswith(p)), None)
-        released = theirs[prefix] + name.removeprefix(prefix) if prefix else name
-        if temporal := OUR_TEMPORAL.fullmatch(name):
-            released = "visual_encoder.blocks.{}.temporal_merge.{}".format(*temporal.groups())
-            tensor = tensor.reshape(gate) if name.endswith(".alpha") else tensor
-        state[released] = tensor
-        lines.append(f"used    {name}  {_shape(tensor)} -> {released}")
-    extra = load_file(folder / EXTRA) if (folder / EXTRA).exists() else {}
-    lines += [f"kept    {name}  {_shape(tensor)} from {EXTRA}" for name, tensor in extra.items()]
-    if not any(name.startswith("VLconnector.pooler.") for name in extra):
-        lines.append("missing VLconnector.pooler.*: this bundle never had one; the model does not use it")
-    lines.append("missing visual_encoder.*, opt_model.*, llm_model.*: frozen, public elsewhere")
-    for key, value in RELEASED_SETTINGS.items():
-        if section.get(key, value) != value:
-            lines.append(f"differs {key}={section[key]}: the released code has {value} only, and will do otherwise")
-    return state | extra, lines
-
-
-def write_released(folder: str, out: str, cls) -> list[str]:
-    """Write a bundle as a released checkpoint (`{"model": {...}}`); returns the report. Raises WeightsError."""
-    path = Path(out)
-    if path.exists():
-        raise WeightsError(f"convert: {path} is there already; give another name")
-    state, lines = to_released(folder, cls)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": state}, path)
-    return lines

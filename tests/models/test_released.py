@@ -1,5 +1,6 @@
 """Released checkpoints, written here by the names of the released implementation: in, used, and back bit for bit."""
 
+import json
 import os
 
 import pytest
@@ -121,7 +122,13 @@ def test_in_gives_the_loss_of_its_weights_and_back_is_bit_equal(projection, kind
     assert "used: 42 tensors" in words and "kept aside: 3 unused, 0 unknown" in words
     assert "left out, frozen: 4 tensors" in words and "tome_r 4 (" in words
 
+    content = json.loads((out / "config.json").read_text())
+    bos, penalty = {"opt_proj": (None, 1.0), "llm_proj": ("</s>", 1.5)}[projection]
+    assert content["model"].get("bos_token") == bos
+    assert content["decoding"] == {"num_beams": 5, "max_length": 30, "min_length": 8, "repetition_penalty": penalty}
     model = EVLGen.from_pretrained(str(out))
+    assert model.language_model.text.bos_id == 2 and model.language_model.label_bos == (projection == "opt_proj")
+    assert model.decoding == content["decoding"]
     vision = model.visual_encoder
     sizes = {"max_positions": POSITIONS, "layer_norm_eps": 1e-12}
     hand = EVLGen(vision, tiny_connector(vision, **sizes), model.language_model)
@@ -131,7 +138,8 @@ def test_in_gives_the_loss_of_its_weights_and_back_is_bit_equal(projection, kind
     assert model.language_model.llm.config.model_type == kind
 
     assert evlgen("convert", out, back, "--to", "released") == 0
-    assert "missing visual_encoder.*" in capsys.readouterr().out
+    words = capsys.readouterr().out
+    assert "missing visual_encoder.*" in words and "differs" not in words
     returned = torch.load(back, weights_only=True)["model"]
     assert same_tensors(returned, trained(state))
     assert {k: v.dtype for k, v in returned.items()} == {k: v.dtype for k, v in trained(state).items()}
@@ -245,12 +253,13 @@ def test_a_model_trained_here_goes_to_the_released_layout(folders, tmp_path, cap
     section = dict(option.removeprefix("model.").split("=", 1) for option in folders["opt_proj"])
     section = {k: int(v) if v.isdigit() else v for k, v in section.items() if not k.startswith("connector_sizes")}
     sizes = {"hidden_size": H, "num_heads": 2, "intermediate_size": 32, "max_positions": 64}
-    more = {"connector_sizes": sizes, "num_layers": 2, "bos": "before"}
+    more = {"connector_sizes": sizes, "num_layers": 2, "bos": "before", "label_bos": False}
     model = EVLGen.from_config(OmegaConf.create(section | more))
     model.save_pretrained(tmp_path / "b")
     assert evlgen("convert", tmp_path / "b", tmp_path / "back.pth", "--to", "released") == 0
     words = capsys.readouterr().out
     assert "missing VLconnector.pooler.*" in words and "differs bos=before: the released code has after only" in words
+    assert "differs label_bos=False: the released code has True only" in words and "bos_token" not in words
     names = set(trained(checkpoint())) - {"VLconnector.embeddings.position_ids"}
     written = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
     assert set(written) == {name for name in names if ".pooler." not in name}

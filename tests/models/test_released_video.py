@@ -46,6 +46,7 @@ def test_in_its_modules_are_in_their_blocks_and_back_it_is_bit_equal(projection,
         assert torch.equal(mixing.key.bias, state[f"{name}.key.bias"])
         assert mixing.alpha.item() == state[f"{name}.alpha"].item() and mixing.residual == "gated"
     assert torch.equal(model.llm_proj.weight, state[f"{projection}.weight"])
+    assert (model.decoding["max_length"], model.decoding["min_length"]) == (20, 5)
     assert model.generate({"image": clips(1)}, num_beams=1, max_length=3)
     assert evlgen("convert", tmp_path / "b", tmp_path / "back.pth", "--to", "released") == 0
     back = torch.load(tmp_path / "back.pth", weights_only=True)["model"]
