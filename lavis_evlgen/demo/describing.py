@@ -125,6 +125,7 @@ def describe(model, image: Tensor, settings: Settings) -> Result:
         question = settings.question.strip()
         asked = TEMPLATE.format(question)
         decoding |= dict(zip(("min_len", "max_len"), lengths, strict=True))
+        decoding |= {key: value for key, value in settings.more.items() if key == "repetition_penalty"}
         text = model.predict_answers({"text_input": question}, prompt=TEMPLATE, **decoding)[0]
     end, text = _now(image.device), " ".join(text.split())
     frames = image.shape[2] if image.ndim == 5 else 1

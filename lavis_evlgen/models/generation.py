@@ -66,13 +66,14 @@ class Generates:
         answer_list: list[str] | None = None,
         prompt: str = "",
         length_penalty: float = 0.0,
+        repetition_penalty: float = 1.0,
         visual_prompt: VisualPrompt | None = None,
         **kwargs,
     ) -> list[str]:
         """Short answers to samples["text_input"] (B questions), each in `prompt` ("Question: {} Short answer:").
 
         Questions of different length are left-padded. Only inference_method="generate" is known. A `visual_prompt`
-        already computed is used as is.
+        already computed is used as is. repetition_penalty: 1.5 with Vicuna as released.
         """
         if inference_method != "generate":
             raise ValueError(f"inference_method: {inference_method!r}; EVLGen answers by 'generate' only")
@@ -86,6 +87,7 @@ class Generates:
             max_length=max_len,
             min_length=min_len,
             length_penalty=length_penalty,
+            repetition_penalty=repetition_penalty,
             visual_prompt=visual_prompt,
         )
 

@@ -29,7 +29,7 @@ class EvlgenVqaTask(BaseTask):
 
     NUMBERS = {
         "num_beams": (1, None), "max_len": (1, None), "min_len": (0, None), "length_penalty": (-10.0, None),
-        "blind_share": (0.0, 1.0),
+        "repetition_penalty": (0.01, None), "blind_share": (0.0, 1.0),
     }  # fmt: skip
     CONFIG_KEYS = {
         "prompt": f"what a question is asked in, in training too ({TEMPLATE!r})",
@@ -37,6 +37,7 @@ class EvlgenVqaTask(BaseTask):
         "max_len": "most new tokens of an answer (10)",
         "min_len": "fewest new tokens of an answer (1)",
         "length_penalty": "above 0 favours longer answers in beam search (0)",
+        "repetition_penalty": "above 1 discourages repeated tokens (1.0; 1.5 with Vicuna as released)",
         "metric": "vqa (ten human answers), gqa (the answer as it stands), exact (both sides normalised) (exact)",
         "lemmatize": "score nouns and verbs of answers as lemmas, as OK-VQA's results are; needs spaCy's model (false)",
         "blind_share": "share of the questions that are asked again with another picture, 0 to 1 (1)",
@@ -67,6 +68,7 @@ class EvlgenVqaTask(BaseTask):
             "max_len": int(run.get("max_len", 10)),
             "min_len": int(run.get("min_len", 1)),
             "length_penalty": float(run.get("length_penalty", 0.0)),
+            "repetition_penalty": float(run.get("repetition_penalty", 1.0)),
         }
         return cls(
             decoding,

@@ -96,6 +96,13 @@ def test_a_question_is_asked_as_the_task_asks_it():
     expected = model.predict_answers({"image": pictures(1), "text_input": [question]}, num_beams=2, max_len=6)[0]
     assert found.text == " ".join(expected.split())
     assert found.asked == f"Question: {question} Short answer:"
+    asked = {"image": pictures(1), "text_input": [question]}
+    settings = {"question": question, "num_beams": 1, "max_length": 20}
+    plain = describe(model, pictures(1), Settings(**settings))
+    decoding = {"repetition_penalty": 3.0, "length_penalty": -5.0}  # the second is of captions
+    penalty = describe(model, pictures(1), Settings(**settings, more=decoding))
+    expected = model.predict_answers(asked, num_beams=1, max_len=20, repetition_penalty=3.0)[0]
+    assert penalty.text == " ".join(expected.split()) != plain.text
 
 
 @pytest.mark.parametrize(

@@ -161,12 +161,13 @@ def test_a_share_of_the_questions_is_asked_again():
 
 def test_decoding_and_prompt_come_from_the_config():
     model = Witness()
-    keys = {"num_beams": 2, "max_len": 7, "min_len": 2, "length_penalty": -1}
+    keys = {"num_beams": 2, "max_len": 7, "min_len": 2, "length_penalty": -1, "repetition_penalty": 1.5}
     evaluate(Questions([0, 1]), 2, model=model, blind_share=0.0, **keys)
     assert model.asked == [("Q: {} A:", {**keys, "length_penalty": -1.0})]
     default = EvlgenVqaTask.setup_task(types.SimpleNamespace(run_cfg=OmegaConf.create({})))
     assert default.prompt == "Question: {} Short answer:"
-    assert default.decoding == {"num_beams": 5, "max_len": 10, "min_len": 1, "length_penalty": 0.0}
+    expected = {"num_beams": 5, "max_len": 10, "min_len": 1, "length_penalty": 0.0, "repetition_penalty": 1.0}
+    assert default.decoding == expected
 
 
 def test_answers_are_lemmatised_for_the_score_only(monkeypatch):
