@@ -58,7 +58,8 @@ VISION_KEYS = {
     "vit_model": "eva_clip_g, clip_L, or a Hugging Face vision model (id, folder, DINOv2 .onnx)",
     "vit_path": "local weights of eva_clip_g or clip_L; empty: LAVIS's download",
     "vit_layer": "hidden layer of a Hugging Face ViT to read (0 embeddings, negative from the end)",
-    "vit_precision": "fp32, fp16, bf16, or auto: bf16 where the GPU (without one: the processor) has it, else fp32",
+    "vit_precision": "fp32 (weights; products as run.amp says), fp16, bf16, or auto: bf16 where the GPU (without one: "
+    "the processor) has it, else fp32",
     "freeze_vit": "must be true: the vision encoder stays frozen",
     "image_size": "side of the input picture in pixels",
 }
@@ -89,9 +90,14 @@ class VisionEncoder(nn.Module):
         return self.encode(image)
 
     def encode(self, image: Tensor) -> Tensor:
-        """`forward` as torch's gradient mode is: for an encoder with trainable modules between its frozen blocks."""
-        with torch.autocast(image.device.type, DTYPES[self.precision], enabled=self.precision != "fp32"):
+        """`forward` as torch's gradient mode is: for an encoder with trainable modules between its frozen blocks.
+
+        With float32 weights the arithmetic is that of the autocast around it (run.amp), as in LAVIS.
+        """
+        if self.precision == "fp32":
             return self.vit(image).float()  # (B, L, D_v)
+        with torch.autocast(image.device.type, DTYPES[self.precision]):
+            return self.vit(image).float()
 
 
 class HuggingFaceViT(nn.Module):

@@ -18,7 +18,7 @@ from lavis_evlgen.models.recomputing import recompute_llm
 from lavis_evlgen.runners.cost import flops_per_image
 from tests.runners.test_cost import step_of
 from tests.test_cli import evlgen
-from tests.tiny import pictures
+from tests.tiny import clips, pictures
 
 CAPTION = "a red square and a blue circle"
 
@@ -64,19 +64,36 @@ def test_a_step_without_numbers_takes_what_a_real_one_does(runs, connector, dtyp
     for each in (model, empty):
         recompute_llm(each, recomputed)
     found = step_memory(empty, (batch, 3, 28, 28), length_of(model), dtype)
-    samples = {"image": pictures(batch), "text_input": [CAPTION] * batch}
+    weights, most = real_step(model, pictures(batch), dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert found.trained == sum(p.nbytes for p in trained) and found.moments == 2 * found.trained
+    assert found.frozen == weights - found.trained
+    assert found.working == pytest.approx(most, rel=0.02)
+    assert found.working > sum(p.grad.nbytes for p in trained)
+
+
+def real_step(model, image, dtype) -> tuple[int, int]:
+    """Bytes of a model's parameters and buffers, and the most that forward and backward hold beside them."""
+    samples = {"image": image, "text_input": [CAPTION] * len(image)}
     with Alive() as alive:
         for value in (*model.parameters(), *model.buffers(), samples["image"]):
             alive.add(value)
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             loss = model(samples)["loss"]
         loss.backward()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert found.trained == sum(p.nbytes for p in trained) and found.moments == 2 * found.trained
     weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
-    assert found.frozen == weights - found.trained
-    assert found.working == pytest.approx(alive.most - weights, rel=0.02)
-    assert found.working > sum(p.grad.nbytes for p in trained)
+    return weights, alive.most - weights
+
+
+def test_a_float32_vit_of_clips_counts_in_autocasts_type(runs):
+    """Gradients go through its blocks, so that what it keeps is most of a step: half of it in autocast's type."""
+    cfg = section(runs, arch="evlgen_video", num_frames=3, llm_precision="bf16")
+    model, image = EVLGenVideo.from_config(cfg).train(), clips(8)
+    empty = [empty_model(EVLGenVideo, cfg) for _ in range(2)]
+    half, single = (step_memory(model, image.shape, length_of(model), dtype).working
+                    for model, dtype in zip(empty, (torch.bfloat16, None), strict=True))  # fmt: skip
+    assert half == pytest.approx(real_step(model, image, torch.bfloat16)[1], rel=0.02)
+    assert half < 0.85 * single
 
 
 def test_memory_grows_as_pictures_do(runs):

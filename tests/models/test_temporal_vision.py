@@ -206,6 +206,27 @@ def test_a_vit_in_half_precision_trains_float32_modules(name, precision):
     assert all(mixing.query.weight.grad.abs().sum() > 0 for mixing in vision.temporal)
 
 
+@EACH
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_float32_vit_multiplies_in_autocasts_type(name, autocast):
+    """As released: the weights of a video model's ViT stay float32, and its products are run.amp's."""
+    exact, vision = encoder(name)(pictures(T), T).detach(), encoder(name)
+    expected = torch.bfloat16 if autocast else torch.float32
+    linears = {part: module for part, module in vision.named_modules() if isinstance(module, nn.Linear)}
+    seen = {}
+    for part, module in linears.items():
+        module.register_forward_hook(lambda module, args, output, part=part: seen.update({part: output.dtype}))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        tokens = vision(pictures(T), T)
+    assert seen and set(seen.values()) == {expected}
+    assert any(part.startswith("temporal.") for part in seen) and any(part.startswith("vit.") for part in seen)
+    assert {p.dtype for p in vision.parameters()} == {torch.float32} and tokens.dtype == torch.float32
+    distance = (tokens - exact).norm() / exact.norm()
+    assert 1e-4 < distance < 0.2 if autocast else distance == 0
+    tokens.square().sum().backward()
+    assert all(mixing.query.weight.grad.abs().sum() > 0 for mixing in vision.temporal)
+
+
 def test_names_of_the_vits_weights_are_untouched():
     plain, vision = tiny_vision(), TemporalVision(tiny_vision())
     names = {name for name in vision.state_dict() if not name.startswith("temporal.")}
