@@ -48,7 +48,7 @@ TYPES = {
     ("llm_proj", 4096): "vicuna7b", ("llm_proj", 5120): "vicuna13b",
 }  # fmt: skip
 VITS = {1408: "eva_clip_g", 1024: "clip_L"}
-BLOCKS = {"eva_clip_g": 39, "clip_L": 21}
+BLOCKS = {"eva_clip_g": 39, "clip_L": 23}  # that the released code runs; of clip_L, LAVIS runs 21
 # decoding of captions: beams and lengths of the released configs, the penalty that `generate` defaults to there
 REPETITION = {"opt_proj": 1.0, "llm_proj": 1.5}
 LENGTHS = {"evlgen": {"max_length": 30, "min_length": 8}, "evlgen_video": {"max_length": 20, "min_length": 5}}
@@ -189,6 +189,8 @@ def _section(state: dict, projection: str, cls, changes: dict, path) -> tuple[st
     section["vit_model"] = VITS.get(vit_width)
     sizes = {"num_layers": _num_layers(state), "connector_init": None, "connector_sizes": _sizes(state)}
     section = OmegaConf.to_container(OmegaConf.merge(section, sizes, changes))
+    if section["vit_model"] == "clip_L" and section.get("vit_layer") is None:
+        section["vit_layer"] = BLOCKS["clip_L"]
     for key, part, seen in (("vit_model", "ViT", vit_width), ("llm_model", "language model", width)):
         if not section.get(key):
             raise WeightsError(
@@ -239,6 +241,7 @@ def _temporal(section: dict, state: dict, width: int) -> dict[str, nn.Module]:
     if not blocks or not section["temporal"]:
         return {}
     count = BLOCKS.get(section["vit_model"], max(blocks) + 1)
+    count = section["vit_layer"] if section["vit_model"] == "clip_L" else count
     max_frames = section["num_frames"] if section["temporal_positions"] else None
     mixings = nn.ModuleList(TemporalMixing(width, section["residual"], max_frames) for _ in range(count))
     return {"visual_encoder": nn.ModuleDict({"temporal": mixings})}

@@ -31,11 +31,14 @@ def eva_clip_g(image_size: int) -> nn.Module:
     )  # fmt: skip
 
 
-def clip_vit_l(image_size: int) -> nn.Module:
-    """LAVIS's CLIP ViT-L/14: width 1024, 21 blocks run (LAVIS builds `layers - 1` of 22)."""
-    return clip_vit.VisionTransformer(
-        input_resolution=image_size, patch_size=14, width=1024, layers=22, heads=16, use_grad_checkpointing=False
-    )
+def clip_vit_l(image_size: int, blocks: int = 21) -> nn.Module:
+    """LAVIS's CLIP ViT-L/14: width 1024, by default 21 blocks, as LAVIS runs it; EVLGen's released code runs 23."""
+    vit = clip_vit.VisionTransformer(  # one layer fewer than is asked for
+        input_resolution=image_size, patch_size=14, width=1024, layers=blocks + 1, heads=16,
+        use_grad_checkpointing=False,
+    )  # fmt: skip
+    del vit.transformer.resblocks[blocks:]  # the class of other LAVIS versions builds them all
+    return vit
 
 
 class _LayerNorm1e6(nn.LayerNorm):
@@ -57,7 +60,8 @@ class _LinspaceOnCPU(TorchFunctionMode):
 VISION_KEYS = {
     "vit_model": "eva_clip_g, clip_L, or a Hugging Face vision model (id, folder, DINOv2 .onnx)",
     "vit_path": "local weights of eva_clip_g or clip_L; empty: LAVIS's download",
-    "vit_layer": "hidden layer of a Hugging Face ViT to read (0 embeddings, negative from the end)",
+    "vit_layer": "hidden layer of a Hugging Face ViT to read (0 embeddings, negative from the end); of clip_L, how "
+    "many of its 24 blocks run (21, as LAVIS; 23, as EVLGen's released code)",
     "vit_precision": "fp32 (weights; products as run.amp says), fp16, bf16, or auto: bf16 where the GPU (without one: "
     "the processor) has it, else fp32",
     "freeze_vit": "must be true: the vision encoder stays frozen",
@@ -188,9 +192,8 @@ def load_vision_encoder(
     Under `torch.device("meta")` it has its shapes and no weights, and nothing but a config is read.
     """
     if vit_model in LAVIS_VITS:
-        if vit_layer is not None:
-            raise ValueError(f"vit_layer: {vit_model} has one output; use a Hugging Face ViT to choose a layer")
-        return _load_lavis_vit(vit_model, image_size, precision, vit_path)
+        _check_lavis_layer(vit_model, vit_layer)
+        return _load_lavis_vit(vit_model, image_size, precision, vit_path, vit_layer)
     if vit_path:
         raise ValueError(f"vit_path: only for {', '.join(LAVIS_VITS)}; give the folder as vit_model")
     source = resolve(vit_model, "vit_model")
@@ -221,15 +224,26 @@ def wrap_hugging_face(model: nn.Module, image_size: int, precision: str, layer: 
     return VisionEncoder(vit, vit.width, num_tokens, max(num_tokens - vit.patches, 0), precision)
 
 
-def build_empty(name: str, image_size: int) -> nn.Module:
+def _check_lavis_layer(name: str, layer: int | None):
+    if layer is None:
+        return
+    if name != "clip_L":
+        raise ValueError(f"vit_layer: {name} has one output; use a Hugging Face ViT to choose a layer")
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= 24:
+        raise ValueError(f"vit_layer: {layer!r} is outside 1..24, the blocks of clip_L")
+
+
+def build_empty(name: str, image_size: int, blocks: int | None = None) -> nn.Module:
     """A LAVIS ViT on the meta device: no random numbers for a billion weights that are overwritten."""
     with torch.device("meta"), _LinspaceOnCPU():
-        return LAVIS_VITS[name][0](image_size)
+        return LAVIS_VITS[name][0](image_size, *() if blocks is None else (blocks,))
 
 
-def _load_lavis_vit(name: str, image_size: int, precision: str, vit_path: str | None) -> VisionEncoder:
+def _load_lavis_vit(
+    name: str, image_size: int, precision: str, vit_path: str | None, blocks: int | None = None
+) -> VisionEncoder:
     _, file, resize_positions = LAVIS_VITS[name]
-    vit = build_empty(name, image_size)
+    vit = build_empty(name, image_size, blocks)
     if not on_meta():
         _fill(vit, name, file, resize_positions, vit_path)
     return VisionEncoder(vit, vit.num_features, (image_size // 14) ** 2 + 1, 1, precision)

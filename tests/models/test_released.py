@@ -288,6 +288,19 @@ def test_the_papers_sizes_are_known(kind, projection, layers, monkeypatch):
     assert f"tome_r 19 (257 -> {tokens} tokens), num_heads 12" in report.lines()[-1]
 
 
+@pytest.mark.parametrize("options, vit", [({}, ("clip_L", 23)), ({"vit_layer": 21}, ("clip_L", 21)),
+                                          ({"vit_model": "./another"}, ("./another", None))])  # fmt: skip
+def test_the_released_clip_runs_23_blocks(options, vit, monkeypatch):
+    """LAVIS's class drops two more of the 24 than the released code does."""
+    for name, size in (("H", 768), ("D_V", 1024), ("D_L", 2560)):
+        monkeypatch.setattr(f"tests.models.test_released.{name}", size)
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator=None: torch.empty(shape, device="meta"))
+    state = checkpoint("opt_proj", 12, hidden=3072)
+    monkeypatch.setattr(released, "read_state_dict", lambda path, what: state)
+    section = released.from_released("x.pth", EVLGen, options)[1]["model"]
+    assert (section["vit_model"], section.get("vit_layer")) == vit
+
+
 def test_as_pretrained_it_is_sent_to_convert(tmp_path):
     path = save(checkpoint(), tmp_path)
     with pytest.raises(WeightsError, match=f"is in the released layout .* `evlgen convert {path} OUT`"):

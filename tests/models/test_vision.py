@@ -137,8 +137,11 @@ def test_a_missing_source_names_the_key(tmp_path):
         load_vision_encoder(str(tmp_path / "absent.onnx"))
     with pytest.raises(ValueError, match="vit_path: only for eva_clip_g, clip_L"):
         load_vision_encoder(str(tmp_path), vit_path="x.pth")
-    with pytest.raises(ValueError, match="vit_layer: clip_L has one output"):
-        load_vision_encoder("clip_L", vit_layer=3)
+    with pytest.raises(ValueError, match="vit_layer: eva_clip_g has one output"):
+        load_vision_encoder("eva_clip_g", vit_layer=3)
+    for layer in (0, 25, "23", True):
+        with pytest.raises(ValueError, match=f"vit_layer: {layer!r} is outside 1..24, the blocks of clip_L"):
+            load_vision_encoder("clip_L", vit_layer=layer)
 
 
 BUILDERS = {"eva_clip_g": tiny_eva, "clip_L": tiny_lavis_clip}
@@ -226,3 +229,5 @@ def test_the_real_architectures_have_the_released_shapes():
             vit = vision.LAVIS_VITS[name][0](224)
         stack = vit.blocks if name == "eva_clip_g" else vit.transformer.resblocks
         assert (vit.num_features, len(stack)) == (width, blocks)
+    with torch.device("meta"):
+        assert [len(load_vision_encoder("clip_L", vit_layer=n).vit.transformer.resblocks) for n in (23, 24)] == [23, 24]
