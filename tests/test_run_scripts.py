@@ -13,7 +13,7 @@ from tests.run_tools import ROOT
 
 SCRIPTS = ROOT / "run_scripts"
 MIX, CCS = {"laion115m", "ccs14m", "image_captions"}, {"ccs14m", "image_captions"}
-# arguments -> (model type, connector, steps, data)
+# arguments -> (model type, connector, steps, data[, pictures a step, warm-up steps])
 TRAINING = {
     "paper/table1_opt.sh 250k": ("opt2.7b", "tomeformer", 250_000, MIX),
     "paper/table1_opt.sh 150k": ("opt2.7b", "tomeformer", 150_000, MIX),
@@ -25,8 +25,8 @@ TRAINING = {
     "paper/table5_vicuna.sh 150k": ("vicuna7b", "tomeformer", 150_000, MIX),
     "paper/table5_vicuna.sh 90k": ("vicuna7b", "tomeformer", 90_000, MIX),
     "paper/table5_vicuna.sh 150k-11m": ("vicuna7b", "tomeformer", 150_000, CCS),
-    "paper/table8_vit.sh vicuna7b clip_L": ("vicuna7b", "tomeformer", 60_000, CCS),
-    "paper/table9_r.sh 13": ("opt2.7b", "tomeformer", 60_000, CCS),
+    "paper/table8_vit.sh vicuna7b clip_L": ("vicuna7b", "tomeformer", 60_000, CCS, 160, 2000),
+    "paper/table9_r.sh 13": ("opt2.7b", "tomeformer", 60_000, CCS, 160, 2000),
 }
 
 
@@ -50,12 +50,19 @@ def started(words: str, **environment) -> tuple[list[str], EvlgenConfig]:
 @pytest.mark.parametrize("words", TRAINING)
 def test_a_table_trains_the_papers_recipe(words):
     command, cfg = started(words, GPUS="8")
-    kind, connector, steps, data = TRAINING[words]
+    kind, connector, steps, data, batch, warmup = (*TRAINING[words], 1600, 5000)[:6]
     run, model = cfg.run_cfg, cfg.model_cfg
     assert (model.model_type, model.get("connector"), run.max_iters) == (kind, connector, steps)
     assert set(cfg.datasets_cfg) == set(run.train_dataset_ratios) == data
-    assert command[3:5] == ["--nproc_per_node", "8"] and run.batch_size_train * 8 * run.accum_grad_iters == 1600
-    assert (run.init_lr, run.min_lr, run.warmup_steps) == (1e-4, 1e-5, 5000)
+    assert command[3:5] == ["--nproc_per_node", "8"] and run.batch_size_train * 8 * run.accum_grad_iters == batch
+    assert (run.init_lr, run.min_lr, run.warmup_steps) == (1e-4, 1e-5, warmup)
+    if kind == "vicuna7b":
+        assert (run.repetition_penalty, model.bos_token, model.llm_model[-4:]) == (1.5, "</s>", "v1.3")
+    elif connector:
+        assert run.get("repetition_penalty", 1.0) == 1.0
+    assert model.get("vit_layer") == (23 if "clip_L" in words else None)
+    for section in cfg.datasets_cfg.values():
+        assert {stage.name for stage in section.text_processor.values()} == {"blip_caption"}
 
 
 # arguments -> (config's data set and its type, task, temporal, frame_pooling, run folder)
@@ -89,6 +96,7 @@ def test_a_table_of_clips_trains_the_papers_recipe(words):
     assert (model.arch, model.model_type, model.pretrained) == ("evlgen_video", "opt2.7b", "some.pth")
     assert (model.temporal, model.frame_pooling, model.residual, model.num_frames) == (temporal, pooling, "gated", 4)
     assert list(cfg.datasets_cfg) == [data] and run.task == task
+    assert {stage.name for stage in cfg.datasets_cfg[data].text_processor.values()} == {"blip_caption"}
     if kind:
         section = cfg.datasets_cfg[data]
         assert section.videos == f"data/{kind}/videos" and f"/{kind}/" in section.annotations.train
@@ -100,11 +108,39 @@ def test_a_table_of_clips_trains_the_papers_recipe(words):
 
 
 def test_options_of_a_table_reach_the_config():
-    assert started("paper/table9_r.sh 25 run.seed=7", GPUS="1", BATCH="50")[1].model_cfg.tome_r == 25
+    assert started("paper/table9_r.sh 25 run.seed=7", GPUS="1", BATCH="40")[1].model_cfg.tome_r == 25
     assert started("paper/table1_opt.sh 90k", GPUS="8")[1].model_cfg.tome_r == {"target": 29}
     assert started("paper/table8_vit.sh opt2.7b clip_L run.seed=7", GPUS="8")[1].run_cfg.seed == 7
     _, cfg = started("paper/zero_shot.sh vqav2 some.pth model.model_type=vicuna7b")
     assert (cfg.model_cfg.pretrained, cfg.model_cfg.model_type, cfg.run_cfg.evaluate) == ("some.pth", "vicuna7b", True)
+
+
+def test_vicuna_is_scored_with_its_repetition_penalty():
+    for benchmark in ("coco", "nocaps", "flickr30k", "vqav2", "gqa", "okvqa"):
+        assert started(f"paper/zero_shot.sh {benchmark} some.pth")[1].run_cfg.repetition_penalty == 1.0
+        vicuna = f"paper/zero_shot.sh {benchmark} some.pth model.model_type=vicuna7b"
+        assert started(vicuna)[1].run_cfg.repetition_penalty == 1.5
+        assert started(f"{vicuna} run.repetition_penalty=2")[1].run_cfg.repetition_penalty == 2
+
+
+def test_the_split_that_chose_a_checkpoint_does_not_score_it():
+    """The tables are of COCO val: the last checkpoint there, as the released configs, or the best on test."""
+    done = script("paper/zero_shot.sh coco a/checkpoint_best.pth", DRY_RUN="1")
+    assert done.returncode == 2 and "COCO val chose checkpoint_best.pth: give checkpoint_last.pth" in done.stderr
+    assert started("paper/zero_shot.sh coco a/checkpoint_last.pth")[1].run_cfg.test_splits == ["val"]
+    best = started("paper/zero_shot.sh coco a/checkpoint_best.pth run.test_splits=[test]")[1]
+    assert best.run_cfg.test_splits == ["test"]
+    assert started("paper/zero_shot.sh gqa a/checkpoint_best.pth")[1].model_cfg.pretrained == "a/checkpoint_best.pth"
+    for table in TRAINING:  # what a run reports at its end is of another split than the one that chose
+        run = started(table, GPUS="8")[1].run_cfg
+        assert set(run.test_splits).isdisjoint(run.valid_splits) and run.test_splits == ["test"]
+
+
+def test_tables_take_r_from_the_checkpoint():
+    """No key of a table's evaluation says how the model merges: that is what it was trained with."""
+    command, _ = started("paper/zero_shot.sh coco some.pth")
+    options = command[command.index("--options") + 1 :]
+    assert options == ["model.pretrained=some.pth"]
 
 
 @pytest.mark.parametrize(
