@@ -91,7 +91,7 @@ def cost_of(model_cfg, text_tokens: int | None = None) -> Cost:
 
 
 def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int) -> Cost:
-    """Of an EVLGen on the meta device. The text's BOS and the config's prompt count as tokens, but not in the head."""
+    """Of an EVLGen on the meta device. Of the text's tokens, the head runs on those that are labels."""
     language = model.language_model
     labels = caption_tokens(model, text_tokens)
     sizes = _sizes(model)
