@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 
 import torch
@@ -77,9 +78,39 @@ def from_main(value):
     return gather_lists([value if is_main() else None])[0]
 
 
+class FailedOnMain(RuntimeError):
+    """What the main rank could not do, on the other ranks: they end too, and leave the message to it."""
+
+
+def on_main(call: Callable):
+    """`call()` on the main rank alone; its result (picklable) on every rank. Every rank calls this.
+
+    An error is raised on all ranks together: on the main rank as it came, elsewhere as FailedOnMain.
+    """
+    result, error = None, None
+    if is_main():
+        try:
+            result = call()
+        except Exception as caught:
+            error = caught
+    failed, result = from_main((None if error is None else str(error), result))
+    if error is not None:
+        raise error
+    if failed is not None:
+        raise FailedOnMain(failed)
+    return result
+
+
+def max_over_ranks(values: Sequence[float]) -> list[float]:
+    """The largest of each of `values` over ranks, on every rank."""
+    if not initialized():
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    largest = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
 def any_rank(flag: bool) -> bool:
     """True on every rank when it is true on one."""
-    if not initialized():
-        return flag
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    return sum_over_ranks(torch.tensor(float(flag), device=device)).item() > 0
+    return max_over_ranks([float(flag)])[0] > 0

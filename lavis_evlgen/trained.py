@@ -28,7 +28,7 @@ def load(args):
 
 def run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
     """(config, checkpoint) of a run folder: a checkpoint holds the config it was trained with. Raises WeightsError."""
-    known = [folder / name for name in (state.BEST, state.LAST) if (folder / name).exists()]
+    known = [folder / name for name in (state.BEST, state.LAST, state.PREVIOUS) if (folder / name).exists()]
     if checkpoint is None and not known:
         raise WeightsError(
             f"--run: {folder} has neither {state.BEST} nor {state.LAST}; give the folder that train.py named at its end"

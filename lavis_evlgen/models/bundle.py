@@ -22,6 +22,7 @@ from lavis_evlgen.evaluation.model_card import model_card
 from lavis_evlgen.evaluation.run_card import plain
 from lavis_evlgen.models.checkpoints import config_of_checkpoint, trainable_state
 from lavis_evlgen.models.frozen_identity import frozen_identity
+from lavis_evlgen.models.integrity import DIGESTS, sha256_of
 from lavis_evlgen.models.sources import WeightsError, load_from_hub
 
 WEIGHTS, CONFIG, README, EXTRA = "model.safetensors", "config.json", "README.md", "extra.safetensors"
@@ -251,6 +252,8 @@ def write_bundle(folder, state: dict, content: dict, card: dict | None = None, n
         if tensors:
             whole = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
             save_file(whole, folder / file, metadata={"format": "pt"})
+    digests = {file: sha256_of(folder / file) for file in (WEIGHTS, EXTRA) if (folder / file).exists()}
+    content = {**content, "lavis_evlgen": {**content["lavis_evlgen"], DIGESTS: digests}}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
     numbers = sum(v.numel() for v in state.values())

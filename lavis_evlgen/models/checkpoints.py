@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lavis_evlgen.models.integrity import first_not_finite
 from lavis_evlgen.models.sources import WeightsError, read_state_dict
 
 RELEASED = "VL_proj.weight"  # only checkpoints of the released implementation have a tensor of this name
@@ -47,7 +48,18 @@ def load_trainable(model: nn.Module, state: dict, source: str, additions: Iterab
             source, len(group), numbers, min(group),
         )  # fmt: skip
     check_trainable(model, state | {name: own[name] for group in absent for name in group}, source)
+    check_numbers(state, source)
     model.load_state_dict(state, strict=False)
+
+
+def check_numbers(state: dict[str, torch.Tensor], source: str) -> None:
+    """Raises WeightsError that names the first tensor of `state` with a NaN or an infinity."""
+    broken = first_not_finite(state)
+    if broken is not None:
+        raise WeightsError(
+            f"checkpoint {source} holds numbers that are not finite (NaN or infinity), first in {broken}: its training "
+            "had diverged. Use an earlier checkpoint"
+        )
 
 
 def check_trainable(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:

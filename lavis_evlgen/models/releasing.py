@@ -6,12 +6,11 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lavis_evlgen.models.bundle import EXTRA, WEIGHTS, find_bundle, read_config
 from lavis_evlgen.models.released import NAMES, PROJECTIONS, shape_of
-from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.models.sources import WeightsError, read_state_dict
 
 OUR_TEMPORAL = re.compile(r"visual_encoder\.temporal\.(\d+)\.(.+)")
 # settings that the released code does not have: what it does in their place
@@ -42,7 +41,7 @@ def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
     gate = content.get("released", {}).get("alpha_shape", [1])
     theirs = {ours: name for name, ours in NAMES.items()} | {"llm_proj.": projection + "."}
     state, lines = {}, []
-    for name, tensor in load_file(folder / WEIGHTS).items():
+    for name, tensor in read_state_dict(str(folder / WEIGHTS), "convert").items():
         prefix = next((p for p in theirs if name.startswith(p)), None)
         released = theirs[prefix] + name.removeprefix(prefix) if prefix else name
         if temporal := OUR_TEMPORAL.fullmatch(name):
@@ -50,7 +49,7 @@ def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
             tensor = tensor.reshape(gate) if name.endswith(".alpha") else tensor
         state[released] = tensor
         lines.append(f"used    {name}  {shape_of(tensor)} -> {released}")
-    extra = load_file(folder / EXTRA) if (folder / EXTRA).exists() else {}
+    extra = read_state_dict(str(folder / EXTRA), "convert") if (folder / EXTRA).exists() else {}
     lines += [f"kept    {name}  {shape_of(tensor)} from {EXTRA}" for name, tensor in extra.items()]
     if not any(name.startswith("VLconnector.pooler.") for name in extra):
         lines.append("missing VLconnector.pooler.*: this bundle never had one; the model does not use it")

