@@ -110,6 +110,9 @@ def main(script: str, purpose: str, evaluate: bool = False, argv=None):
     args = parser(script, purpose).parse_args(argv)
     try:
         run(args, evaluate)
+    except distributed.FailedOnMain:  # which tells why
+        distributed.stop()
+        raise SystemExit(2) from None
     except USER_ERRORS as error:
         distributed.stop()
         print(f"{script}: {one_line(error)}", file=sys.stderr)

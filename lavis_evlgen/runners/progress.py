@@ -77,6 +77,7 @@ class Progress:
         self.sums: dict[str, torch.Tensor] = {}
         self.count, self.waited, self.started = 0, 0.0, time.perf_counter()
         self.paused = 0.0
+        self.skipped = 0  # steps up to this window whose gradient was not finite
         self.seconds_per_step = None
         self.flops_per_image = None  # of training, once a batch has been counted
 
@@ -123,6 +124,9 @@ class Progress:
         more += "".join(f"  {key.replace('_', ' ')} {row[key]:.3f}" for key in SPOKEN if key in row)
         if "across_picture_share" in row:
             more += f"  across-picture share {row['across_picture_share']:.3f}"
+        if skipped := round(row.get("skipped_steps", 0)) - self.skipped:
+            more += f"  {skipped} of {self.count} steps skipped (gradient not finite)"
+            self.skipped += skipped
         logging.info(
             "step %d/%d  loss %.4f  lr %.2e%s  %.1f images/s  data wait %.0f%%  peak %.1f GB  ETA %s",
             step, self.max_steps, row["loss"], lr, more, row["images_per_s"],

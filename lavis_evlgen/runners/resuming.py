@@ -9,12 +9,13 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.checkpoints import load_trainable, trainable_state
 from lavis_evlgen.models.frozen_identity import NAMED_BY, frozen_identity, other_parts
 from lavis_evlgen.runners import state
+from lavis_evlgen.runners.steps import ADVICE, NonFinite
 
 
 class Resumable:
     """Mixin of a runner: what is in its checkpoints, and how a run goes on from one.
 
-    Reads and sets the runner's `start_step`, `best`, `shards`, `_step_state`, `_unevaluated`.
+    Reads and sets the runner's `start_step`, `best`, `shards`, `step_fn`, `_step_state`, `_unevaluated`.
     """
 
     def _content(self, step: int) -> dict:
@@ -25,6 +26,7 @@ class Resumable:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.step_fn.scaler_state(),
             "skipped_steps": self.step_fn.skipped.item(),
+            "skipped_in_a_row": self.step_fn.in_a_row.item(),
             "images_per_step": self.images_per_step,
             "step": step,
             "rng": rng,
@@ -38,12 +40,44 @@ class Resumable:
     def _save(self, step: int, *names: str, unevaluated: bool = False):
         """Write the run as it stands under each of `names` (state.LAST, state.BEST); every rank calls it.
 
-        unevaluated: the evaluation due at this step is still to come.
+        unevaluated: the evaluation due at this step is still to come. Raises NonFinite rather than write weights or
+        moments that are not finite, WeightsError when a file cannot be written.
         """
+        if distributed.any_rank(not self.step_fn.finite()):
+            self._refuse_non_finite(step)
         content = {**self._content(step), "unevaluated": unevaluated}
-        for name in names:
-            if distributed.is_main():
+
+        def write():
+            for name in names:
                 state.write(self.output_dir / name, content)
+
+        distributed.on_main(write)
+
+    def _refuse_non_finite(self, step: int):
+        def fail():
+            good = state.find_last(self.output_dir)
+            left = f"the last good checkpoint is {good}, of step {state.step_of(good)}" if good else "nothing was saved"
+            raise NonFinite(
+                f"weights or moments are not finite (NaN or infinity) at step {step} and were not saved; {left}. To go "
+                f"on, {ADVICE}"
+            )
+
+        distributed.on_main(fail)
+
+    def _check_end(self, step: int):
+        """After the last step: a run that ends in numbers that are not finite has failed; its weights are kept."""
+        words = self.step_fn.diverged_at_end()
+        if not distributed.any_rank(words is not None):
+            return
+        self._save(step, state.LAST, unevaluated=bool(self.valid_splits))
+
+        def fail():
+            raise NonFinite(
+                f"training ended at step {step} without a finite loss: {words or 'so another rank says'}. "
+                f"{self.output_dir / state.LAST} holds weights from before that; {ADVICE}"
+            )
+
+        distributed.on_main(fail)
 
     def _load_model(self, weights: dict, source):
         load_trainable(self._model, weights, str(source))
@@ -63,7 +97,7 @@ class Resumable:
         self._load_model(saved["model"], path)
         load_optimizer(self.optimizer, saved["optimizer"])
         self.start_step, self.best = saved["step"], saved["best"]
-        self._step_state = {key: saved[key] for key in ("scaler", "skipped_steps") if key in saved}
+        self._step_state = {key: saved[key] for key in ("scaler", "skipped_steps", "skipped_in_a_row") if key in saved}
         self._unevaluated = saved.get("unevaluated", False)
         if saved["world_size"] == distributed.world_size():
             state.set_rng_state(saved["rng"][distributed.rank()])

@@ -191,7 +191,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         objective = getattr(self.task, "objective", None)
         step_fn = TrainingStep(self.model, self.optimizer, self.device, self.config.run_cfg, objective=objective)
         step_fn.load_state(self._step_state)
-        self.step_fn = step_fn
+        self.step_fn, self.progress.skipped = step_fn, round(step_fn.skipped.item())
         if self._unevaluated:  # the run was cut off in the evaluation at the step it resumes from
             self._evaluate_and_save(self.start_step)
         self._model.train()
@@ -210,6 +210,8 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
             due = done % self.iters_per_inner_epoch == 0 or done == self.max_iters
             if done % self.log_freq == 0 or due:
                 self._log(done, lr)
+            if done == self.max_iters:
+                self._check_end(done)
             if due:
                 self._evaluate_and_save(done)
             if self._should_stop(done):

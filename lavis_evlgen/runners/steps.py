@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lavis_evlgen import distributed
 from lavis_evlgen.models.freezing import auto_precision, autocast_type
+from lavis_evlgen.models.integrity import all_finite
 
 
 def amp_of(run):
@@ -18,8 +19,14 @@ def amp_of(run):
     return auto_precision() if amp == "auto" else amp
 
 
+PATIENCE_AT_END = 5  # skipped steps in a row that are too many where no more steps follow
+
+
 class NonFinite(RuntimeError):
     """Training has diverged."""
+
+
+ADVICE = "lower run.init_lr, set run.max_grad_norm, or use run.amp=bf16 in place of fp16"
 
 
 class TrainingStep:
@@ -41,13 +48,15 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.skipped = torch.zeros((), device=device)  # steps left out so far
         self.in_a_row = torch.zeros((), device=device)
+        self.last_loss = None  # () on the device, of the step before
 
     def scaler_state(self) -> dict | None:
         return self.scaler.state_dict() if self.scaler.is_enabled() else None
 
     def load_state(self, saved: dict):
-        """Go on with the loss scale and the count of skipped steps of a checkpoint ({}: a new run)."""
+        """Go on with the loss scale and the counts of skipped steps of a checkpoint ({}: a new run)."""
         self.skipped += saved.get("skipped_steps", 0)
+        self.in_a_row += saved.get("skipped_in_a_row", 0)
         if saved.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
 
@@ -72,6 +81,7 @@ class TrainingStep:
             with hold:
                 for key, value in self._forward_backward(batch).items():
                     values[key] = values.get(key, 0) + value / self.accum
+        self.last_loss = values["loss"]
         values["grad_norm"] = self._update()
         values["skipped_steps"] = self.skipped.clone()
         return values, waited, bad
@@ -112,6 +122,19 @@ class TrainingStep:
         """Called when a log line is due; raises NonFinite after `patience` skipped steps in a row."""
         if self.in_a_row.item() >= self.patience:
             raise NonFinite(
-                f"the gradient was not finite in {int(self.in_a_row.item())} steps in a row up to step {step}: lower "
-                "run.init_lr, set run.max_grad_norm, or use run.amp=bf16 in place of fp16"
+                f"the gradient was not finite in {int(self.in_a_row.item())} steps in a row up to step {step}: {ADVICE}"
             )
+
+    def diverged_at_end(self) -> str | None:
+        """Called after the last step: why this rank says that training has diverged, in words, or None."""
+        in_a_row = int(self.in_a_row.item())
+        if in_a_row >= min(self.patience, PATIENCE_AT_END):
+            return f"the gradient was not finite in the last {in_a_row} steps"
+        if self.last_loss is not None and not torch.isfinite(self.last_loss).item():
+            return "the loss of the last step is not finite"
+        return None
+
+    def finite(self) -> bool:
+        """Whether all weights and moments on this rank are finite; waits for the device."""
+        moments = (value for of_one in self.optimizer.state.values() for value in of_one.values())
+        return bool(all_finite([*self.parameters, *moments]).item())
