@@ -25,6 +25,7 @@ from lavis_evlgen.models.bundle import trained_section  # noqa: E402
 from lavis_evlgen.models.sources import WeightsError  # noqa: E402
 from lavis_evlgen.runners.bad_images import TooManyBadImages  # noqa: E402
 from lavis_evlgen.runners.steps import NonFinite  # noqa: E402
+from lavis_evlgen.runners.stopping import signals  # noqa: E402
 
 # Problems that the user can mend: shown as one line, without a stack trace.
 USER_ERRORS = (ConfigError, DataError, WeightsError, MissingExtra, TooManyBadImages, NonFinite)
@@ -109,7 +110,8 @@ def main(script: str, purpose: str, evaluate: bool = False, argv=None):
     """Entry of train.py and evaluate.py: errors that the user can mend are one line, exit code 2."""
     args = parser(script, purpose).parse_args(argv)
     try:
-        run(args, evaluate)
+        with signals.handled():
+            run(args, evaluate)
     except distributed.FailedOnMain:  # which tells why
         distributed.stop()
         raise SystemExit(2) from None

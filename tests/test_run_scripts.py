@@ -4,6 +4,7 @@ import argparse
 import os
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -166,6 +167,27 @@ def test_several_nodes_meet_at_one_of_them():
     assert cfg.run_cfg.batch_size_train * 8 * cfg.run_cfg.accum_grad_iters == 1600
 
 
+def test_processes_have_time_to_save_after_sigterm(tmp_path):
+    """Torch's launcher kills after 30 s unless told otherwise."""
+
+    def timeout(**environment) -> str | None:
+        command, _ = started("launch.sh projects/evlgen/opt.yaml", GPUS="8", **environment)
+        launcher = command[: command.index("train.py")]
+        return launcher[launcher.index("--shutdown-timeout") + 1] if "--shutdown-timeout" in launcher else None
+
+    assert (timeout(), timeout(SHUTDOWN="60"), timeout(SHUTDOWN="")) == ("300", "60", None)
+    known = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--help"], capture_output=True, text=True)
+    assert "--shutdown-timeout" in known.stdout
+    for name, does in (("scontrol", "echo node1"), ("srun", 'exec "$@"')):  # a cluster that runs what it is given
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "12",
+           "SLURM_JOB_NODELIST": "node1", "PATH": f"{tmp_path}:{os.environ['PATH']}", "DRY_RUN": "1"}  # fmt: skip
+    command = shlex.split(script("slurm.sh projects/evlgen/opt.yaml run.run_name=a", **job).stdout)
+    assert int(command[command.index("--shutdown-timeout") + 1]) < 120  # the job ends 120 s after SIGTERM
+    assert command[command.index("--rdzv_id") + 1] == "12"
+
+
 @pytest.mark.parametrize(
     "words, environment, message",
     [
@@ -175,6 +197,7 @@ def test_several_nodes_meet_at_one_of_them():
         ("launch.sh projects/evlgen/opt.yaml", {"GPUS": "3"}, "no multiple of GPUS x NODES x BATCH = 300"),
         ("launch.sh projects/evlgen/opt.yaml", {"GPUS": "many"}, "GPUS=many is not a whole number"),
         ("launch.sh projects/evlgen/opt.yaml", {"GPUS": "4", "NODES": "2"}, "needs HEAD=host:port"),
+        ("launch.sh projects/evlgen/opt.yaml", {"GPUS": "8", "SHUTDOWN": "1m"}, "SHUTDOWN=1m is not a whole number"),
         ("paper/table1_opt.sh 10k", {}, "which row"),
         ("paper/table5_vicuna.sh", {}, "which row"),
         ("paper/table1_blip2.sh 3", {}, "which stage"),

@@ -144,6 +144,8 @@ def _prepare_worker(exiting, _worker: int):
     torch.set_num_threads(1)
     # at exit with 0: torch raises an alarm in the main process at anything else
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if exiting.value else None)
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends these to the whole process group too
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _shard_stream(datasets, seed, rank, world, workers, places, k: int, worker: int) -> ShardStream:

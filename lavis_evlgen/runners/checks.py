@@ -10,6 +10,7 @@ from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import ImageShards
+from lavis_evlgen.runners.stopping import save_every
 
 
 def sets_with(datasets: dict, split: str) -> dict:
@@ -96,6 +97,7 @@ def check_training(run, meanings: dict[str, str]):
     for key in ("max_iters", "iters_per_inner_epoch", "init_lr", "batch_size_train"):
         if run.get(key) is None:
             raise ConfigError(f"run.{key} is not set: {meanings[key]}")
+    save_every(run.get("save_every"))
 
 
 def check_evaluation(run, model):

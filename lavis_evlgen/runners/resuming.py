@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
@@ -10,12 +11,13 @@ from lavis_evlgen.models.checkpoints import load_trainable, trainable_state
 from lavis_evlgen.models.frozen_identity import NAMED_BY, frozen_identity, other_parts
 from lavis_evlgen.runners import state
 from lavis_evlgen.runners.steps import ADVICE, NonFinite
+from lavis_evlgen.runners.stopping import exit_code
 
 
 class Resumable:
     """Mixin of a runner: what is in its checkpoints, and how a run goes on from one.
 
-    Reads and sets the runner's `start_step`, `best`, `shards`, `step_fn`, `_step_state`, `_unevaluated`.
+    Reads and sets the runner's `start_step`, `best`, `shards`, `step_fn`, `lookout`, `_step_state`, `_unevaluated`.
     """
 
     def _content(self, step: int) -> dict:
@@ -52,6 +54,7 @@ class Resumable:
                 state.write(self.output_dir / name, content)
 
         distributed.on_main(write)
+        self.lookout.saved()
 
     def _refuse_non_finite(self, step: int):
         def fail():
@@ -78,6 +81,14 @@ class Resumable:
             )
 
         distributed.on_main(fail)
+
+    def _stop(self, step: int):
+        """End the process for the signal that ranks have agreed on; all is saved."""
+        number = self.lookout.stop
+        if distributed.is_main():
+            logging.warning("%s: saved step %d in %s; stopping", signal.Signals(number).name, step, self.output_dir)
+        distributed.stop()
+        raise SystemExit(exit_code(number))
 
     def _load_model(self, weights: dict, source):
         load_trainable(self._model, weights, str(source))
@@ -143,7 +154,8 @@ class Resumable:
 
 # settings that say where and how fast, not what
 MAY_CHANGE = {
-    f"run.{key}" for key in ("resume_ckpt_path", "output_dir", "run_name", "num_workers", "device", "log_freq")
+    f"run.{key}"
+    for key in ("resume_ckpt_path", "output_dir", "run_name", "num_workers", "device", "log_freq", "save_every")
 }
 
 

@@ -41,6 +41,8 @@ CONFIG_KEYS = {
     "test_splits": "splits evaluated at the end with the best weights, e.g. [test]",
     "train_dataset_ratios": "shares of micro-steps, {data set: number}; left out: by size (not with shards)",
     "device": "auto (CUDA where present), cuda, cpu",
+    "save_every": "save checkpoint_last.pth between evaluations too: every so many steps, or a time such as 30min, 2h "
+    "(0: at evaluations only)",
     "log_freq": "steps between log lines (50)",
     "tensorboard": "write TensorBoard events to the run folder (true)",
     "sheet_pictures": "pictures on captions.png (12)",

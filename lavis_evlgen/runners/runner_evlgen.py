@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-import signal
 import time
 from pathlib import Path
 
@@ -26,13 +25,15 @@ from lavis_evlgen.runners import run_keys, state
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
 from lavis_evlgen.runners.checks import check_evaluation, check_splits, check_training, sets_with
 from lavis_evlgen.runners.cost import flops_per_image
+from lavis_evlgen.runners.lock import RunLock
 from lavis_evlgen.runners.partial import KeepsRows
 from lavis_evlgen.runners.progress import Progress, startup_table
 from lavis_evlgen.runners.reporting import Reporter
 from lavis_evlgen.runners.resuming import Resumable
-from lavis_evlgen.runners.schedule import adamw
+from lavis_evlgen.runners.schedule import adamw, schedule_of
 from lavis_evlgen.runners.shard_progress import ShardProgress
 from lavis_evlgen.runners.steps import TrainingStep, amp_of
+from lavis_evlgen.runners.stopping import Lookout, save_every, signals
 
 
 @registry.register_runner("runner_evlgen")
@@ -60,7 +61,6 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         self._device = distributed.start(run.get("device", "auto"))
         self.seed = int(run.get("seed", 42))
         self.start_step, self.best = 0, {"agg_metrics": None, "step": 0}
-        self._stop = False
         model.to(self._device)
         self._optimizer = None if run.get("evaluate") else self._build_optimizer()
 
@@ -128,18 +128,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
     @property
     def lr_scheduler(self):
         if self._lr_sched is None:
-            run = self.config.run_cfg
-            name = run.get("lr_sched", "linear_warmup_cosine_step_lr")
-            if name != "linear_warmup_cosine_step_lr":
-                raise ConfigError(f"run.lr_sched: {name!r}; runner_evlgen knows linear_warmup_cosine_step_lr")
-            self._lr_sched = registry.get_lr_scheduler_class(name)(
-                self.optimizer,
-                init_lr=float(run.init_lr),
-                min_lr=float(run.get("min_lr", 0.0)),
-                max_steps=self.max_iters,
-                warmup_steps=int(run.get("warmup_steps", 0)),
-                warmup_start_lr=float(run.get("warmup_lr", 0.0)),
-            )
+            self._lr_sched = schedule_of(self.config.run_cfg, self.optimizer, self.max_iters)
         return self._lr_sched
 
     def _train_data(self):
@@ -163,9 +152,16 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         )
 
     def train(self):
-        """Train, evaluate and save as configured; with `evaluate: true` only evaluate."""
-        if self.evaluate_only:
-            return self.evaluate()
+        """Train, evaluate and save as configured, or only evaluate; one run at a time in a folder."""
+        lock = RunLock(self.output_dir)
+        with signals.handled(last_words=lock.release):
+            try:
+                distributed.on_main(lock.take)
+                return self.evaluate() if self.evaluate_only else self._train()
+            finally:
+                lock.release()
+
+    def _train(self):
         run = self.config.run_cfg
         data, ratios = self._train_data()
         tensorboard = run.get("tensorboard", True) and distributed.is_main()
@@ -175,16 +171,15 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         self.shards = ShardProgress(self.output_dir, data, int(run.get("num_workers", 0)))
         self._seed_everything()
         self._resume()
-        signal.signal(signal.SIGTERM, self._on_sigterm)
-        if distributed.is_main():
-            self.progress.resume_at(self.start_step)
-            self.shards.bad.resume_at(self.start_step)
-        self.bad = BadImages(self.output_dir, list(data.values()), resumed=self.start_step > 0)
-        self.reporter = Reporter(self)
-        if distributed.is_main():
-            logging.info("\n%s", startup_table(self._model, self.reporter.facts(data, self.images_per_step)))
-        self._loop(self.shards.follow(iter(self._train_loader(data, ratios))))
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # all is saved: there is nothing to wait for
+        with signals.deferred():
+            if distributed.is_main():
+                self.progress.resume_at(self.start_step)
+                self.shards.bad.resume_at(self.start_step)
+            self.bad = BadImages(self.output_dir, list(data.values()), resumed=self.start_step > 0)
+            self.reporter = Reporter(self)
+            if distributed.is_main():
+                logging.info("\n%s", startup_table(self._model, self.reporter.facts(data, self.images_per_step)))
+            self._loop(self.shards.follow(iter(self._train_loader(data, ratios))))
         self._finish()
 
     def _loop(self, batches):
@@ -192,6 +187,8 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         step_fn = TrainingStep(self.model, self.optimizer, self.device, self.config.run_cfg, objective=objective)
         step_fn.load_state(self._step_state)
         self.step_fn, self.progress.skipped = step_fn, round(step_fn.skipped.item())
+        asks_gpu = distributed.initialized() and self.device.type == "cuda"
+        self.lookout = Lookout(self.start_step, *save_every(self.config.run_cfg.get("save_every")), asks_gpu)
         if self._unevaluated:  # the run was cut off in the evaluation at the step it resumes from
             self._evaluate_and_save(self.start_step)
         self._model.train()
@@ -214,11 +211,15 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
                 self._check_end(done)
             if due:
                 self._evaluate_and_save(done)
-            if self._should_stop(done):
+            if self.lookout.look(done) and not due:
+                started, due = time.perf_counter(), True
                 self._save(done, state.LAST)
-                logging.warning("SIGTERM: saved step %d in %s; stopping", done, self.output_dir)
-                distributed.stop()
-                raise SystemExit(143)
+                self.progress.pause(time.perf_counter() - started)
+            if due and self.lookout.told_to_stop():  # while it was saved
+                self._stop(done)
+            if self.lookout.stop:
+                self._save(done, state.LAST)
+                self._stop(done)
 
     def _log(self, step: int, lr: float):
         self.bad.share()
@@ -236,13 +237,16 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         started = time.perf_counter()
         if self.valid_splits:  # whatever becomes of the evaluation
             self._save(step, state.LAST, unevaluated=True)
+            if self.lookout.told_to_stop():
+                self._stop(step)
         names = [state.LAST]
-        for split in self.valid_splits:
-            result = self.eval_epoch(split, step)
-            best, value = self.best["agg_metrics"], result["agg_metrics"]
-            if split == self.valid_splits[0] and (best is None or value > best):
-                self.best = {"agg_metrics": value, "step": step}
-                names.append(state.BEST)
+        with signals.deferred(False):  # all is saved: there is nothing to wait for
+            for split in self.valid_splits:
+                result = self.eval_epoch(split, step)
+                best, value = self.best["agg_metrics"], result["agg_metrics"]
+                if split == self.valid_splits[0] and (best is None or value > best):
+                    self.best = {"agg_metrics": value, "step": step}
+                    names.append(state.BEST)
         self._save(step, *names)
         self._model.train()
         if distributed.is_main():
@@ -299,12 +303,3 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-
-    def _on_sigterm(self, *_):
-        self._stop = True
-
-    def _should_stop(self, step: int) -> bool:
-        """Whether any rank was told to stop; ranks ask each other at the same steps, on GPUs every tenth."""
-        if distributed.initialized() and self.device.type == "cuda" and step % 10:
-            return False
-        return distributed.any_rank(self._stop)

@@ -7,6 +7,8 @@ import math
 import torch
 from lavis.common.registry import registry
 
+from lavis_evlgen.config import ConfigError
+
 
 @registry.register_lr_scheduler("linear_warmup_cosine_step_lr")
 class LinearWarmupCosineStepLR:
@@ -32,6 +34,21 @@ class LinearWarmupCosineStepLR:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         return rate
+
+
+def schedule_of(run, optimizer, max_steps: int) -> LinearWarmupCosineStepLR:
+    """The schedule that a run section asks for. Raises ConfigError for one that `runner_evlgen` does not know."""
+    name = run.get("lr_sched", "linear_warmup_cosine_step_lr")
+    if name != "linear_warmup_cosine_step_lr":
+        raise ConfigError(f"run.lr_sched: {name!r}; runner_evlgen knows linear_warmup_cosine_step_lr")
+    return registry.get_lr_scheduler_class(name)(
+        optimizer,
+        init_lr=float(run.init_lr),
+        min_lr=float(run.get("min_lr", 0.0)),
+        max_steps=max_steps,
+        warmup_steps=int(run.get("warmup_steps", 0)),
+        warmup_start_lr=float(run.get("warmup_lr", 0.0)),
+    )
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
