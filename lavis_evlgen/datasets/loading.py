@@ -53,19 +53,23 @@ class FromShards(NamedTuple):
 class MixtureBatches(Sampler):
     """Batches of (data set, epoch, row) for one rank, from micro-step `start` on, without end.
 
-    With several data sets, each micro-step draws one of them by `ratios`, the same on every rank. A set of size None
-    is one of shards: its batch is one FromShards, of the stream of worker m mod `workers`.
+    With several data sets, each micro-step draws one of them by `ratios`: the same on every rank, or with `per_rank`
+    each rank one of its own, so that W ranks draw in micro-step m what one rank draws in the W micro-steps from m * W
+    on. A set of size None is one of shards: its batch is one FromShards, of the stream of worker m mod `workers`.
     """
 
     def __init__(self, sizes, ratios, batch_size: int, seed: int, rank: int, world: int, start: int = 0,
-                 workers: int = 1):
+                 workers: int = 1, per_rank: bool = False):
         self.streams = [size and EpochStream(size, mix(seed, k)) for k, size in enumerate(sizes)]
         self.workers = workers
+        # draws of a micro-step, and which of them is this rank's; ranks that share a draw split its samples
+        self.draws, self.draw = (world, rank) if per_rank else (1, 0)
+        self.share, self.sharing = (0, 1) if per_rank else (rank, world)
         self.edges = np.cumsum(np.asarray(ratios, dtype=np.float64)) / float(sum(ratios))
-        self.batch_size, self.seed, self.rank, self.world, self.start = batch_size, seed, rank, world, start
+        self.batch_size, self.seed, self.start = batch_size, seed, start
 
     def choices(self, start: int, count: int) -> np.ndarray:
-        """The data set of each of `count` micro-steps from `start` on."""
+        """The data set of each of `count` draws from number `start` on."""
         if len(self.streams) == 1:
             return np.zeros(count, dtype=np.int64)
         draws = np.random.Generator(np.random.Philox(key=mix(self.seed, 7), counter=start // 4))
@@ -73,17 +77,20 @@ class MixtureBatches(Sampler):
         return np.minimum(np.searchsorted(self.edges, values, side="right"), len(self.streams) - 1)
 
     def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
-        done = np.bincount(self.choices(0, self.start), minlength=len(self.streams)) if self.start else None
-        steps = [0] * len(self.streams) if done is None else done.tolist()  # micro-steps each set has had
+        before = self.choices(0, self.start * self.draws)
+        had = np.bincount(before, minlength=len(self.streams)).tolist()  # draws of each set so far
         m = self.start
         while True:
-            k = int(self.choices(m, 1)[0])
+            drawn = self.choices(m * self.draws, self.draws).tolist()  # of this micro-step, on all ranks
+            k = drawn[self.draw]
             if self.streams[k] is None:
                 yield [FromShards(k, m % self.workers, self.batch_size)]
             else:
-                first = (steps[k] * self.world + self.rank) * self.batch_size
+                turn = had[k] + drawn[: self.draw].count(k)
+                first = (turn * self.sharing + self.share) * self.batch_size
                 yield [(k, *self.streams[k][first + j]) for j in range(self.batch_size)]
-            steps[k] += 1
+            for one in drawn:
+                had[one] += 1
             m += 1
 
 
@@ -154,15 +161,16 @@ def _shard_stream(datasets, seed, rank, world, workers, places, k: int, worker: 
 
 
 def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_workers, pin_memory,
-                 places: dict[tuple[int, int], Place] | None = None) -> DataLoader:
+                 places: dict[tuple[int, int], Place] | None = None, per_rank: bool = False) -> DataLoader:
     """Endless loader over `datasets` from micro-step `start` on. ratios: shares of micro-steps (None: by size).
 
     places: where the stream of (shard set, worker) of this rank stands; from its beginning where nothing is said.
+    per_rank: each rank draws a data set of its own in every micro-step.
     """
     sizes = [None if isinstance(d, ImageShards) else len(d) for d in datasets]
     ratios = ratios or (sizes if len(sizes) > 1 else [1])
     workers = max(1, num_workers)
-    batches = MixtureBatches(sizes, ratios, batch_size, seed, rank, world, start, workers)
+    batches = MixtureBatches(sizes, ratios, batch_size, seed, rank, world, start, workers, per_rank)
 
     streams = partial(_shard_stream, datasets, seed, rank, world, workers, places or {})
     mixture = Mixture(list(datasets), seed, streams)

@@ -10,6 +10,7 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.checkpoints import load_trainable, trainable_state
 from lavis_evlgen.models.frozen_identity import NAMED_BY, frozen_identity, other_parts
 from lavis_evlgen.runners import state
+from lavis_evlgen.runners.checks import sets_with
 from lavis_evlgen.runners.steps import ADVICE, NonFinite
 from lavis_evlgen.runners.stopping import exit_code
 
@@ -30,6 +31,7 @@ class Resumable:
             "skipped_steps": self.step_fn.skipped.item(),
             "skipped_in_a_row": self.step_fn.in_a_row.item(),
             "images_per_step": self.images_per_step,
+            "images_per_draw": self.images_per_draw,
             "step": step,
             "rng": rng,
             "best": self.best,
@@ -144,12 +146,28 @@ class Resumable:
                 f"({' or '.join(f'model.{key}' for key in NAMED_BY.get(part, ('...',)))}), or start a new run from "
                 f"these weights with model.pretrained={path}"
             )
+        self._check_draws(saved, path)
         now = flat(self.config.to_dict())
         then = flat(saved.get("config", now))
         changed = [key for key in sorted(now | then) if now.get(key) != then.get(key) and key not in MAY_CHANGE]
         if changed:
             words = ", ".join(f"{key}: {then.get(key)} -> {now.get(key)}" for key in changed)
             logging.warning("resumed with other settings than %s was made with: %s", path, words)
+
+    def _check_draws(self, saved: dict, path):
+        """Refuse a mix whose draws are of another size: how often each set was drawn would no longer be known."""
+        if len(sets_with(self.datasets, "train")) < 2:
+            return
+        accumulated = flat(saved.get("config", {})).get("run.accum_grad_iters") or 1
+        # checkpoints that do not say: all ranks drew alike
+        then = saved.get("images_per_draw", saved.get("images_per_step", 0) // accumulated)
+        if then and then != self.images_per_draw:
+            raise ConfigError(
+                f"{path} drew a data set for every {then} images, this run would for every {self.images_per_draw}, and "
+                "lose its place in the data: keep run.batch_size_train x ranks (run.batch_size_train alone with "
+                "run.mix_per_rank=true) and run.accum_grad_iters, or start a new run from these weights with "
+                f"model.pretrained={path}"
+            )
 
 
 # settings that say where and how fast, not what

@@ -40,6 +40,8 @@ CONFIG_KEYS = {
     "valid_splits": "splits evaluated during training, e.g. [val]",
     "test_splits": "splits evaluated at the end with the best weights, e.g. [test]",
     "train_dataset_ratios": "shares of micro-steps, {data set: number}; left out: by size (not with shards)",
+    "mix_per_rank": "of several training sets, true: each rank draws its own at every micro-step, as LAVIS does; "
+    "false: all ranks draw the same one (false)",
     "device": "auto (CUDA where present), cuda, cpu",
     "save_every": "save checkpoint_last.pth between evaluations too: every so many steps, or a time such as 30min, 2h "
     "(0: at evaluations only)",

@@ -94,6 +94,12 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         return int(self.config.run_cfg.batch_size_train) * distributed.world_size() * self.accum_grad_iters
 
     @property
+    def images_per_draw(self) -> int:
+        """Pictures that one draw of a data set from a mix stands for."""
+        run = self.config.run_cfg
+        return int(run.batch_size_train) * (1 if run.get("mix_per_rank") else distributed.world_size())
+
+    @property
     def evaluate_only(self) -> bool:
         return bool(self.config.run_cfg.get("evaluate", False))
 
@@ -149,6 +155,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
             int(run.get("num_workers", 0)),
             self.device.type == "cuda",
             self.shards.places,
+            bool(run.get("mix_per_rank")),
         )
 
     def train(self):

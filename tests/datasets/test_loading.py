@@ -193,3 +193,25 @@ raise SystemExit(7)  # `batches` is alive: its worker must not keep the process
 def test_a_worker_does_not_outlive_a_main_process_that_fails():
     done = subprocess.run([sys.executable, "-c", STOPPED_MIDWAY], timeout=180, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 7 and "Traceback" not in done.stderr
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes, st.integers(1, 4), st.integers(1, 4), st.integers(0, 12), seeds)
+def test_ranks_that_draw_their_own_sets_see_what_one_rank_sees_in_as_many_micro_steps(sizes, world, batch, start, seed):
+    ratios = [k + 1 for k in range(len(sizes))]
+
+    def mixture(rank, world, start):
+        return MixtureBatches(sizes, ratios, batch, seed, rank, world, start, per_rank=True)
+
+    alone = list(itertools.islice(MixtureBatches(sizes, ratios, batch, seed, 0, 1, start * world), 6 * world))
+    ranks = [list(itertools.islice(mixture(rank, world, start), 6)) for rank in range(world)]
+    assert [one[m] for m in range(6) for one in ranks] == alone
+
+
+def test_ranks_draw_different_sets_only_where_asked():
+    def drawn(per_rank):
+        both = [MixtureBatches([50, 50], [1, 1], 1, 3, rank, 2, per_rank=per_rank) for rank in range(2)]
+        sets = [[batch[0][0] for batch in itertools.islice(one, 200)] for one in both]
+        return sum(a != b for a, b in zip(*sets, strict=True)) / 200
+
+    assert drawn(False) == 0 and 0.4 < drawn(True) < 0.6
