@@ -24,6 +24,7 @@ from lavis_evlgen.environment import MissingExtra  # noqa: E402
 from lavis_evlgen.models.bundle import trained_section  # noqa: E402
 from lavis_evlgen.models.sources import WeightsError  # noqa: E402
 from lavis_evlgen.runners.bad_images import TooManyBadImages  # noqa: E402
+from lavis_evlgen.runners.determinism import be_deterministic  # noqa: E402
 from lavis_evlgen.runners.steps import NonFinite  # noqa: E402
 from lavis_evlgen.runners.stopping import signals  # noqa: E402
 
@@ -82,7 +83,9 @@ def run(args, evaluate: bool = False):
 
     cfg = EvlgenConfig(args, evaluate, trained_section)
     with config_errors():
-        distributed.start(cfg.run_cfg.get("device", "auto"))
+        device = distributed.start(cfg.run_cfg.get("device", "auto"))
+    if cfg.run_cfg.get("deterministic"):
+        be_deterministic(device)
     set_up_logging()
     if cfg.trained is not None and distributed.is_main():
         cfg.trained.log()

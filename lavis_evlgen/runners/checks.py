@@ -98,7 +98,7 @@ def check_training(run, meanings: dict[str, str]):
         if run.get(key) is None:
             raise ConfigError(f"run.{key} is not set: {meanings[key]}")
     save_every(run.get("save_every"))
-    for key in ("mix_per_rank",):
+    for key in ("mix_per_rank", "deterministic"):
         if run.get(key) not in (None, True, False):
             raise ConfigError(f"run.{key}: {run[key]!r} is not true or false")
 

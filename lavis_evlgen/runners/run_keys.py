@@ -42,6 +42,8 @@ CONFIG_KEYS = {
     "train_dataset_ratios": "shares of micro-steps, {data set: number}; left out: by size (not with shards)",
     "mix_per_rank": "of several training sets, true: each rank draws its own at every micro-step, as LAVIS does; "
     "false: all ranks draw the same one (false)",
+    "deterministic": "true: only algorithms that give the same bits every time, on CUDA too; slower, and attention "
+    "takes more memory (false)",
     "device": "auto (CUDA where present), cuda, cpu",
     "save_every": "save checkpoint_last.pth between evaluations too: every so many steps, or a time such as 30min, 2h "
     "(0: at evaluations only)",
