@@ -95,7 +95,9 @@ def _words(place: str, value, kinds: dict) -> str:
     if given == {"SWITCHES"}:
         return f"{place}: {shown(repr(value))} is not true or false"
     if given == {"CHOICES"}:
-        return f"{place}: {shown(repr(value))} is not one of {_listed(kinds['CHOICES'])}"
+        near = nearest(str(value), kinds["CHOICES"])
+        near = near if "did you mean" in near else ""  # the list is in the message already
+        return f"{place}: {shown(repr(value))} is not one of {_listed(kinds['CHOICES'])}{near}"
     words = {
         "SWITCHES": lambda _: "true, false",
         "CHOICES": _listed,
