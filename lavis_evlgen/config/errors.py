@@ -16,8 +16,9 @@ def one_line(error: Exception) -> str:
 
 
 def shown(value) -> str:
-    """A value as a message shows it: cut, where it is long; null as in YAML."""
-    text = "null" if value is None else str(value)
+    """A value as a message shows it: cut, where it is long; null, true and false as in YAML."""
+    plain = value is None or isinstance(value, bool)
+    text = {None: "null", True: "true", False: "false"}[value] if plain else str(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 

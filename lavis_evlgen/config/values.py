@@ -86,7 +86,7 @@ def _taken(place: str, value, kinds: dict):
 
 def _words(place: str, value, kinds: dict) -> str:
     """The sentence for a value of another kind than its key takes."""
-    given = {name for name in TABLES if kinds[name]}
+    given = {name for name in TABLES if kinds[name]} if value is not None else set()
     if given == {"NUMBERS"} and isinstance(value, str):
         hint = f"; write it without quotes: {value.strip()}" if _reads_as_number(value) else ""
         return f"{place}: {shown(repr(value))} is not a number{hint}"
@@ -99,10 +99,10 @@ def _words(place: str, value, kinds: dict) -> str:
         near = near if "did you mean" in near else ""  # the list is in the message already
         return f"{place}: {shown(repr(value))} is not one of {_listed(kinds['CHOICES'])}{near}"
     words = {
-        "SWITCHES": lambda _: "true, false",
+        "SWITCHES": lambda _: "true or false",
         "CHOICES": _listed,
-        "NUMBERS": _limits,
         "TEXTS": lambda _: "text",
+        "NUMBERS": _limits,
         "LISTS": lambda item: f"a list of {_plural(item)}",
         "MAPPINGS": _mapping_words,
     }
