@@ -96,7 +96,7 @@ def test_what_few_keys_take(outcomes):
 
     assert keys(-1) == {"length_penalty", "vit_layer"}
     assert keys(True) == {
-        "amp", "compile", "distributed", "end_mark", "evaluate", "flip", "freeze_vit", "lemmatize",
+        "amp", "compile", "distributed", "end_mark", "evaluate", "flip", "freeze_vit", "label_bos", "lemmatize",
         "llm_grad_checkpoint", "load_finetuned", "load_pretrained", "lower", "proportional_attention",
         "shrink_on_load", "soft_prompt", "temporal", "temporal_positions", "tensorboard", "use_grad_checkpoint",
     }  # fmt: skip
@@ -106,7 +106,7 @@ def test_what_few_keys_take(outcomes):
                         "text_processor", "tome_r", "vis_processor"}  # fmt: skip
     assert keys([{"a": 1}]) == keys({"a": [1]}) == set()
     assert keys("text") == keys("") == {
-        "agg_metric", "caption_key", "captions", "connector_init", "data_type", "device", "dist_url",
+        "agg_metric", "bos_token", "caption_key", "captions", "connector_init", "data_type", "device", "dist_url",
         "finetuned", "folder", "image_name", "images", "llm_model", "metric", "opt_model", "output_dir",
         "pretrained", "prompt", "questions", "resume_ckpt_path", "run_name", "shards", "tokenizer", "videos",
         "vit_model", "vit_path",

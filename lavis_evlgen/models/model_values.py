@@ -33,7 +33,7 @@ class EvlgenValues(VisionValues):
         **VisionValues.NUMBERS, "num_layers": (1, 1000), "tome_r": (0, 10_000), "prompt_scale": (1e-6, 1e6),
         "drop_path_rate": (0.0, 1.0),
     }  # fmt: skip
-    SWITCHES = (*VisionValues.SWITCHES, "use_grad_checkpoint", "proportional_attention", "soft_prompt")
+    SWITCHES = (*VisionValues.SWITCHES, "use_grad_checkpoint", "proportional_attention", "soft_prompt", "label_bos")
     CHOICES = {
         **VisionValues.CHOICES,
         "llm_precision": PRECISIONS,
@@ -43,7 +43,7 @@ class EvlgenValues(VisionValues):
         "bos": ("before", "after"),
         "prompt_scale": ("released", "embedding"),
     }
-    TEXTS = (*VisionValues.TEXTS, "finetuned", "llm_model", "opt_model", "prompt")
+    TEXTS = (*VisionValues.TEXTS, "finetuned", "llm_model", "opt_model", "prompt", "bos_token")
     LISTS = {"tome_r": (0, 10_000)}
     MAPPINGS = {
         "tome_r": {"r": (0, 10_000), "inflection": (-1.0, 1.0), "target": (1, 100_000)},
@@ -55,4 +55,5 @@ class EvlgenValues(VisionValues):
     OPTIONAL = (
         *VisionValues.OPTIONAL, "finetuned", "connector", "connector_init", "connector_sizes", "num_layers", "tome_r",
         "merge_mean", "partition", "proportional_attention", "llm_model", "opt_model", "prompt", "lr_scale",
+        "bos_token", "label_bos",
     )  # fmt: skip
