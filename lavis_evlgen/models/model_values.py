@@ -15,7 +15,7 @@ class VisionValues:
         "image_size": (14, 10_000), "vit_layer": (-1000, 1000), "num_query_token": (1, 100_000),
         "max_txt_len": (3, 100_000), "dropout": (0.0, 0.99),
     }  # fmt: skip
-    SWITCHES: tuple[str, ...] = ("load_pretrained", "load_finetuned", "freeze_vit")
+    SWITCHES: tuple[str, ...] = ("load_pretrained", "load_finetuned", "freeze_vit", "trust_remote_code")
     CHOICES: dict[str, tuple] = {"vit_precision": PRECISIONS}
     TEXTS: tuple[str, ...] = ("arch", "model_type", "pretrained", "vit_model", "vit_path", "connector_init")
     OPTIONAL: tuple[str, ...] = ("pretrained", "vit_path", "vit_layer", "num_query_token", "dropout")

@@ -9,14 +9,16 @@ NUMBERS = {
     "max_grad_norm": (0.0, 1e9), "batch_size_train": (1, 10**6), "batch_size_eval": (1, 10**6),
     "accum_grad_iters": (1, 10**6), "num_workers": (0, 1000), "seed": (0, 4 * 10**9), "log_freq": (1, 10**9),
     "sheet_pictures": (0, 10_000), "keep_every": (0, 10**9), "world_size": (1, 10**6), "run_name": (0, 10**18),
+    "save_every": (0, 10**9),
 }  # fmt: skip
-SWITCHES = ("compile", "llm_grad_checkpoint", "evaluate", "tensorboard", "distributed")
+SWITCHES = ("compile", "llm_grad_checkpoint", "evaluate", "tensorboard", "distributed",
+            "deterministic", "mix_per_rank")  # fmt: skip
 CHOICES = {
     "amp": (False, "bf16", "fp16", True, "auto", "fp32"),
     "compile": tuple(PARTS),
     "lr_sched": ("linear_warmup_cosine_step_lr",),
 }
-TEXTS = ("runner", "task", "output_dir", "run_name", "resume_ckpt_path", "device", "dist_url")
+TEXTS = ("runner", "task", "output_dir", "run_name", "resume_ckpt_path", "device", "dist_url", "save_every")
 LISTS = {"compile": set(PARTS), "train_splits": {"train"}, "valid_splits": str, "test_splits": str}
 MAPPINGS = {"train_dataset_ratios": (0.0, 1e9)}
 AT_MOST = {"min_lr": ("init_lr", None)}
