@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lavis_evlgen.config import ConfigError, EvlgenConfig, nearest, registry
+from lavis_evlgen.config import ConfigError, EvlgenConfig, nearest
+from lavis_evlgen.config.run_config import registry
 from tests.run_tools import ROOT, run_config, write_config
 
 PROJECTS = sorted(ROOT.glob("projects/**/*.yaml"))

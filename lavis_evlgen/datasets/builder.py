@@ -11,6 +11,7 @@ from lavis_evlgen.datasets.errors import DataError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "datasets"
 SPLITS = ("train", "val", "test")
+SPLIT_COUNTS = dict.fromkeys(SPLITS, (0, 10**10, None))  # in MAPPINGS: how many of a split
 
 COMMON_KEYS = {
     "data_type": "images (LAVIS asks for it)",
@@ -25,6 +26,9 @@ class CaptionDatasetBuilder(BaseDatasetBuilder):
 
     NAME = ""
     CONFIG_KEYS: dict[str, str] = COMMON_KEYS
+    # what the values may be: lavis_evlgen/config/values.py says how these tables are read
+    NUMBERS: dict[str, tuple] = {"max_bad_fraction": (0.0, 1.0)}
+    TEXTS: tuple[str, ...] = ("data_type",)
 
     def build_datasets(self) -> dict:
         datasets = self.build()

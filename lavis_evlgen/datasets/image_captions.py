@@ -4,7 +4,7 @@ from lavis.common.registry import registry
 
 from lavis_evlgen.datasets import splitting
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
-from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLITS, CaptionDatasetBuilder
+from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLIT_COUNTS, SPLITS, CaptionDatasetBuilder
 from lavis_evlgen.datasets.captions_file import CaptionRow, read_captions_file
 from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.image_folder import ImageFolder, data_folder
@@ -27,6 +27,10 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
     THING = "image"  # what a row is about: its column in tables, and, as a plural, the key of the folder
     train_dataset_cls = eval_dataset_cls = ImageCaptionDataset
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_captions.yaml")}
+    TEXTS = (*CaptionDatasetBuilder.TEXTS, "images", "captions")
+    CHOICES = {"split": ("from_file",)}
+    MAPPINGS = {"split": SPLIT_COUNTS, "annotations": dict.fromkeys(SPLITS, str), "columns": str}
+    OPTIONAL = ("images", "captions", "split", "annotations", "columns")
     CONFIG_KEYS = {
         **COMMON_KEYS,
         "images": "the folder that the image names of the captions file start from",

@@ -3,7 +3,7 @@
 from lavis.common.registry import registry
 
 from lavis_evlgen.datasets import splitting
-from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLITS, CaptionDatasetBuilder
+from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLIT_COUNTS, SPLITS, CaptionDatasetBuilder
 from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.image_folder import ImageFolder, data_folder
 from lavis_evlgen.datasets.questions import AskedImage, QuestionDataset, group_by_image
@@ -29,6 +29,8 @@ class QuestionsBuilder(CaptionDatasetBuilder):
     """What the builders of questions about image files share: which pictures of a split are used."""
 
     train_dataset_cls = eval_dataset_cls = ImageQuestionDataset
+    MAPPINGS: dict[str, object] = {"pictures": SPLIT_COUNTS}
+    OPTIONAL: tuple[str, ...] = ("pictures",)
 
     def make(self, found: dict[str, list[AskedImage]], folder: str) -> dict[str, ImageQuestionDataset]:
         """The data sets of the splits found, cut to `pictures`."""
@@ -51,6 +53,17 @@ class ImageQuestionsBuilder(QuestionsBuilder):
     NAME = "image_questions"
     PLACE = "datasets.image_questions"
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_questions.yaml")}
+    TEXTS = (*QuestionsBuilder.TEXTS, "images", "questions", "image_name")
+    CHOICES = {"split": ("from_file",)}
+    MAPPINGS = {
+        **QuestionsBuilder.MAPPINGS,
+        "split": SPLIT_COUNTS,
+        "annotations": dict.fromkeys(SPLITS, list),
+        "columns": str,
+    }
+    OPTIONAL = (
+        *QuestionsBuilder.OPTIONAL, "images", "questions", "image_name", "split", "annotations", "columns"
+    )  # fmt: skip
     CONFIG_KEYS = {
         **QUESTION_KEYS,
         "images": "the folder that the image names start from",

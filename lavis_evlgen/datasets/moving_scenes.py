@@ -10,7 +10,7 @@ from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLITS, Ca
 from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.motion_specs import KINDS, Motion, sample_motion
 from lavis_evlgen.datasets.scene_drawing import draw_scene
-from lavis_evlgen.datasets.scenes import check_drawing
+from lavis_evlgen.datasets.scenes import DRAWING_NUMBERS, check_drawing
 from lavis_evlgen.datasets.video_captions import Clips
 
 _DRAWING = 1  # part of the fingerprint: raise it when the same clip is to look different
@@ -82,6 +82,8 @@ class MovingScenesBuilder(CaptionDatasetBuilder):
     NAME = "moving_scenes"
     train_dataset_cls = eval_dataset_cls = MovingScenesDataset
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "moving_scenes.yaml")}
+    NUMBERS = {**CaptionDatasetBuilder.NUMBERS, **DRAWING_NUMBERS}
+    MAPPINGS = {"sizes": dict.fromkeys(SPLITS, (0, 10**8, None)), "kinds": dict.fromkeys(KINDS, (0.0, 1e9, None))}
     CONFIG_KEYS = {
         **COMMON_KEYS,
         "data_type": "videos (LAVIS asks for it)",

@@ -10,6 +10,7 @@ from lavis_evlgen.datasets.scene_drawing import draw_scene
 from lavis_evlgen.datasets.scene_language import CAPTIONS_PER_SCENE, captions_of
 from lavis_evlgen.datasets.scene_specs import KINDS, Scene, sample_scene
 
+DRAWING_NUMBERS = {"seed": (0, 4 * 10**9), "image_size": (16, 10_000)}
 _DRAWING = 2  # part of the fingerprint: raise it when the same scene is to look different
 
 
@@ -63,6 +64,8 @@ class ScenesBuilder(CaptionDatasetBuilder):
     NAME = "scenes"
     train_dataset_cls = eval_dataset_cls = ScenesDataset
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "scenes.yaml")}
+    NUMBERS = {**CaptionDatasetBuilder.NUMBERS, **DRAWING_NUMBERS, "captions_per_image": (1, CAPTIONS_PER_SCENE)}
+    MAPPINGS = {"sizes": dict.fromkeys(SPLITS, (0, 10**8, None)), "kinds": dict.fromkeys(KINDS, (0.0, 1e9, None))}
     CONFIG_KEYS = {
         **COMMON_KEYS,
         "seed": "another seed draws other scenes; which combinations belong to which split stays",

@@ -120,6 +120,9 @@ class ImageShardsBuilder(CaptionDatasetBuilder):
     NAME = "image_shards"
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_shards.yaml")}
     NEEDS_FOLDER, DATASET = False, ImageShards
+    NUMBERS = {**CaptionDatasetBuilder.NUMBERS, "shuffle_window": (1, 10**9)}
+    TEXTS = (*CaptionDatasetBuilder.TEXTS, "shards", "folder", "caption_key")
+    LISTS, OPTIONAL = {"shards": str}, ("shards", "folder")
     CONFIG_KEYS = {
         **COMMON_KEYS,
         "shards": "tar files: a brace list {00000..00099}.tar, a glob, a folder, or a list of those",

@@ -82,6 +82,8 @@ class VideoCaptionsBuilder(ImageCaptionsBuilder):
         "msrvtt": str(CONFIG_FOLDER / "msrvtt.yaml"),
         "msvd": str(CONFIG_FOLDER / "msvd.yaml"),
     }
+    TEXTS = (*ImageCaptionsBuilder.TEXTS, "videos")
+    OPTIONAL = (*ImageCaptionsBuilder.OPTIONAL, "videos")
     CONFIG_KEYS = {
         **{key: words for key, words in ImageCaptionsBuilder.CONFIG_KEYS.items() if key != "images"},
         "data_type": "videos (LAVIS asks for it)",

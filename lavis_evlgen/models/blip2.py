@@ -22,6 +22,7 @@ from lavis_evlgen.lavis_bridge import on_this_rank_alone
 from lavis_evlgen.models.checkpoints import load_checkpoint_file
 from lavis_evlgen.models.connector_base import bert_config, bert_folder, bert_state, is_random
 from lavis_evlgen.models.connector_qformer import NUM_QUERY_TOKEN
+from lavis_evlgen.models.model_values import VisionValues
 from lavis_evlgen.models.sources import WeightsError, on_meta
 from lavis_evlgen.models.vision import VISION_KEYS, vision_of
 
@@ -30,16 +31,13 @@ LOSSES = ("loss", "loss_itc", "loss_itm", "loss_lm")
 
 
 @registry.register_model("evlgen_blip2")
-class Blip2Stage1(Blip2Qformer):
+class Blip2Stage1(VisionValues, Blip2Qformer):
     """BLIP-2's first stage (Li et al. 2023, section 3.2). Types: pretrain, quickstart."""
 
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: str(CONFIGS / f"blip2_stage1_{name}.yaml") for name in ("pretrain", "quickstart")
     }
-    NUMBERS = {
-        "image_size": (14, None), "num_query_token": (1, None), "embed_dim": (1, None), "max_txt_len": (3, None),
-        "dropout": (0.0, 0.99),
-    }  # fmt: skip
+    NUMBERS = {**VisionValues.NUMBERS, "embed_dim": (1, 100_000)}
     CONFIG_KEYS = {
         "arch": "the model class in LAVIS's registry: evlgen_blip2",
         "model_type": "which default config: pretrain, quickstart",

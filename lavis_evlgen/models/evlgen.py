@@ -18,6 +18,7 @@ from lavis_evlgen.models.freezing import check_precision
 from lavis_evlgen.models.frozen_identity import check_identity
 from lavis_evlgen.models.generation import Generates
 from lavis_evlgen.models.language import LanguageModel, load_language_model
+from lavis_evlgen.models.model_values import EvlgenValues, lr_scales
 from lavis_evlgen.models.vision import VISION_KEYS, vision_of
 from lavis_evlgen.nn import across_picture_share
 
@@ -25,7 +26,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 
 
 @registry.register_model("evlgen")
-class EVLGen(Generates, Bundled, BaseModel):
+class EVLGen(Generates, Bundled, EvlgenValues, BaseModel):
     """EVLGen-Image (EVLGen, section 3.2). Types: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart.
 
     >>> model, vis, txt = load_model_and_preprocess("evlgen", "quickstart", is_eval=True)
@@ -36,11 +37,8 @@ class EVLGen(Generates, Bundled, BaseModel):
         name: str(CONFIGS / f"evlgen_{name}.yaml")
         for name in ("opt2.7b", "opt6.7b", "vicuna7b", "vicuna13b", "quickstart")
     }
-    NUMBERS = {
-        "image_size": (14, None), "num_layers": (1, None), "max_txt_len": (3, None), "dropout": (0.0, 0.99),
-        "num_query_token": (1, None),
-    }  # fmt: skip
     PARTS = ("ln_vision", "input_proj", "connector", "llm_proj", "soft_prompt")
+    MAPPINGS = {**EvlgenValues.MAPPINGS, "lr_scale": lr_scales(PARTS)}
     CONFIG_KEYS = {
         "arch": "the model class in LAVIS's registry: evlgen",
         "model_type": "which default config: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart",

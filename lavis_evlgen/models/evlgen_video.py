@@ -8,7 +8,9 @@ from torch import Tensor
 from lavis_evlgen.models.connectors import VisualPrompt
 from lavis_evlgen.models.evlgen import CONFIGS, EVLGen, build_evlgen
 from lavis_evlgen.models.frame_poolings import POOLINGS, TemporalQFormer, TemporalQueries, averaged, concatenated
+from lavis_evlgen.models.model_values import lr_scales
 from lavis_evlgen.models.temporal_vision import TEMPORAL_KEYS, TemporalVision, temporal_vision_of
+from lavis_evlgen.nn.temporal import RESIDUALS
 
 
 @registry.register_model("evlgen_video")
@@ -25,8 +27,12 @@ class EVLGenVideo(EVLGen):
 
     TYPES = ("opt2.7b", "vicuna7b", "quickstart")
     PRETRAINED_MODEL_CONFIG_DICT = {name: str(CONFIGS / f"evlgen_video_{name}.yaml") for name in TYPES}
-    NUMBERS = {**EVLGen.NUMBERS, "num_frames": (1, None)}
     PARTS = (*EVLGen.PARTS, "temporal")
+    NUMBERS = {**EVLGen.NUMBERS, "num_frames": (1, 10_000)}
+    SWITCHES = (*EVLGen.SWITCHES, "temporal", "temporal_positions")
+    CHOICES = {**EVLGen.CHOICES, "residual": RESIDUALS, "frame_pooling": tuple(POOLINGS)}
+    MAPPINGS = {**EVLGen.MAPPINGS, "lr_scale": lr_scales(PARTS)}
+    OPTIONAL = (*EVLGen.OPTIONAL, "residual")
     CONFIG_KEYS = {
         **EVLGen.CONFIG_KEYS,
         "arch": "the model class in LAVIS's registry: evlgen_video",

@@ -11,6 +11,8 @@ class EvlgenCaptionProcessor(BaseProcessor):
     """Single spaces, no closing punctuation, lower case; idempotent as long as `prompt` is empty."""
 
     NAME = "evlgen_caption"
+    NUMBERS, SWITCHES, TEXTS = {"max_words": (1, 10**6)}, ("lower",), ("prompt",)
+    OPTIONAL = ("lower", "prompt")
     CONFIG_KEYS = {
         "prompt": "text put in front of every caption, as it is",
         "max_words": "cut the caption after this many words",

@@ -54,6 +54,12 @@ def _statistic(processor: str, key: str, value) -> list[float]:
 class _ImageProcessor(BaseProcessor):
     NAME = ""
     CONFIG_KEYS: dict[str, str] = SIZE_KEYS
+    # what the values may be: lavis_evlgen/config/values.py says how these tables are read
+    NUMBERS: dict[str, tuple] = {"image_size": (1, 10_000)}
+    SWITCHES: tuple[str, ...] = ("shrink_on_load",)
+    CHOICES: dict[str, tuple] = dict.fromkeys(("mean", "std"), tuple(STATISTICS))
+    LISTS = dict.fromkeys(("mean", "std"), (-1000.0, 1000.0))
+    OPTIONAL = ("mean", "std", "shrink_on_load")
     takes_pixels = False  # whether a picture may come as uint8 (3, H, W) too
     # (width, height) of a picture -> the least width and height that it may be decoded at; None: its own
     least_size: Callable[[int, int], tuple[int, int]] | None = None
@@ -124,6 +130,9 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
 
     NAME = "evlgen_image_train"
     takes_pixels = True
+    NUMBERS = {**_ImageProcessor.NUMBERS, "min_scale": (1e-6, 1.0)}
+    SWITCHES = (*_ImageProcessor.SWITCHES, "flip")
+    OPTIONAL = (*_ImageProcessor.OPTIONAL, "flip")
     CONFIG_KEYS = {
         **SIZE_KEYS,
         **SHRINK_KEY,

@@ -9,6 +9,7 @@ from lavis.common.registry import registry
 from lavis_evlgen.clips import SAMPLING, opened
 from lavis_evlgen.processors.images import SHRINK_KEY, EvlgenImageEvalProcessor, EvlgenImageTrainProcessor
 
+_FRAMES = {"num_frames": (1, 10_000)}
 _FRAME_KEYS = {"num_frames": "frames T that are taken of each clip (4)"}
 
 
@@ -45,6 +46,9 @@ class EvlgenVideoTrainProcessor(_OfFrames, EvlgenImageTrainProcessor):
     """As evlgen_image_train, on frames drawn at random from both halves of the clip. Randomness is torch's."""
 
     NAME = "evlgen_video_train"
+    NUMBERS = {**EvlgenImageTrainProcessor.NUMBERS, **_FRAMES}
+    CHOICES = {**EvlgenImageTrainProcessor.CHOICES, "sampling": tuple(SAMPLING)}
+    OPTIONAL = (*EvlgenImageTrainProcessor.OPTIONAL, "sampling")
     CONFIG_KEYS = {
         **_keys(EvlgenImageTrainProcessor),
         "sampling": "headtail (half of the frames at random from each half of the clip), or uniform",
@@ -61,6 +65,7 @@ class EvlgenVideoEvalProcessor(_OfFrames, EvlgenImageEvalProcessor):
     """As evlgen_image_eval, on frames spread evenly over the clip."""
 
     NAME = "evlgen_video_eval"
+    NUMBERS = {**EvlgenImageEvalProcessor.NUMBERS, **_FRAMES}
     CONFIG_KEYS = _keys(EvlgenImageEvalProcessor)
 
     def __init__(self, num_frames: int = 4, **keys):

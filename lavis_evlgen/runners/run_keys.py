@@ -1,20 +1,33 @@
 """The run section of a config: what `runner_evlgen` takes, in words, and what its numbers may be."""
 
-# least and most a number may be; whole numbers where the least is one
+from lavis_evlgen.models.compiling import PARTS
+
+# what the values may be: lavis_evlgen/config/values.py says how these tables are read
 NUMBERS = {
-    "max_iters": (1, None), "iters_per_inner_epoch": (1, None), "init_lr": (0.0, None), "min_lr": (0.0, None),
-    "warmup_lr": (0.0, None), "warmup_steps": (0, None), "weight_decay": (0.0, None), "beta2": (0.0, 1.0),
-    "max_grad_norm": (0.0, None), "batch_size_train": (1, None), "batch_size_eval": (1, None),
-    "accum_grad_iters": (1, None), "num_workers": (0, None), "seed": (0, None), "log_freq": (1, None),
-    "sheet_pictures": (0, None), "keep_every": (0, None),
+    "max_iters": (1, 10**9), "iters_per_inner_epoch": (1, 10**9), "init_lr": (0.0, 100.0), "min_lr": (0.0, 100.0),
+    "warmup_lr": (0.0, 100.0), "warmup_steps": (0, 10**9), "weight_decay": (0.0, 10.0), "beta2": (0.0, 0.999999),
+    "max_grad_norm": (0.0, 1e9), "batch_size_train": (1, 10**6), "batch_size_eval": (1, 10**6),
+    "accum_grad_iters": (1, 10**6), "num_workers": (0, 1000), "seed": (0, 4 * 10**9), "log_freq": (1, 10**9),
+    "sheet_pictures": (0, 10_000), "keep_every": (0, 10**9), "world_size": (1, 10**6), "run_name": (0, 10**18),
+    "save_every": (0, 10**9),
 }  # fmt: skip
-LISTS = ("train_splits", "valid_splits", "test_splits")
+SWITCHES = ("compile", "llm_grad_checkpoint", "evaluate", "tensorboard", "distributed",
+            "deterministic", "mix_per_rank")  # fmt: skip
+CHOICES = {
+    "amp": (False, "bf16", "fp16", True, "auto", "fp32"),
+    "compile": tuple(PARTS),
+    "lr_sched": ("linear_warmup_cosine_step_lr",),
+}
+TEXTS = ("runner", "task", "output_dir", "run_name", "resume_ckpt_path", "device", "dist_url", "save_every")
+LISTS = {"compile": set(PARTS), "train_splits": {"train"}, "valid_splits": str, "test_splits": str}
+MAPPINGS = {"train_dataset_ratios": (0.0, 1e9)}
+AT_MOST = {"min_lr": ("init_lr", None)}
 CONFIG_KEYS = {
     "runner": "runner_evlgen",
     "task": "what is done with model and data: evlgen_captioning, evlgen_vqa, scst, or a LAVIS task",
     "max_iters": "optimizer steps of the run",
     "iters_per_inner_epoch": "evaluate and save every this many steps",
-    "lr_sched": "linear_warmup_cosine_step_lr, or another registered schedule",
+    "lr_sched": "linear_warmup_cosine_step_lr: linear warm-up, then cosine to min_lr; moves at every step",
     "init_lr": "learning rate after warm-up",
     "min_lr": "learning rate at the end",
     "warmup_lr": "learning rate at step 0",
@@ -32,7 +45,7 @@ CONFIG_KEYS = {
     "memory, more time (false)",
     "seed": "seed of weights, order, augmentation and dropout",
     "output_dir": "folder of runs, seen from where you stand",
-    "run_name": "name of this run's folder (a time stamp)",
+    "run_name": "name of this run's folder in output_dir (a time stamp)",
     "resume_ckpt_path": "checkpoint of a run to continue in its folder, or auto: the newest of run_name",
     "evaluate": "true: only evaluate test_splits",
     "keep_every": "evaluate only: keep finished rows every this many batches, to go on when cut off (0: do not)",

@@ -40,7 +40,9 @@ from lavis_evlgen.runners.stopping import Lookout, save_every, signals
 class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
     """Trains for `max_iters` optimizer steps; every `iters_per_inner_epoch` it evaluates and saves."""
 
-    NUMBERS, LISTS, CONFIG_KEYS = run_keys.NUMBERS, run_keys.LISTS, run_keys.CONFIG_KEYS
+    CONFIG_KEYS, NUMBERS, SWITCHES = run_keys.CONFIG_KEYS, run_keys.NUMBERS, run_keys.SWITCHES
+    CHOICES, TEXTS, LISTS = run_keys.CHOICES, run_keys.TEXTS, run_keys.LISTS
+    MAPPINGS, AT_MOST = run_keys.MAPPINGS, run_keys.AT_MOST
 
     def __init__(self, cfg, task, model, datasets, job_id):
         run = cfg.run_cfg

@@ -35,10 +35,11 @@ class EvlgenCaptionTask(BaseTask):
     """
 
     NUMBERS = {
-        "num_beams": (1, None), "max_len": (1, None), "min_len": (0, None), "length_penalty": (-10.0, None),
-        "repetition_penalty": (0.01, None), "blind_shuffles": (1, None),
+        "num_beams": (1, 1000), "max_len": (1, 10_000), "min_len": (0, 10_000), "length_penalty": (-10.0, 100.0),
+        "repetition_penalty": (0.01, 100.0), "blind_shuffles": (1, 10_000),
     }  # fmt: skip
-    LISTS = ("metrics",)
+    LISTS, TEXTS = {"metrics": str}, ("tokenizer", "agg_metric")
+    AT_MOST = {"min_len": ("max_len", 30)}
     LEAST_PICTURES = 2  # a single picture cannot be shuffled
     CONFIG_KEYS = {
         "num_beams": "beams of the search (5)",

@@ -83,8 +83,9 @@ class ScstTask(EvlgenCaptionTask):
     """
 
     NUMBERS = {
-        **EvlgenCaptionTask.NUMBERS, "num_samples": (1, None), "temperature": (0.01, None), "top_p": (0.01, 1.0),
+        **EvlgenCaptionTask.NUMBERS, "num_samples": (1, 10_000), "temperature": (0.01, 100.0), "top_p": (0.01, 1.0),
     }  # fmt: skip
+    CHOICES, SWITCHES = {"baseline": BASELINES}, ("end_mark",)
     CONFIG_KEYS = {
         **EvlgenCaptionTask.CONFIG_KEYS,
         "baseline": "what a drawn caption's reward is compared with: greedy, the model's own greedy caption (default); "

@@ -28,9 +28,11 @@ class EvlgenVqaTask(BaseTask):
     """
 
     NUMBERS = {
-        "num_beams": (1, None), "max_len": (1, None), "min_len": (0, None), "length_penalty": (-10.0, None),
-        "repetition_penalty": (0.01, None), "blind_share": (0.0, 1.0),
+        "num_beams": (1, 1000), "max_len": (1, 10_000), "min_len": (0, 10_000), "length_penalty": (-10.0, 100.0),
+        "repetition_penalty": (0.01, 100.0), "blind_share": (0.0, 1.0),
     }  # fmt: skip
+    TEXTS, SWITCHES = ("prompt", "metric"), ("lemmatize",)
+    AT_MOST = {"min_len": ("max_len", 10)}
     CONFIG_KEYS = {
         "prompt": f"what a question is asked in, in training too ({TEMPLATE!r})",
         "num_beams": "beams of the search (5)",

@@ -24,7 +24,7 @@ from tests.run_tools import checkpoint, losses, same_tensors
         ("run.blind_shuffles=0", "run.blind_shuffles=0 must be a whole number of at least 1"),
         ("run.log_freq=0", "run.log_freq=0 must be a whole number of at least 1"),
         ("run.batch_size_train=2.5", "run.batch_size_train=2.5 must be a whole number"),
-        ("run.beta2=2", "run.beta2=2 must be a number of at least 0 and at most 1"),
+        ("run.beta2=2", "run.beta2=2 must be a number of at least 0 and at most 0.999999"),
         ("run.seed=-1", "run.seed=-1 must be a whole number of at least 0"),
         ("model.dropout=2", "model.dropout=2 must be a number of at least 0 and at most 0.99"),
         ("model.image_size=abc", "model.image_size: 'abc' is not a number"),

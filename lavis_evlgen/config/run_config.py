@@ -1,22 +1,25 @@
 """Run configs: LAVIS's two levels (defaults of the model and data sets, then projects/*.yaml, then --options),
-with every key checked against the classes that read it."""
+with every key and value checked against the classes that read it."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
-from itertools import groupby
+from contextlib import contextmanager
 from pathlib import Path
 
 from lavis.common.config import Config
 from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from lavis_evlgen.as_trained import AsTrained, as_trained, weights_of
+from lavis_evlgen.config import relations
+from lavis_evlgen.config.errors import ConfigError, nearest, one_line, shown
+from lavis_evlgen.config.reading import read_file, read_options, resolve_references
+from lavis_evlgen.config.values import Refused, check_values, drop_nulls, tables_of
 
 SECTIONS = ("run", "model", "datasets")
+PROCESSORS = ("vis_processor", "text_processor")
 # model keys that take one of several kinds of value ({target}, {r, inflection}, a list): what is given replaces the
 # default, unless it only changes keys that the default has
 REPLACED = ("tome_r",)
@@ -27,8 +30,14 @@ LAVIS_CLIPS = {"msrvtt_caption": "video_captions.type=msrvtt", "msvd_caption": "
                "vatex_caption": "video_captions"}
 
 
-class ConfigError(ValueError):
-    """A config that names something unknown; the message names the key, the nearest known one and the file."""
+class LavisProcessor:
+    """What the keys of LAVIS's own processors take; they say nothing themselves."""
+
+    NUMBERS = {
+        "image_size": (1, 10_000), "min_scale": (1e-6, 1.0), "max_scale": (1e-6, 1.0), "max_words": (1, 10**6),
+        "num_frames": (1, 10_000), "n_frms": (1, 10_000),
+    }  # fmt: skip
+    TEXTS = ("prompt",)
 
 
 class EvlgenConfig(Config):
@@ -42,37 +51,56 @@ class EvlgenConfig(Config):
         self.trained: AsTrained | None = None  # of an evaluation whose weights carry their section
         registry.register("configuration", self)
         self.path = Path(args.cfg_path)
-        if not self.path.is_file():
-            raise ConfigError(f"--cfg-path: {self.path} does not exist (seen from {Path.cwd()})")
-        options = self._options(args.options or [])
-        config = self._file()
-        self._check_sections(config)
-        # strict: an option may not invent a section
-        self._refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
-        try:
+        config, options = read_file(self.path), read_options(args.options or [])
+        with self._named():
+            self._check_sections(config)
+            # strict: an option may not invent a section
+            self._refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
             self.config = self._merged(config, options)
-        except (TypeError, OmegaConfBaseException) as error:
-            kinds = "a list or number stands where the defaults have a mapping, or the other way round"
-            raise ConfigError(f"{self.path}: {kinds} ({_one_line(error)})") from error
-        self._check_keys()
+        self.check()
+
+    @contextmanager
+    def _named(self):
+        """Errors of a key, with the file."""
+        try:
+            yield
+        except Refused as error:
+            raise ConfigError(f"{self.path}: {error}") from None
+        except OmegaConfBaseException as error:  # names the key too
+            raise ConfigError(f"{self.path}: {one_line(error)}") from error
+
+    def check(self):
+        """Put values in place of `${...}`; every key and value must be one that its class takes. Raises ConfigError."""
+        with self._named():
+            resolve_references(self.config, self.path)
+            self._check_shapes(self.config)
+            self._check_names(self.config)
+            self._check_keys()
 
     def _merged(self, config: DictConfig, options: DictConfig) -> DictConfig:
         """Defaults under the file under the options."""
-        layers = [layer.model for layer in (config, options) if isinstance(layer.get("model"), DictConfig)]
-        in_file, asked = (OmegaConf.create(layer.get("model") or {}) for layer in (config, options))
-        given = [(key, layer.pop(key)) for key in REPLACED for layer in layers if key in layer]
-        config = OmegaConf.merge(config, options)
+        sections = [layer.get("model") for layer in (config, options)]
+        layers = [section if isinstance(section, DictConfig) else OmegaConf.create() for section in sections]
+        in_file, asked = (OmegaConf.create(layer) for layer in layers)
+        given = [item for layer in layers for item in _as_written(layer) if item[0] in REPLACED]
+        for layer in layers:
+            for key in set(REPLACED) & set(layer):
+                del layer[key]
+        config = self._laid_over(config, options)
         self._check_sections(config)
         self._check_names(config)
-        merged = OmegaConf.merge(
-            self.build_runner_config(config), self.build_model_config(config), self.build_dataset_config(config)
-        )
+        try:
+            model, datasets = self.build_model_config(config), self.build_dataset_config(config)
+        except TypeError as error:
+            raise self._other_kind(error) from error
+        merged = self._laid_over(self.build_runner_config(config), model, datasets)
         if self.evaluate:
             merged.run.evaluate = True
         if merged.run.get("evaluate") and self.trained_section is not None:
-            given = given if self._use_trained(merged, in_file, asked) is None else list(asked.items())
+            given = given if self._use_trained(merged, in_file, asked) is None else _as_written(asked)
         for key, value in given:
             merged.model[key] = _over(merged.model.get(key), value)
+        self._check_shapes(merged)
         for key in SAID_ONCE:
             self._said_once(key, merged, config)
         return merged
@@ -95,6 +123,16 @@ class EvlgenConfig(Config):
         merged.model = OmegaConf.create(self.trained.section)
         return self.trained
 
+    def _laid_over(self, *layers) -> DictConfig:
+        try:
+            return OmegaConf.merge(*layers)
+        except TypeError as error:
+            raise self._other_kind(error) from error
+
+    def _other_kind(self, error: Exception) -> ConfigError:
+        kinds = "a list or number stands where the defaults have a mapping, or the other way round"
+        return ConfigError(f"{self.path}: {kinds} ({one_line(error)})")
+
     @staticmethod
     def _said_once(key: str, merged: DictConfig, given: DictConfig):
         """Image and video processors whose `key` nobody gave take the model's."""
@@ -102,7 +140,7 @@ class EvlgenConfig(Config):
         for name, section in merged.datasets.items():
             for stage, processor in (section.get("vis_processor") or {}).items():
                 place = f"datasets.{name}.vis_processor.{stage}.{key}"
-                if value is not None and key in processor and OmegaConf.select(given, place) is None:
+                if value is not None and key in (processor or ()) and OmegaConf.select(given, place) is None:
                     processor[key] = value
 
     def _check_sections(self, config):
@@ -111,29 +149,24 @@ class EvlgenConfig(Config):
                 known = ", ".join(SECTIONS)
                 raise ConfigError(f"{self.path}: section {section!r} is missing; a run config has {known}")
         self._refuse_unknown(config, dict.fromkeys(SECTIONS, ""), "")
+        self._check_shapes(config)
 
-    def _file(self) -> DictConfig:
-        try:
-            config = OmegaConf.load(self.path)
-        except YAMLError as error:
-            raise ConfigError(f"{self.path}: not YAML: {_one_line(error)}") from error
-        if not isinstance(config, DictConfig):
-            raise ConfigError(f"{self.path}: holds a list; a run config has the sections {', '.join(SECTIONS)}")
-        return config
+    def _check_shapes(self, config):
+        """Data sets are mappings, and so are their processors where they are given."""
+        for name, section in config.datasets.items():
+            self._check_mapping(f"datasets.{name}", section, "write {} for its defaults")
+            for kind in PROCESSORS:
+                place, stages = f"datasets.{name}.{kind}", section.get(kind)
+                if stages is None:
+                    continue
+                self._check_mapping(place, stages, "write {train: {name: ...}, eval: {name: ...}}")
+                for stage, processor in stages.items():
+                    if processor is not None:
+                        self._check_mapping(f"{place}.{stage}", processor, "write {name: ...}")
 
-    @staticmethod
-    def _options(options: list[str]) -> DictConfig:
-        for option in options:
-            if "=" not in option:
-                raise ConfigError(f"--options {option}: write key=value, e.g. run.max_iters=100")
-        for key, row in groupby(option.partition("=")[0] for option in options):
-            if (count := len(list(row))) > 1:
-                words = "quote values with braces or stars, or the shell makes several of them"
-                raise ConfigError(f"--options: {key} is given {count} times in a row; {words}")
-        try:
-            return OmegaConf.from_dotlist(options)
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise ConfigError(f"--options {' '.join(options)}: {_one_line(error)}") from error
+    def _check_mapping(self, place: str, value, fix: str):
+        if not isinstance(value, DictConfig):
+            raise ConfigError(f"{self.path}: {place}={shown(value)} is not a mapping; {fix}")
 
     def _check_names(self, config):
         """The model, its type, data sets, task and runner must be registered."""
@@ -154,61 +187,52 @@ class EvlgenConfig(Config):
         return self._known(key, name, registry.mapping[mapping])
 
     def _known(self, key: str, name, known: dict):
-        if name not in known:
-            raise ConfigError(f"{self.path}: {key}: {name!r} is unknown{nearest(str(name), known)}")
+        if not isinstance(name, str) or name not in known:
+            raise ConfigError(f"{self.path}: {key}: {shown(repr(name))} is unknown{nearest(str(name), known)}")
         return known[name] if isinstance(known, dict) else None
 
     def _check_keys(self):
         """Every key must be one that some class says it reads; classes that do not say are checked by defaults."""
         run, model = self.config.run, self.config.model
+        drop_nulls(run)
         runner = registry.get_runner_class(run.get("runner", "runner_evlgen"))
         task = registry.get_task_class(run.task)
         if hasattr(runner, "CONFIG_KEYS") and hasattr(task, "CONFIG_KEYS"):
             self._refuse_unknown(run, {**runner.CONFIG_KEYS, **task.CONFIG_KEYS}, "run.")
         model_cls = registry.get_model_class(model.arch)
-        for section, name, cls in ((run, "run", runner), (run, "run", task), (model, "model", model_cls)):
-            self._check_values(section, name, cls)
         if hasattr(model_cls, "CONFIG_KEYS"):
             self._refuse_unknown(model, model_cls.CONFIG_KEYS, "model.")
-        if hasattr(model_cls, "PARTS"):
-            self._refuse_unknown(model.get("lr_scale") or {}, dict.fromkeys(model_cls.PARTS), "model.lr_scale.")
+        check_values(run, "run.", tables_of(runner, task))
+        if hasattr(runner, "CONFIG_KEYS"):
+            relations.check_run(run, runner.CONFIG_KEYS)
+        check_values(model, "model.", tables_of(model_cls))
         for name, section in self.config.datasets.items():
-            keys = getattr(registry.get_builder_class(name), "CONFIG_KEYS", None)
-            if keys:
+            builder = registry.get_builder_class(name)
+            if keys := getattr(builder, "CONFIG_KEYS", None):
                 self._refuse_unknown(section, {**keys, "type": ""}, f"datasets.{name}.")
+            check_values(section, f"datasets.{name}.", tables_of(builder))
             self._check_processors(name, section)
 
-    def _check_values(self, section, name: str, cls):
-        """Numbers within what the class allows, lists where it reads lists."""
-        for key, (least, most) in getattr(cls, "NUMBERS", {}).items():
-            value = section.get(key)
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{self.path}: {name}.{key}: {value!r} is not a number")
-            whole = not isinstance(least, int) or value == int(value)
-            if not whole or value < least or (most is not None and value > most):
-                kind = "a whole number" if isinstance(least, int) else "a number"
-                limits = f"of at least {least:g}" + (f" and at most {most:g}" if most is not None else "")
-                raise ConfigError(f"{self.path}: {name}.{key}={value} must be {kind} {limits}")
-        for key in getattr(cls, "LISTS", ()):
-            if section.get(key) is not None and not OmegaConf.is_list(section[key]):
-                raise ConfigError(f"{self.path}: {name}.{key}={section[key]} is not a list; write [{section[key]}]")
-
     def _check_processors(self, dataset: str, section):
-        for kind in ("vis_processor", "text_processor"):
+        for kind in PROCESSORS:
             stages = section.get(kind) or {}
             self._refuse_unknown(stages, {"train": "", "eval": ""}, f"datasets.{dataset}.{kind}.")
             for stage, processor in stages.items():
-                place = f"datasets.{dataset}.{kind}.{stage}"
-                found = self._registered(f"{place}.name", processor.get("name"), "processor_name_mapping")
-                if hasattr(found, "CONFIG_KEYS"):
-                    self._refuse_unknown(processor, {**found.CONFIG_KEYS, "name": ""}, f"{place}.")
-                for key in SAID_ONCE:
-                    given, wanted = processor.get(key), self.config.model.get(key)
-                    if given is not None and wanted is not None and given != wanted:
-                        words = f"{place}.{key}={given}, but model.{key}={wanted}; leave it out"
-                        raise ConfigError(f"{self.path}: {words}")
+                if processor is not None:
+                    self._check_processor(f"datasets.{dataset}.{kind}.{stage}", processor)
+
+    def _check_processor(self, place: str, processor):
+        found = self._registered(f"{place}.name", processor.get("name"), "processor_name_mapping")
+        tables = tables_of(found if hasattr(found, "CONFIG_KEYS") else LavisProcessor)
+        if hasattr(found, "CONFIG_KEYS"):
+            self._refuse_unknown(processor, {**found.CONFIG_KEYS, "name": ""}, f"{place}.")
+        drop_nulls(processor, tables["NUMBERS"])
+        check_values(processor, f"{place}.", tables)
+        for key in SAID_ONCE:
+            given, wanted = processor.get(key), self.config.model.get(key)
+            if given is not None and wanted is not None and given != wanted:
+                words = f"{place}.{key}={given}, but model.{key}={wanted}; leave it out"
+                raise ConfigError(f"{self.path}: {words}")
 
     def _refuse_unknown(self, section, known: dict, prefix: str):
         for key in section:
@@ -222,13 +246,7 @@ def _over(under, value):
     return OmegaConf.merge(under, value) if mappings and set(value) <= set(under) else value
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def nearest(name: str, known) -> str:
-    """"; did you mean X?", or the list of what is known when nothing is near."""
-    close = difflib.get_close_matches(name, [str(k) for k in known], n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {close[0]}?"
-    return f"; known: {', '.join(sorted(map(str, known)))}"
+def _as_written(section: DictConfig) -> list[tuple]:
+    """Keys and values of a section, references as they are written: what they stand for may lie in another layer."""
+    content = OmegaConf.to_container(section).items()
+    return [(key, OmegaConf.create(value) if isinstance(value, dict | list) else value) for key, value in content]
