@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lavis_evlgen.file_troubles import writing
 from lavis_evlgen.models.bundle import EXTRA, WEIGHTS, find_bundle, read_config
 from lavis_evlgen.models.released import NAMES, PROJECTIONS, shape_of
 from lavis_evlgen.models.sources import WeightsError, read_state_dict
@@ -71,5 +72,6 @@ def write_released(folder: str, out: str, cls) -> list[str]:
         raise WeightsError(f"convert: {path} is there already; give another name")
     state, lines = to_released(folder, cls)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": state}, path)
+    with writing(path), open(path, "wb") as file:
+        torch.save({"model": state}, file)
     return lines
