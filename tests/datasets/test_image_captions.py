@@ -144,7 +144,7 @@ def test_pictures_of_more_than_120_megapixels_are_refused_by_their_header(tmp_pa
     monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
     for limit in (Image.MAX_IMAGE_PIXELS, None):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        for side, says in ((12_000, "12000 x 12000 are 144.0 megapixels; at most 120"), (10_955, "120.0 megapixels; at")):
+        for side, says in ((12_000, "12000 x 12000 are 144.0 megapixels; at most 120"), (10_955, "120.0 megapixels")):
             (tmp_path / "x.png").write_bytes(png_of(side, side))
             with pytest.raises(UnreadableImage, match=says) as error:
                 open_image(tmp_path / "x.png")
