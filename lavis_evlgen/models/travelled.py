@@ -104,8 +104,12 @@ def checked_model(section, place: str, shapes: dict[str, tuple] | None = None) -
 
 
 def _check_package(source: str, place: str):
-    name = source.removeprefix("package:").partition("/")[0]
-    if source.startswith("package:") and name not in EXTRAS:
+    if not source.startswith("package:"):
+        return
+    name, _, inside = source.removeprefix("package:").partition("/")
+    if ".." in inside.split("/"):
+        raise WeightsError(f"{place}: {source!r} leaves the folder of package {name}")
+    if name not in EXTRAS:
         raise WeightsError(
             f"{place}: {source!r} names a package, and a config that comes with weights may name these only: "
             f"{', '.join(EXTRAS)}. Put the weights in a folder and give that yourself"
