@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -21,13 +22,25 @@ def main(argv=None):
         with config_errors():
             code = args.run_command(args)
             sys.stdout.flush()  # here, where a full disk behind it is one line
+    except BrokenPipeError:  # `evlgen keys | head`
+        _forget_output()
+        raise SystemExit(1) from None
     except Exception as error:
         words = explanation(error)
         if words is None:
             raise
+        _forget_output()
         print(f"evlgen {args.command}: {words}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(code)
+
+
+def _forget_output():
+    """What is still to be written to a full disk or closed pipe would end the process in another error."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 EPILOG = """a first hour:

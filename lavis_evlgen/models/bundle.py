@@ -241,7 +241,7 @@ def check_frozen(model, content: dict, source):
     own, keys = frozen_facts(model), {"vision encoder": "vit_model", "language model": "llm_model"}
     for part, facts in (content.get("frozen") or {}).items():
         if part not in keys or set(facts) - set(own[part]):
-            raise WeightsError(f"{source}/{CONFIG}: frozen.{part} tells what this version of lavis_evlgen does not know")
+            raise WeightsError(f"{source}/{CONFIG}: frozen.{part} tells what lavis_evlgen {__version__} does not know")
         here = {name: own[part][name] for name in facts}
         if here != facts:
             key = keys[part]

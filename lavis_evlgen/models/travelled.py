@@ -13,7 +13,6 @@ import math
 from itertools import count
 from pathlib import Path
 
-from lavis.common.registry import registry
 from safetensors import safe_open
 
 from lavis_evlgen.models.sources import EXTRAS, WeightsError
@@ -26,6 +25,7 @@ TEXTS = (
     "arch", "model_type", "vit_model", "vit_path", "vit_precision", "connector", "connector_init", "llm_model",
     "opt_model", "llm_precision", "prompt", "bos", "merge_mean", "partition", "residual", "frame_pooling",
 )  # fmt: skip
+NUMBERS = ("image_size", "num_layers", "num_query_token", "num_frames", "max_txt_len", "dropout")
 SOURCES = ("vit_model", "vit_path", "connector_init", "llm_model", "opt_model")
 # far above every model there is, and far below what takes this machine's memory or an hour to find out
 MOST = {
@@ -117,8 +117,7 @@ def _check_package(source: str, place: str):
 
 
 def _check_numbers(section: dict, place: str):
-    cls = registry.get_model_class(section.get("arch"))
-    for key in getattr(cls, "NUMBERS", ()):
+    for key in NUMBERS:
         _check_number(section.get(key), f"{place}: model.{key}")
     for key in ("connector_sizes", "lr_scale"):
         table = section.get(key)
