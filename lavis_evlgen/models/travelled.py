@@ -23,9 +23,8 @@ ONLY_BY_PERSONS = ("trust_remote_code",)
 # what names a part or a way to build it: text, or nothing
 TEXTS = (
     "arch", "model_type", "vit_model", "vit_path", "vit_precision", "connector", "connector_init", "llm_model",
-    "opt_model", "llm_precision", "prompt", "bos", "merge_mean", "partition", "residual", "frame_pooling",
+    "opt_model", "llm_precision", "prompt", "bos", "bos_token", "merge_mean", "partition", "residual", "frame_pooling",
 )  # fmt: skip
-NUMBERS = ("image_size", "num_layers", "num_query_token", "num_frames", "max_txt_len", "dropout")
 SOURCES = ("vit_model", "vit_path", "connector_init", "llm_model", "opt_model")
 # far above every model there is, and far below what takes this machine's memory or an hour to find out
 MOST = {
@@ -35,6 +34,13 @@ MOST = {
     "max_txt_len": 65_536, "num_beams": 1000, "num_captions": 1000, "max_length": 65_536, "min_length": 65_536,
     "max_len": 65_536, "min_len": 65_536,
 }  # fmt: skip
+# (least, most, whole)
+NUMBERS = {
+    "image_size": (14, MOST["image_size"], True), "num_layers": (1, MOST["num_layers"], True),
+    "num_query_token": (1, MOST["num_query_token"], True), "num_frames": (1, MOST["num_frames"], True),
+    "max_txt_len": (3, MOST["max_txt_len"], True), "vit_layer": (-1000, 1000, True), "dropout": (0, 0.99, False),
+}  # fmt: skip
+LENGTHS = {"num_beams": 1, "num_captions": 1, "max_length": 1, "min_length": 0}  # of `decoding`: the least of each
 LAYERED = ("tomeformer", "qformer")
 
 
@@ -76,7 +82,10 @@ def _check_plain(value, place: str, key: str, depth: int, seen):
     elif value is not None and not isinstance(value, bool | int | float):
         raise WeightsError(f"{place}: {key}: a {type(value).__name__} is no plain value")
     most = MOST.get(key.rpartition(".")[2])
-    if most is not None and isinstance(value, int | float) and value > most:
+    if most is None or value is None or isinstance(value, dict | list | tuple):
+        return
+    _check_number(value, f"{place}: {key}", whole=True, most=float("inf"))
+    if value > most:
         raise WeightsError(f"{place}: {key}={value:g} is beyond all reason: at most {most}")
 
 
@@ -117,8 +126,10 @@ def _check_package(source: str, place: str):
 
 
 def _check_numbers(section: dict, place: str):
-    for key in NUMBERS:
-        _check_number(section.get(key), f"{place}: model.{key}")
+    for key, limits in NUMBERS.items():
+        _check_number(section.get(key), f"{place}: model.{key}", *limits)
+    if not isinstance(section.get("prompt_scale"), str | None):
+        _check_number(section["prompt_scale"], f"{place}: model.prompt_scale")
     for key in ("connector_sizes", "lr_scale"):
         table = section.get(key)
         if not isinstance(table, dict | None):
@@ -127,9 +138,16 @@ def _check_numbers(section: dict, place: str):
             _check_number(value, f"{place}: model.{key}.{name}")
 
 
-def _check_number(value, place: str):
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
-        raise WeightsError(f"{place}: {value!r:.80} is not a number of 0 or more")
+def _check_number(value, place: str, least: float = 0, most: float = 1e6, whole: bool = False):
+    if value is None:
+        return
+    kind = "a whole number" if whole else "a number"
+    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)):
+        raise WeightsError(f"{place}: {value!r:.80} is not {kind}")
+    if value < least:
+        raise WeightsError(f"{place}: {value:g} is not {kind} of {least:g} or more")
+    if value > most:
+        raise WeightsError(f"{place}: {value:g} is not {kind} of at most {most:g}")
 
 
 def _check_sizes(section: dict, shapes: dict[str, tuple], place: str):
@@ -172,8 +190,10 @@ def check_decoding(decoding, cls, place: str):
     for key, value in (decoding or {}).items():
         if key not in known or key == "visual_prompt":
             raise WeightsError(f"{place}: decoding.{key} is unknown; known: {', '.join(known)}")
-        if not isinstance(value, int | float):
-            raise WeightsError(f"{place}: decoding.{key}: {value!r:.80} is not a number")
+        if key in LENGTHS:
+            _check_number(value, f"{place}: decoding.{key}", LENGTHS[key], whole=True)
+        elif not isinstance(value, bool):
+            _check_number(value, f"{place}: decoding.{key}", -1000, 1000)
 
 
 def check_frozen_weights(identity, place: str):
