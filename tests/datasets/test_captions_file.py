@@ -45,7 +45,7 @@ def test_one_line_of_json_is_a_row(tmp_path):
 
 def test_karpathy_keeps_ids_folders_and_splits(tmp_path):
     found = read_captions_file(write_json(tmp_path / "k.json", KARPATHY))
-    assert [tuple(row) for row in found.rows] == [
+    assert [tuple(row)[:4] for row in found.rows] == [
         ("val2014/a.jpg", "One.", 7, "restval"), ("val2014/a.jpg", "Two.", 7, "restval"),
         ("b.jpg", "Three.", 8, "test"),
     ]
@@ -79,7 +79,7 @@ LAVIS_NOCAPS = [{"image": "val/0013ea.jpg", "img_id": 0, "caption": ["A baby."]}
 )
 def test_files_of_the_benchmarks(tmp_path, content, expected):
     found = read_captions_file(write_json(tmp_path / "file.json", content))
-    assert [tuple(row) for row in found.rows] == expected and not found.problems
+    assert [tuple(row)[:4] for row in found.rows] == expected and not found.problems
 
 
 def test_columns_may_have_other_names(tmp_path):
