@@ -16,9 +16,9 @@ from typing import Any
 
 # where training started from, which an evaluation does not repeat
 STARTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned")
-# no part of what was learnt: room for a text, number formats of frozen weights, where a file lies. The config file's
-# own value is used where it gives one
-OF_THE_EVALUATION = ("max_txt_len", "vit_precision", "llm_precision", "vit_path")
+# no part of what was learnt: room for a text, number formats of frozen weights, where a file lies, whether code of
+# others may run. The config file's own value is used where it gives one
+OF_THE_EVALUATION = ("max_txt_len", "vit_precision", "llm_precision", "vit_path", "trust_remote_code")
 # frozen parts that may lie elsewhere on this machine; what they hold is checked when the weights are loaded
 SOURCES = ("vit_model", "llm_model", "opt_model", "connector_init")
 ALIASES = {"opt_model", "llm_model"}  # the same setting: both come from the same place

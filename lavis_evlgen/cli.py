@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from lavis_evlgen.analysis import ablate, estimate, macs, tokens
 from lavis_evlgen.demo import command as demo
-from lavis_evlgen.launch import USER_ERRORS, config_errors, one_line
+from lavis_evlgen.launch import config_errors, explanation, one_line
 from lavis_evlgen.trained import load, run_config
 
 _MODEL_OPTIONS = "keys of the bundle's config, e.g. model.tome_r=16 model.llm_model=facebook/opt-2.7b"
@@ -20,10 +21,26 @@ def main(argv=None):
     try:
         with config_errors():
             code = args.run_command(args)
-    except USER_ERRORS as error:
-        print(f"evlgen {args.command}: {one_line(error)}", file=sys.stderr)
+            sys.stdout.flush()  # here, where a full disk behind it is one line
+    except BrokenPipeError:  # `evlgen keys | head`
+        _forget_output()
+        raise SystemExit(1) from None
+    except Exception as error:
+        words = explanation(error)
+        if words is None:
+            raise
+        _forget_output()
+        print(f"evlgen {args.command}: {words}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(code)
+
+
+def _forget_output():
+    """What is still to be written to a full disk or closed pipe would end the process in another error."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 EPILOG = """a first hour:
@@ -186,7 +203,8 @@ def _model_options(options: list[str]) -> dict:
     wrong = next((option for option in options if not option.startswith("model.") or "=" not in option), None)
     if wrong is not None:
         raise ConfigError(f"--options {wrong}: give model.KEY=VALUE")
-    return OmegaConf.to_container(OmegaConf.from_dotlist(options)).get("model", {})
+    # resolved here: a bundle holds plain values
+    return OmegaConf.to_container(OmegaConf.from_dotlist(options), resolve=True).get("model", {})
 
 
 def doctor(args) -> int:

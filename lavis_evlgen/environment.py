@@ -166,7 +166,12 @@ def require(module: str, extra: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != module.partition(".")[0]:  # installed, but broken inside: its own error says more
             raise
-        raise MissingExtra(
-            f"{module} is not installed: run `uv sync --extra {extra}`, "
-            "or `pip install --no-deps -r requirements.lock`, which holds every extra."
-        ) from error
+        raise missing_extra(module, extra) from error
+
+
+def missing_extra(module: str, extra: str) -> MissingExtra:
+    """The error that says how to get a module of an optional extra."""
+    return MissingExtra(
+        f"{module} is not installed: run `uv sync --extra {extra}`, "
+        "or `pip install --no-deps -r requirements.lock`, which holds every extra."
+    )

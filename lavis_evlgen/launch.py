@@ -21,6 +21,7 @@ from lavis_evlgen import distributed, plugin  # noqa: E402, F401
 from lavis_evlgen.config import ConfigError, EvlgenConfig  # noqa: E402
 from lavis_evlgen.datasets import DataError  # noqa: E402
 from lavis_evlgen.environment import MissingExtra  # noqa: E402
+from lavis_evlgen.file_troubles import advice, system_error  # noqa: E402
 from lavis_evlgen.models.bundle import trained_section  # noqa: E402
 from lavis_evlgen.models.sources import WeightsError  # noqa: E402
 from lavis_evlgen.runners.bad_images import TooManyBadImages  # noqa: E402
@@ -109,6 +110,14 @@ def one_line(error: Exception) -> str:
     return text
 
 
+def explanation(error: Exception) -> str | None:
+    """The one line for what a user can fix; None for a bug, whose trace is wanted."""
+    if isinstance(error, USER_ERRORS):
+        return one_line(error)
+    refused = system_error(error)
+    return None if refused is None else advice(refused)
+
+
 def main(script: str, purpose: str, evaluate: bool = False, argv=None):
     """Entry of train.py and evaluate.py: errors that the user can mend are one line, exit code 2."""
     args = parser(script, purpose).parse_args(argv)
@@ -118,7 +127,10 @@ def main(script: str, purpose: str, evaluate: bool = False, argv=None):
     except distributed.FailedOnMain:  # which tells why
         distributed.stop()
         raise SystemExit(2) from None
-    except USER_ERRORS as error:
+    except Exception as error:
+        words = explanation(error)
+        if words is None:
+            raise
         distributed.stop()
-        print(f"{script}: {one_line(error)}", file=sys.stderr)
+        print(f"{script}: {words}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -10,7 +10,9 @@ from omegaconf import OmegaConf
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.bundle import is_bundle, read_config
+from lavis_evlgen.models.checkpoints import shapes_of
 from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.models.travelled import check_plain, checked_model
 from lavis_evlgen.runners import state
 from lavis_evlgen.tasks.captioning import decoding_of
 
@@ -34,32 +36,52 @@ def run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
             f"--run: {folder} has neither {state.BEST} nor {state.LAST}; give the folder that train.py named at its end"
         )
     path = Path(checkpoint) if checkpoint is not None else known[0]
-    config = state.read(path, "--checkpoint").get("config")
+    content = state.read(path, "--checkpoint")
+    config, place = content.get("config"), f"--checkpoint: the config in {path}"
     if config is None:
         raise WeightsError(f"--checkpoint: {path} holds no config; give a checkpoint that train.py wrote")
-    return config, path
+    check_plain(config, place)
+    sections = config if isinstance(config, dict) else {}
+    for key in ("run", "model", "datasets"):
+        if not isinstance(sections.get(key), dict):
+            raise WeightsError(f"{place} has no section {key!r}; give a checkpoint that train.py wrote")
+    return config | {"model": checked_model(config["model"], place, shapes_of(content["model"]))}, path
 
 
 def _model_of_run(cfg: dict, checkpoint: Path, device):
     """(model, evaluation image processor) as the run had them."""
     # the run's own checkpoint holds all that trains: what it started from need not be there any more
     model_cfg = OmegaConf.create({**cfg["model"], "pretrained": None, "finetuned": None, "load_finetuned": False})
-    model = registry.get_model_class(model_cfg.arch).from_config(model_cfg)
+    model = known("arch", model_cfg.get("arch"), registry.get_model_class, checkpoint).from_config(model_cfg)
     model.load_checkpoint(str(checkpoint))
-    dataset = next(iter(cfg["datasets"].values()))
-    return model.to(device).eval(), _image_processor(dataset["vis_processor"]["eval"])
+    dataset = next((section for section in cfg["datasets"].values() if isinstance(section, dict)), {})
+    return model.to(device).eval(), _image_processor(dataset, checkpoint)
 
 
 def _model_of_bundle(folder: str, device):
     """(model, evaluation image processor) of a bundle."""
     content = read_config(folder)
-    stages = (content.get("preprocess") or {}).get("vis_processor")
-    if not stages:
-        raise ConfigError(f"{folder}/config.json has no preprocess.vis_processor: how to read a picture is not known")
+    vis = _image_processor(content.get("preprocess") or {}, f"{folder}/config.json")
     model = registry.get_model_class(content["model"]["arch"]).from_pretrained(folder)
-    return model.to(device), _image_processor(stages["eval"])
+    return model.to(device), vis
 
 
-def _image_processor(config):
-    config = OmegaConf.create(config)
-    return registry.get_processor_class(config.name).from_config(config)
+def _image_processor(section: dict, source):
+    """The processor `vis_processor.eval` of a section that came with weights. Raises ConfigError."""
+    stages = section.get("vis_processor")
+    config = stages.get("eval") if isinstance(stages, dict) else None
+    if not isinstance(config, dict):
+        raise ConfigError(f"{source} has no vis_processor.eval: how to read a picture is not known")
+    cls = known("vis_processor.eval.name", config.get("name"), registry.get_processor_class, source)
+    try:
+        return cls.from_config(OmegaConf.create(config))
+    except (TypeError, ValueError, KeyError, AttributeError) as error:  # of LAVIS's processors too
+        raise ConfigError(f"{source}: vis_processor.eval: {error}") from error
+
+
+def known(key: str, name, look_up, source):
+    """The class that `look_up` of LAVIS's registry has for `name`. Raises ConfigError."""
+    found = look_up(name) if isinstance(name, str) else None
+    if found is None:
+        raise ConfigError(f"{source}: {key}: {name!r} is not known here")
+    return found

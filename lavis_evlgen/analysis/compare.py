@@ -45,7 +45,7 @@ def read_run(folder: str | Path) -> RunRecord:
     try:
         content = json.loads(card.read_text())
         content["metrics"], content["config"]["model"], content["data"]["split"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{card} is not a run card ({type(error).__name__}: {error})") from error
     return RunRecord(folder.name, content, _with_totals(read_json_lines(folder / "log.jsonl")))
 

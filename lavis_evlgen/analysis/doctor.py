@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from huggingface_hub import try_to_load_from_cache
 from lavis.common.registry import registry
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lavis_evlgen.file_troubles import Unreadable
 from lavis_evlgen.models.bundle import empty_model
 from lavis_evlgen.models.connectors import CONNECTORS, READS
 from lavis_evlgen.models.freezing import DTYPES, check_precision
-from lavis_evlgen.models.language import folder_and_file
-from lavis_evlgen.models.sources import WeightsError, resolve
+from lavis_evlgen.models.language import empty_language_model, folder_and_file
+from lavis_evlgen.models.sources import WeightsError, resolve, trusts_remote_code
 from lavis_evlgen.models.vision import LAVIS_VITS, vision_of
 
 
@@ -129,12 +128,12 @@ def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
         return counts
     try:
         path = resolve(str(source), "model.llm_model")
-        folder, kwargs = folder_and_file(path)
-        config = AutoConfig.from_pretrained(folder, **kwargs)
+        folder, file = folder_and_file(path)
+        with torch.device("meta"):
+            model = empty_language_model(folder, trusts_remote_code(model_cfg), **file)
     except (OSError, ImportError):
         return counts
-    with torch.device("meta"):
-        counts["language model"] = _size(AutoModelForCausalLM.from_config(config), model_cfg.get("llm_precision"))
+    counts["language model"] = _size(model, model_cfg.get("llm_precision"))
     return counts
 
 

@@ -1,6 +1,7 @@
 """Open one image, of a file or of bytes, completely, or say in one line why it cannot be opened."""
 
 import io
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,11 +18,16 @@ from lavis_evlgen.datasets.errors import UnreadableImage
 from lavis_evlgen.file_troubles import EMPTY, head_of, looks_like, trouble_with
 
 ORIENTATION = ExifTags.Base.Orientation
+# above every camera's own (100-megapixel backs give 102, phones 108); 360 MB once decoded, in each data worker
+MOST_MEGAPIXELS = 120
+# Pillow starts Ghostscript for it
+STARTS_A_PROGRAM = ("EPS",)
 
 
 def open_image(path, processor=None) -> Image.Image | Tensor:
     """The picture at `path`, fully decoded, as RGB (8 bits). Raises UnreadableImage, whatever is wrong.
 
+    One of more than 120 million pixels (MOST_MEGAPIXELS) is refused by its header, before anything is decoded.
     Decoding happens here and not later, so that a truncated file fails where it can still be counted. A
     `processor` that says by `least_size(width, height)` how little it needs gets a JPEG decoded at 1/2, 1/4 or 1/8 of
     its size where that is enough: most of the decoder's work is then not done. One that `takes_pixels` may get a
@@ -43,7 +49,7 @@ def _decode(source, name, processor) -> Image.Image | Tensor:
     """source: a path, or bytes in memory."""
     least_size = getattr(processor, "least_size", None)  # LAVIS's processors have none and get the whole picture
     try:
-        with _whole_files_only(), Image.open(source) as image:
+        with _whole_files_only(), _opened(source) as image:
             whole = image.size
             if least_size is not None:
                 image.draft(None, least_size(*image.size))  # does nothing to what is no JPEG
@@ -62,6 +68,24 @@ def _decode(source, name, processor) -> Image.Image | Tensor:
         raise UnreadableImage(name, f"too many pixels to open safely ({error})") from None
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise UnreadableImage(name, f"broken or truncated ({type(error).__name__}: {error})") from None
+
+
+@contextmanager
+def _opened(source) -> Iterator[Image.Image]:
+    """A picture whose header has been read. Raises UnreadableImage without a name for what is not to be decoded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # from 89 megapixels on; ours is below
+        opened = Image.open(source)
+    with opened as image:
+        width, height = image.size
+        if width * height > MOST_MEGAPIXELS * 1e6:
+            raise UnreadableImage(
+                "", f"too many pixels to open safely ({width} x {height} are {width * height / 1e6:.1f} megapixels; at "
+                f"most {MOST_MEGAPIXELS})"
+            )  # fmt: skip
+        if image.format in STARTS_A_PROGRAM:
+            raise UnreadableImage("", f"{image.format}, which another program would have to draw; save it as PNG")
+        yield image
 
 
 def _is_plain_jpeg(image: Image.Image) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lavis_evlgen.datasets.errors import DataError
+from lavis_evlgen.datasets.swallowed_rows import swallowed_row
 
 WHERE_FROM = "docs/evaluation.md says where the files of public benchmarks come from"
 _MOST_LINES = 10  # of one row of a table; more is a quote that was not meant
@@ -73,6 +74,8 @@ def parse_json(path, text: str, whole: Callable[[dict], bool]):
     """
     try:
         content = json.loads(text)
+    except RecursionError:
+        raise DataError(f"{path} is JSON that is nested too deeply to be annotations") from None
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # a second value after the first one: JSON lines
             raise DataError(f"{path} is not valid JSON, line {error.lineno}: {error.msg}") from None
@@ -88,6 +91,8 @@ def parse_json(path, text: str, whole: Callable[[dict], bool]):
             rows.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
             raise DataError(f"{path} line {number} is not valid JSON: {error.msg}") from None
+        except RecursionError:
+            raise DataError(f"{path} line {number} is JSON that is nested too deeply to be a row") from None
     return rows
 
 
@@ -110,8 +115,13 @@ def read_table(path, text: str) -> Table:
                     f"{path} line {last + 1}: a quote opens a row that ends only in line {reader.line_num}, and would "
                     'take the lines between into one caption; close it, or double the quote marks of the text ("")'
                 )
-            last = reader.line_num
-            if len(cells) == len(header):
+            first, last = last + 1, reader.line_num
+            if last > first and (line := swallowed_row(cells, delimiter)):
+                problems.append(
+                    f"lines {first} to {last}: a quote takes what looks like another row into one field, {line!r:.60}; "
+                    'close it, or double the quote marks of the text ("")'
+                )
+            elif len(cells) == len(header):
                 cells = cells if quoted else [_unquote(cell) for cell in cells]
                 records.append((where, dict(zip(header, cells, strict=True))))
             elif cells:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets.image_files import MOST_MEGAPIXELS
 from lavis_evlgen.environment import require
 
 
@@ -29,6 +30,8 @@ def demo(args, load) -> int:
     for name, value in (("--max-upload", args.max_upload), ("--max-pixels", args.max_pixels)):
         if not 0 < value < 1e6:
             raise ConfigError(f"{name}: {value:g} must be above 0 and below a million")
+    if args.max_pixels > MOST_MEGAPIXELS:
+        raise ConfigError(f"--max-pixels: {args.max_pixels:g}; no picture of more than {MOST_MEGAPIXELS} is decoded")
     if not 0 < args.port < 65536:
         raise ConfigError(f"--port: {args.port} is none; give 1 to 65535")
     model, processor, decoding, device, _ = load(args)

@@ -8,6 +8,8 @@ import html
 import logging
 import os
 import shutil
+import signal
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
@@ -17,6 +19,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "0"  # read where gradio is imported
 
 import gradio as gr
 import torch
+from starlette.middleware import Middleware
 
 from lavis_evlgen.analysis.token_plots import STYLES
 from lavis_evlgen.clips import takes_clips
@@ -32,6 +35,7 @@ from lavis_evlgen.demo.describing import (
     largest_r,
     tokens_picture,
 )
+from lavis_evlgen.demo.own_requests import OwnRequestsOnly
 from lavis_evlgen.demo.picks import drawn, of_folder, thumbnails
 from lavis_evlgen.demo.reading import Limits, preview, read
 
@@ -71,6 +75,8 @@ def start(visitors: Visitors, host: str, port: int, pictures: Path | None = None
 
     pictures: folder of files to pick from; None: drawn scenes. Raises ConfigError where host or port cannot be had.
     """
+    if block:
+        end_on_signals()
     chosen = Path(mkdtemp(prefix="pick_", dir=_uploads()))
     try:
         picks = drawn(chosen, visitors.processor) if pictures is None else of_folder(
@@ -85,6 +91,7 @@ def start(visitors: Visitors, host: str, port: int, pictures: Path | None = None
             server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, ssr_mode=False,
             max_file_size=int(visitors.limits.megabytes * 1e6), theme=gr.themes.Base(**FONTS), footer_links=[],
             enable_monitoring=False, mcp_server=False, pwa=False,
+            app_kwargs={"middleware": [Middleware(OwnRequestsOnly, host=host)]},
         )  # fmt: skip
     except OSError as error:
         raise ConfigError(
@@ -96,6 +103,12 @@ def start(visitors: Visitors, host: str, port: int, pictures: Path | None = None
     print(f"evlgen demo: {address}  (Ctrl-C ends it)", flush=True)
     page.block_thread()
     return page, address
+
+
+def end_on_signals():
+    """SIGTERM and SIGHUP end the process as Ctrl-C does: it removes the uploads at its end."""
+    for sign in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(sign, lambda number, frame: sys.exit(128 + number))
 
 
 @functools.cache

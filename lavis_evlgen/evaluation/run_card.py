@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from lavis_evlgen.file_troubles import writing
+
 _PACKAGE = Path(__file__).resolve().parent.parent
 _DISTRIBUTIONS = ("torch", "transformers", "salesforce-lavis", "lavis-evlgen", "numpy")
 _DATA_KEYS = ("name", "split", "size", "fingerprint")
@@ -68,7 +70,7 @@ def write_run_card(path: str | os.PathLike, card: Mapping) -> Path:
     text = json.dumps(plain(card), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+        with writing(path), open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

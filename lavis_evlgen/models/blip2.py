@@ -23,7 +23,7 @@ from lavis_evlgen.models.checkpoints import load_checkpoint_file
 from lavis_evlgen.models.connector_base import bert_config, bert_folder, bert_state, is_random
 from lavis_evlgen.models.connector_qformer import NUM_QUERY_TOKEN
 from lavis_evlgen.models.model_values import VisionValues
-from lavis_evlgen.models.sources import WeightsError, on_meta
+from lavis_evlgen.models.sources import WeightsError, check_floating, load_from_hub, on_meta
 from lavis_evlgen.models.vision import VISION_KEYS, vision_of
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
@@ -67,7 +67,8 @@ class Blip2Stage1(VisionValues, Blip2Qformer):
         bert = self._given[1]
         if not (Path(bert) / "vocab.txt").exists():
             raise WeightsError(f"connector_init: {bert} has no vocab.txt, the words of its tokenizer")
-        tokenizer = BertTokenizer.from_pretrained(bert)
+        # it reads config.json too, and a BERT's tokenizer needs no code of the folder's
+        tokenizer = load_from_hub(BertTokenizer.from_pretrained, bert, "connector_init", trust_remote_code=False)
         tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         return tokenizer
 
@@ -157,6 +158,7 @@ def _load_bert(qformer: BertLMHeadModel, state: dict[str, Tensor], source: str):
     missing = [name for name in own if name not in state and not any(part in name for part in optional)]
     if missing:
         raise WeightsError(f"connector_init: {source} lacks {len(missing)} tensors of its BERT, first {missing[0]}")
+    check_floating(state, own, f"connector_init: {source}")
     for name, value in own.items():
         if name not in state or name == "embeddings.position_ids":
             continue

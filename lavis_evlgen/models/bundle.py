@@ -20,10 +20,20 @@ from lavis_evlgen import __version__
 from lavis_evlgen.config import ConfigError, nearest
 from lavis_evlgen.evaluation.model_card import model_card
 from lavis_evlgen.evaluation.run_card import plain
+from lavis_evlgen.file_troubles import writing
 from lavis_evlgen.models.checkpoints import config_of_checkpoint, trainable_state
 from lavis_evlgen.models.frozen_identity import frozen_identity
 from lavis_evlgen.models.integrity import DIGESTS, sha256_of
 from lavis_evlgen.models.sources import WeightsError, load_from_hub
+from lavis_evlgen.models.travelled import (
+    ONLY_BY_PERSONS,
+    check_decoding,
+    check_frozen_weights,
+    check_plain,
+    checked_model,
+    read_json,
+    shapes_in,
+)
 
 WEIGHTS, CONFIG, README, EXTRA = "model.safetensors", "config.json", "README.md", "extra.safetensors"
 FORMAT = 1
@@ -99,7 +109,9 @@ class Bundled:
         """Where LAVIS finds the sections `model` and `preprocess`; a bundle brings its own."""
         if model_type in cls.PRETRAINED_MODEL_CONFIG_DICT:
             return super().default_config_path(model_type)
-        return str(find_bundle(model_type, cls) / CONFIG)
+        folder = find_bundle(model_type, cls)
+        read_config(folder)  # LAVIS reads its preprocess section from the file itself
+        return str(folder / CONFIG)
 
 
 def is_bundle(folder) -> bool:
@@ -132,7 +144,8 @@ def find_bundle(source: str, cls, revision: str | None = None) -> Path:
 
 
 def read_config(folder) -> dict:
-    """config.json of a bundle; raises WeightsError when it is not one, or a later format."""
+    """config.json of a bundle; raises WeightsError when it is not one, is of a later format, or says what it may not
+    (models/travelled.py)."""
     if not is_bundle(folder):
         raise WeightsError(
             f"{folder} is no bundle: it lacks {WEIGHTS} or {CONFIG}; of a run folder give a checkpoint in it, "
@@ -140,14 +153,25 @@ def read_config(folder) -> dict:
         )
     path = Path(folder) / CONFIG
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        version, _ = content["lavis_evlgen"]["bundle"], content["model"]["arch"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        content = read_json(path, "bundle")
+        version, arch = int(content["lavis_evlgen"]["bundle"]), content["model"]["arch"]
+    except (ValueError, KeyError, TypeError) as error:
         raise WeightsError(f"{path} is not the config of a bundle that lavis_evlgen wrote: {error!r}") from error
     if version > FORMAT:
         written = content["lavis_evlgen"].get("version")
         raise WeightsError(f"{path} was written by lavis_evlgen {written}, newer than {__version__}: update")
-    return content
+    section = checked_model(content["model"], str(path), shapes_in(Path(folder) / WEIGHTS))
+    cls = registry.get_model_class(arch)
+    if cls is None:
+        raise WeightsError(f"{path}: model.arch {arch!r} is unknown{nearest(arch, registry.list_models())}")
+    for key in ("preprocess", "frozen", "released"):
+        if not isinstance(content.get(key), dict | None):
+            raise WeightsError(f"{path}: {key} is no section of keys")
+    if not all(isinstance(facts, dict) for facts in (content.get("frozen") or {}).values()):
+        raise WeightsError(f"{path}: frozen holds what is no section of keys")
+    check_decoding(content.get("decoding"), cls, str(path))
+    check_frozen_weights(content.get("frozen_weights"), str(path))
+    return content | {"model": section}
 
 
 def _check_class(cls, content: dict, folder):
@@ -176,6 +200,7 @@ def bundle_config(model, preprocess=None, decoding=None, changes: dict | None = 
         section |= {"connector_init": None, "connector_sizes": sizes}
     check_keys(type(model), changes or {}, "save_pretrained")
     section |= changes or {}
+    section = {k: v for k, v in section.items() if k not in ONLY_BY_PERSONS}
     if preprocess is None:
         preprocess = model.preprocess or default_preprocess(type(model), section.get("model_type"), section)
     decoding = model.decoding if decoding is None else decoding
@@ -214,7 +239,9 @@ def frozen_facts(model) -> dict:
 def check_frozen(model, content: dict, source):
     """Raises WeightsError that names the first frozen part which is not what the bundle was trained with."""
     own, keys = frozen_facts(model), {"vision encoder": "vit_model", "language model": "llm_model"}
-    for part, facts in content.get("frozen", {}).items():
+    for part, facts in (content.get("frozen") or {}).items():
+        if part not in keys or set(facts) - set(own[part]):
+            raise WeightsError(f"{source}/{CONFIG}: frozen.{part} tells what lavis_evlgen {__version__} does not know")
         here = {name: own[part][name] for name in facts}
         if here != facts:
             key = keys[part]
@@ -246,18 +273,22 @@ def write_bundle(folder, state: dict, content: dict, card: dict | None = None, n
         raise WeightsError(f"{folder} is no empty folder{f': it holds {strange[0]}' if strange else ''}; give another")
     for key, path in local_sources(content["model"]).items():
         logging.warning("%s: model.%s is %s, a path of this machine; elsewhere give another", CONFIG, key, path)
+    check_plain(content, f"{folder}/{CONFIG}")  # what would be refused when it is read
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXTRA).unlink(missing_ok=True)
     for file, tensors in ((WEIGHTS, state), (EXTRA, extra)):
         if tensors:
             whole = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-            save_file(whole, folder / file, metadata={"format": "pt"})
+            with writing(folder / file):
+                save_file(whole, folder / file, metadata={"format": "pt"})
     digests = {file: sha256_of(folder / file) for file in (WEIGHTS, EXTRA) if (folder / file).exists()}
     content = {**content, "lavis_evlgen": {**content["lavis_evlgen"], DIGESTS: digests}}
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    (folder / CONFIG).write_text(text, encoding="utf-8")
     numbers = sum(v.numel() for v in state.values())
-    (folder / README).write_text(model_card(content, numbers, card, name), encoding="utf-8")
+    texts = {CONFIG: json.dumps(content, indent=2, ensure_ascii=False) + "\n"}
+    texts[README] = model_card(content, numbers, card, name)
+    for file, text in texts.items():
+        with writing(folder / file):
+            (folder / file).write_text(text, encoding="utf-8")
     return folder
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from lavis_evlgen.models.integrity import first_not_finite
-from lavis_evlgen.models.sources import WeightsError, read_state_dict
+from lavis_evlgen.models.sources import WeightsError, check_floating, read_state_dict
+from lavis_evlgen.models.travelled import check_frozen_weights, checked_model
 
 RELEASED = "VL_proj.weight"  # only checkpoints of the released implementation have a tensor of this name
 
@@ -65,6 +66,7 @@ def check_numbers(state: dict[str, torch.Tensor], source: str) -> None:
 def check_trainable(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     """Raises WeightsError unless `state` has every trainable tensor of `model`, in its shape, and no unknown one."""
     own, frozen = model.state_dict(), frozen_names(model)
+    check_floating(state, own, f"checkpoint {source}")
     missing = [k for k in own if k not in state and k not in frozen]
     unknown = [k for k in state if k not in own]
     shapes = [
@@ -117,9 +119,15 @@ def load_checkpoint_file(model: nn.Module, path: str, additions: Iterable[set[st
 
 
 def config_of_checkpoint(path: str) -> dict:
-    """The model section of the config that a run's checkpoint was made with; {} where a file holds none."""
-    config = facts_of_checkpoint(path).get("config")
-    return config.get("model", {}) if isinstance(config, dict) else {}
+    """The model section of the config that a run's checkpoint was made with; {} where a file holds none.
+
+    Raises WeightsError for one that says what a file may not (models/travelled.py).
+    """
+    content = facts_of_checkpoint(path)
+    config = content.get("config")
+    if not isinstance(config, dict) or not config.get("model"):
+        return {}
+    return checked_model(config["model"], f"the config in {path}", shapes_of(content.get("model")))
 
 
 def facts_of_checkpoint(path: str) -> dict:
@@ -128,4 +136,13 @@ def facts_of_checkpoint(path: str) -> dict:
         content = torch.load(path, map_location="meta", weights_only=True)
     except Exception:  # no file, or not one of torch's: reading its weights says what is wrong
         return {}
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        return {}
+    check_frozen_weights(content.get("frozen_weights"), path)
+    return content
+
+
+def shapes_of(state) -> dict[str, tuple]:
+    """Shapes by name of the tensors in what should be a state dict."""
+    tensors = state.items() if isinstance(state, dict) else ()
+    return {name: tuple(value.shape) for name, value in tensors if isinstance(value, torch.Tensor)}

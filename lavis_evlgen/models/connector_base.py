@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from lavis_evlgen.models.sources import WeightsError, load_from_hub, on_meta, read_state_dict, resolve
+from lavis_evlgen.models.travelled import read_json
 from lavis_evlgen.nn import MergeMap
 from lavis_evlgen.nn.tomeformer import by_bert_names
 
@@ -74,7 +74,7 @@ def bert_config(folder: str) -> dict:
     file = Path(folder) / "config.json"
     if not file.exists():
         raise WeightsError(f"connector_init: {folder} has no config.json")
-    return json.loads(file.read_text())
+    return read_json(file, "connector_init")
 
 
 def bert_state(folder: str) -> dict[str, Tensor]:

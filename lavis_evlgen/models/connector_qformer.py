@@ -22,7 +22,7 @@ from lavis_evlgen.models.connector_base import (
     bert_state,
     is_random,
 )
-from lavis_evlgen.models.sources import WeightsError, on_meta, read_state_dict, resolve
+from lavis_evlgen.models.sources import WeightsError, check_floating, on_meta, read_state_dict, resolve
 
 NUM_QUERY_TOKEN = 32
 BERT_KEYS = ("hidden_size", "num_attention_heads", "intermediate_size", "layer_norm_eps", "hidden_act")
@@ -112,6 +112,7 @@ class QFormerConnector(Connector):
                 f"connector_init: {len(missing)} of the Q-Former's {len(own)} tensors are not in {what}, first "
                 f"{missing[0]}: it has fewer layers than model.num_layers, or is of another kind"
             )
+        check_floating(found, own, f"connector_init: {what}")
         for name, value in found.items():
             if value.shape != own[name].shape:
                 raise WeightsError(

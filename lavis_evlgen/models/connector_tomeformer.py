@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lavis_evlgen.models.connector_base import SIZES, Connector, VisualPrompt, bert_config, bert_folder, is_random
-from lavis_evlgen.models.sources import on_meta, read_state_dict
+from lavis_evlgen.models.sources import check_floating, on_meta, read_state_dict
 from lavis_evlgen.nn import TomeFormer, TomeFormerConfig
+from lavis_evlgen.nn.tomeformer import by_bert_names
 
 BODY_KEYS = ("num_layers", "tome_r", "merge_mean", "partition", "proportional_attention", "dropout")
 
@@ -41,5 +42,6 @@ def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
     config = TomeFormerConfig(num_tokens=vision.num_tokens, protected=vision.protected, **sizes, **body)
     connector = TomeFormerConnector(vision.width, config)
     if state is not None:
+        check_floating(by_bert_names(state), connector.tomeformer.state_dict(), f"connector_init: {folder}")
         connector.tomeformer.load_bert(state)
     return connector

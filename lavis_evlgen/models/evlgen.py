@@ -19,6 +19,7 @@ from lavis_evlgen.models.frozen_identity import check_identity
 from lavis_evlgen.models.generation import Generates
 from lavis_evlgen.models.language import LanguageModel, load_language_model
 from lavis_evlgen.models.model_values import EvlgenValues, lr_scales
+from lavis_evlgen.models.sources import trusts_remote_code
 from lavis_evlgen.models.vision import VISION_KEYS, vision_of
 from lavis_evlgen.nn import across_picture_share
 
@@ -246,7 +247,8 @@ def build_evlgen(cls, cfg, vision_of=vision_of, **more) -> EVLGen:
     vision = vision_of(cfg)
     connector = build_connector(vision, _plain(cfg))  # before the language model, which may take minutes to load
     precision = check_precision(cfg.get("llm_precision", "fp16"), "llm_precision")
-    llm, tokenizer = load_language_model(cfg.get("llm_model") or cfg.get("opt_model"), precision)
+    source = cfg.get("llm_model") or cfg.get("opt_model")
+    llm, tokenizer = load_language_model(source, precision, trusts_remote_code(cfg))
     return cls(
         vision,
         connector,

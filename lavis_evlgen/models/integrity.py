@@ -65,7 +65,7 @@ def check_digest(file: str | Path) -> None:
         return
     try:
         about = json.loads(config.read_text(encoding="utf-8")).get("lavis_evlgen")
-    except (OSError, ValueError, AttributeError):  # not a bundle's: whoever reads it says what is wrong
+    except (OSError, ValueError, AttributeError, RecursionError):  # not a bundle's: whoever reads it says what is wrong
         return
     digests = about.get(DIGESTS) if isinstance(about, dict) else None
     expected = digests.get(Path(file).name) if isinstance(digests, dict) else None

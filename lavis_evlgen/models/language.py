@@ -16,22 +16,24 @@ from lavis_evlgen.models import gguf
 from lavis_evlgen.models.compiling import eager
 from lavis_evlgen.models.freezing import DTYPES, freeze
 from lavis_evlgen.models.sampling import GumbelRows, up_to_end
-from lavis_evlgen.models.sources import load_from_hub, on_meta, resolve
+from lavis_evlgen.models.sources import check_floating, load_from_hub, on_meta, refuse_kernels, resolve
 from lavis_evlgen.models.tokenization import TextEncoder, pad_rows
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 
 
-def load_language_model(source: str, precision: str):
+def load_language_model(source: str, precision: str, trust_remote_code: bool = False):
     """(model, tokenizer) from a hub id, a folder, or a .gguf file (de-quantised).
 
     Under `torch.device("meta")` the model has its shapes and no weights; config and tokenizer are read.
+    trust_remote_code: run code that the folder or repository brings. Raises WeightsError.
     """
     path = resolve(source, "llm_model")
     folder, file = folder_and_file(path)
+    kwargs = {"trust_remote_code": trust_remote_code, **file}
     if not file:
-        return _from_pretrained(path, precision)
+        return _from_pretrained(path, precision, **kwargs)
     with gguf.one_parse():
-        model, tokenizer = _from_pretrained(folder, precision, **file)
+        model, tokenizer = _from_pretrained(folder, precision, **kwargs)
         gguf.set_special_tokens(tokenizer, Path(path))
     return model, tokenizer
 
@@ -47,12 +49,28 @@ def _from_pretrained(path: str, precision: str, **kwargs):
     tokenizer = load_from_hub(AutoTokenizer.from_pretrained, path, "llm_model", **kwargs)
     dtype = DTYPES[precision]
     if on_meta():
-        model = AutoModelForCausalLM.from_config(load_from_hub(AutoConfig.from_pretrained, path, "llm_model", **kwargs))
+        model = empty_language_model(path, **kwargs)
     else:
+        if not kwargs["trust_remote_code"] and "gguf_file" not in kwargs:
+            refuse_kernels(load_from_hub(AutoConfig.from_pretrained, path, "llm_model", **kwargs), path, "llm_model")
         model = load_from_hub(
             AutoModelForCausalLM.from_pretrained, path, "llm_model", torch_dtype=dtype, **kwargs
         )
+        weights = dict(model.named_parameters())
+        check_floating(weights, dict.fromkeys(weights, torch.empty(0)), f"llm_model: {path}")
     return model.to(dtype), tokenizer
+
+
+def empty_language_model(path: str, trust_remote_code: bool, **file) -> nn.Module:
+    """The model of a folder or hub id (with `file`: folder_and_file) on torch's default device, untrained."""
+    config = load_from_hub(
+        AutoConfig.from_pretrained, path, "llm_model", trust_remote_code=trust_remote_code, **file
+    )
+
+    def build(path):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+    return load_from_hub(build, path, "llm_model")
 
 
 class LanguageModel(nn.Module):

@@ -34,7 +34,7 @@ from lavis_evlgen.models.bundle import (
 )
 from lavis_evlgen.models.checkpoints import RELEASED
 from lavis_evlgen.models.connectors import TomeFormerConnector
-from lavis_evlgen.models.sources import WeightsError, read_state_dict
+from lavis_evlgen.models.sources import WeightsError, check_floating, read_state_dict
 from lavis_evlgen.nn import TemporalMixing, TomeFormerConfig
 
 PROJECTIONS = ("opt_proj", "llm_proj")
@@ -114,10 +114,13 @@ def from_released(path: str, cls, changes: dict | None = None, allow_unknown: bo
     check_keys(cls, changes or {}, "--options")
     kind, section = _section(state, projection, cls, changes or {}, path)
     parts = _empty_parts(section, state, projection)
-    expected = {name: tuple(t.shape) for name, t in parts.state_dict().items()}
+    own = parts.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     report = sort_keys(state, lambda name: _our_name(name, projection), expected)
     report.merging = parts["connector"].tomeformer.cfg
     _refuse(report, expected, allow_unknown, path)
+    used = {ours: tensor for ours, tensor in report.used.values()}
+    check_floating(used, own, f"convert: {path}")
     shape = state[f"{projection}.weight"].shape
     # Vicuna is a LLaMA; the file tells no more of the frozen parts
     frozen = {
@@ -129,7 +132,6 @@ def from_released(path: str, cls, changes: dict | None = None, allow_unknown: bo
     lengths = LENGTHS["evlgen_video" if _is_video(state) else "evlgen"]
     decoding = {"num_beams": 5, **lengths, "repetition_penalty": REPETITION[projection]}
     content = compose(section, preprocess, decoding, frozen, source=source, released={"projection": projection, **more})
-    used = {ours: tensor for ours, tensor in report.used.values()}
     return used, content, report.kept | report.unknown, report
 
 
@@ -160,6 +162,9 @@ def _projection(state: dict, path) -> str:
     if len(found) != 1:
         held = " and ".join(found) or "neither"
         raise WeightsError(f"convert: {path} must have one of {' and '.join(PROJECTIONS)}; it has {held}")
+    for name in (RELEASED, f"{found[0]}.weight"):
+        if state[name].ndim != 2:
+            raise WeightsError(f"convert: {path}: {name} is {tuple(state[name].shape)}, and no matrix")
     return found[0]
 
 
@@ -187,7 +192,7 @@ def _section(state: dict, projection: str, cls, changes: dict, path) -> tuple[st
     for key in STARTS + (() if known else ("model_type", "llm_model")):
         section.pop(key, None)
     section["vit_model"] = VITS.get(vit_width)
-    sizes = {"num_layers": _num_layers(state), "connector_init": None, "connector_sizes": _sizes(state)}
+    sizes = {"num_layers": _num_layers(state, path), "connector_init": None, "connector_sizes": _sizes(state)}
     section = OmegaConf.to_container(OmegaConf.merge(section, sizes, changes))
     if section["vit_model"] == "clip_L" and section.get("vit_layer") is None:
         section["vit_layer"] = BLOCKS["clip_L"]
@@ -200,10 +205,14 @@ def _section(state: dict, projection: str, cls, changes: dict, path) -> tuple[st
     return kind, section
 
 
-def _num_layers(state: dict) -> int:
+def _num_layers(state: dict, path) -> int:
     prefix = "VLconnector.encoder.layer."
-    numbers = {int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix)}
-    return max(numbers, default=0) + 1
+    found = [re.match(rf"{re.escape(prefix)}(\d{{1,9}})\.", name) for name in state]
+    numbers = {int(match[1]) for match in found if match}
+    layers = max(numbers, default=0) + 1
+    if layers > len(state):  # a number in a name may be anything
+        raise WeightsError(f"convert: {path} names layer {layers - 1}, but holds {len(state)} tensors")
+    return layers
 
 
 def _sizes(state: dict) -> dict:
@@ -240,6 +249,8 @@ def _temporal(section: dict, state: dict, width: int) -> dict[str, nn.Module]:
     blocks = [int(found[1]) for found in map(THEIR_TEMPORAL.fullmatch, state) if found]
     if not blocks or not section["temporal"]:
         return {}
+    if max(blocks) >= len(state):
+        raise WeightsError(f"convert: the file names block {max(blocks)}, but holds {len(state)} tensors")
     count = BLOCKS.get(section["vit_model"], max(blocks) + 1)
     count = section["vit_layer"] if section["vit_model"] == "clip_L" else count
     max_frames = section["num_frames"] if section["temporal_positions"] else None

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lavis_evlgen.file_troubles import writing
 from lavis_evlgen.models.bundle import EXTRA, WEIGHTS, find_bundle, read_config
 from lavis_evlgen.models.released import NAMES, PROJECTIONS, shape_of
 from lavis_evlgen.models.sources import WeightsError, read_state_dict
@@ -36,19 +37,21 @@ def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
         raise WeightsError(f"convert: {folder} has temporal positions, for which the released layout has no place")
     if section.get("soft_prompt"):
         raise WeightsError(f"convert: {folder} has a soft prompt, for which the released layout has no place")
-    opt = content["frozen"]["language model"]["model_type"] == "opt"
-    projection = content.get("released", {}).get("projection") or PROJECTIONS[0 if opt else 1]
-    gate = content.get("released", {}).get("alpha_shape", [1])
+    opt = (content.get("frozen") or {}).get("language model", {}).get("model_type") == "opt"
+    released = content.get("released") or {}
+    projection, gate = released.get("projection", PROJECTIONS[0 if opt else 1]), released.get("alpha_shape", [1])
+    if projection not in PROJECTIONS or gate not in ([], [1]):
+        raise WeightsError(f"convert: {folder}/config.json: released: {released!r:.80} is not of the released layout")
     theirs = {ours: name for name, ours in NAMES.items()} | {"llm_proj.": projection + "."}
     state, lines = {}, []
     for name, tensor in read_state_dict(str(folder / WEIGHTS), "convert").items():
         prefix = next((p for p in theirs if name.startswith(p)), None)
-        released = theirs[prefix] + name.removeprefix(prefix) if prefix else name
+        their_name = theirs[prefix] + name.removeprefix(prefix) if prefix else name
         if temporal := OUR_TEMPORAL.fullmatch(name):
-            released = "visual_encoder.blocks.{}.temporal_merge.{}".format(*temporal.groups())
+            their_name = "visual_encoder.blocks.{}.temporal_merge.{}".format(*temporal.groups())
             tensor = tensor.reshape(gate) if name.endswith(".alpha") else tensor
-        state[released] = tensor
-        lines.append(f"used    {name}  {shape_of(tensor)} -> {released}")
+        state[their_name] = tensor
+        lines.append(f"used    {name}  {shape_of(tensor)} -> {their_name}")
     extra = read_state_dict(str(folder / EXTRA), "convert") if (folder / EXTRA).exists() else {}
     lines += [f"kept    {name}  {shape_of(tensor)} from {EXTRA}" for name, tensor in extra.items()]
     if not any(name.startswith("VLconnector.pooler.") for name in extra):
@@ -71,5 +74,6 @@ def write_released(folder: str, out: str, cls) -> list[str]:
         raise WeightsError(f"convert: {path} is there already; give another name")
     state, lines = to_released(folder, cls)
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": state}, path)
+    with writing(path), open(path, "wb") as file:
+        torch.save({"model": state}, file)
     return lines

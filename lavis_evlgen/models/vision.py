@@ -13,12 +13,21 @@ from lavis.common.dist_utils import download_cached_file
 from lavis.models import clip_vit, eva_vit
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import MODEL_MAPPING, AutoConfig
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
 from lavis_evlgen.models.freezing import DTYPES, check_precision, freeze
 from lavis_evlgen.models.fused_attention import fuse_attention
 from lavis_evlgen.models.onnx_dinov2 import dinov2_from_onnx
-from lavis_evlgen.models.sources import WeightsError, load_from_hub, on_meta, read_state_dict, resolve
+from lavis_evlgen.models.sources import (
+    WeightsError,
+    check_floating,
+    load_from_hub,
+    on_meta,
+    read_state_dict,
+    refuse_kernels,
+    resolve,
+    trusts_remote_code,
+)
 
 DOWNLOADS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 
@@ -66,6 +75,8 @@ VISION_KEYS = {
     "the processor) has it, else fp32",
     "freeze_vit": "must be true: the vision encoder stays frozen",
     "image_size": "side of the input picture in pixels",
+    "trust_remote_code": "true: run the code that a model's folder or hub repository brings (false); a person says so, "
+    "never a bundle or checkpoint",
 }
 # name: (architecture, file of the download, LAVIS's resizing of its position embeddings)
 LAVIS_VITS = {
@@ -177,6 +188,7 @@ def vision_of(cfg) -> nn.Module:
         cfg.get("vit_precision", "fp16"),
         cfg.get("vit_path"),
         cfg.get("vit_layer"),
+        trusts_remote_code(cfg),
     )
 
 
@@ -186,10 +198,12 @@ def load_vision_encoder(
     precision: str = "fp16",
     vit_path: str | None = None,
     vit_layer: int | None = None,
+    trust_remote_code: bool = False,
 ) -> VisionEncoder:
     """Build the encoder and load its weights: from `vit_path`, from the hub, or LAVIS's download.
 
     Under `torch.device("meta")` it has its shapes and no weights, and nothing but a config is read.
+    trust_remote_code: run code that the folder or repository brings. Raises WeightsError.
     """
     if vit_model in LAVIS_VITS:
         _check_lavis_layer(vit_model, vit_layer)
@@ -202,17 +216,31 @@ def load_vision_encoder(
         with torch.device("cpu"):  # its sizes are those of its weights
             model = dinov2_from_onnx(source).to(device)
     else:
-        config = load_from_hub(AutoConfig.from_pretrained, source, "vit_model")
-        # not AutoModel: in older releases it imports every architecture, and one needs a newer timm than LAVIS
-        if type(config) not in MODEL_MAPPING:
-            raise WeightsError(f"vit_model: {source} holds a {type(config).__name__}, which has no model of its own")
-        model_class = MODEL_MAPPING[type(config)]
-        if on_meta():
-            with _LinspaceOnCPU():
-                model = model_class(config)
-        else:
-            model = load_from_hub(model_class.from_pretrained, source, "vit_model", torch_dtype=torch.float32)
+        model = _hugging_face_model(source, trust_remote_code)
     return wrap_hugging_face(model, image_size, precision, vit_layer)
+
+
+def _hugging_face_model(source: str, trust_remote_code: bool) -> nn.Module:
+    trust = {"trust_remote_code": trust_remote_code}
+    config = load_from_hub(AutoConfig.from_pretrained, source, "vit_model", **trust)
+    if not trust_remote_code:
+        refuse_kernels(config, source, "vit_model")
+    if type(config) in MODEL_MAPPING:
+        # not AutoModel: in older releases it imports every architecture, and one needs a newer timm than LAVIS
+        model_class, build = MODEL_MAPPING[type(config)], {}
+        create = model_class
+    elif trust_remote_code:
+        model_class, build = AutoModel, trust
+        create = AutoModel.from_config
+    else:
+        raise WeightsError(f"vit_model: {source} holds a {type(config).__name__}, which has no model of its own")
+    if on_meta():
+        with _LinspaceOnCPU():
+            return load_from_hub(lambda _: create(config, **build), source, "vit_model")
+    model = load_from_hub(model_class.from_pretrained, source, "vit_model", torch_dtype=torch.float32, **trust)
+    weights = dict(model.named_parameters())
+    check_floating(weights, dict.fromkeys(weights, torch.empty(0)), f"vit_model: {source}")
+    return model
 
 
 def wrap_hugging_face(model: nn.Module, image_size: int, precision: str, layer: int | None) -> VisionEncoder:
@@ -263,6 +291,7 @@ def _fill(vit: nn.Module, name: str, file: str, resize_positions, vit_path: str 
                 "fetch it elsewhere and set model.vit_path to the file"
             ) from error
     state = read_state_dict(path, "vit_path")
+    check_floating(state, vit.state_dict(), f"vit_path: {path}")
     resize_positions(vit, state)
     try:
         missing = vit.load_state_dict(state, strict=False, assign=True).missing_keys

@@ -9,6 +9,7 @@ from lavis.common.registry import registry
 
 from lavis_evlgen.models.bundle import bundle_config, empty_model, write_bundle
 from lavis_evlgen.models.checkpoints import check_trainable
+from lavis_evlgen.models.travelled import ONLY_BY_PERSONS
 from lavis_evlgen.runners import state
 from lavis_evlgen.tasks.captioning import decoding_of
 
@@ -20,7 +21,9 @@ def export_run(cfg: dict, checkpoint: Path, out: str, changes: dict) -> str:
     read; of the frozen parts, config and tokenizer. Raises WeightsError.
     """
     content = state.read(checkpoint, "--checkpoint")
-    model = empty_model(registry.get_model_class(cfg["model"]["arch"]), cfg["model"])
+    # what a person says about code of others counts while its tokenizer is read, and is never written down
+    section = cfg["model"] | {key: changes[key] for key in ONLY_BY_PERSONS if key in changes}
+    model = empty_model(registry.get_model_class(section["arch"]), section)
     check_trainable(model, content["model"], str(checkpoint))
     dataset = next(iter(cfg["datasets"].values()))
     preprocess = {kind: dataset[kind] for kind in ("vis_processor", "text_processor") if kind in dataset}

@@ -13,7 +13,7 @@ import torch
 
 from lavis_evlgen.models.checkpoints import check_numbers
 from lavis_evlgen.models.integrity import read_torch
-from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.models.sources import WeightsError, why_unreadable
 
 LAST, PREVIOUS, BEST = "checkpoint_last.pth", "checkpoint_previous.pth", "checkpoint_best.pth"
 BROKEN = "checkpoint_broken.pth"  # what a checkpoint_last.pth that cannot be read is renamed to
@@ -121,10 +121,9 @@ def read(path: str | Path, key: str = "run.resume_ckpt_path") -> dict:
     try:
         content = read_torch(path)
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         previous = path.with_name(PREVIOUS)
         before = f"; the checkpoint before it is {previous}" if previous.exists() and path != previous else ""
-        raise WeightsError(f"{key}: {path} cannot be read ({reason}){before}") from error
+        raise WeightsError(f"{key}: {path} cannot be read ({why_unreadable(error, path)}){before}") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{key}: {path} is not a checkpoint of a run: it holds a {type(content).__name__}")
     missing = {"model", "optimizer", "step", "rng"} - set(content)

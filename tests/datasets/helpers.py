@@ -1,6 +1,8 @@
 """Small pictures and captions files, written where a test wants them."""
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -43,3 +45,13 @@ def builder(tmp_path, **keys):
     keys = {key: str(value) if isinstance(value, Path) else value for key, value in keys.items()}
     keys = {"images": str(tmp_path / "images"), **keys}
     return ImageCaptionsBuilder(OmegaConf.merge(config, keys))
+
+
+def png_of(width: int, height: int) -> bytes:
+    """A PNG whose header promises so many pixels; they are not there."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

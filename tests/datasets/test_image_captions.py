@@ -1,5 +1,8 @@
+import errno
 import logging
+import os
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -7,9 +10,9 @@ from lavis.common.registry import registry
 from PIL import Image, ImageFile
 
 from lavis_evlgen.datasets import DataError, ImageCaptionsBuilder, UnreadableImage
-from lavis_evlgen.datasets.image_files import open_image
+from lavis_evlgen.datasets.image_files import decode_image, open_image
 from lavis_evlgen.datasets.reading import MAX_TRIES
-from tests.datasets.helpers import ROWS, builder, coco, write_csv, write_json, write_pictures
+from tests.datasets.helpers import ROWS, builder, coco, png_of, write_csv, write_json, write_pictures
 
 COUNTS = {"train": 3, "val": 1, "test": 1}
 
@@ -132,6 +135,35 @@ def test_too_many_pixels_are_refused(pictures, monkeypatch):
         open_image(pictures / "0.jpg")
 
 
+def test_pictures_of_more_than_120_megapixels_are_refused_by_their_header(tmp_path, monkeypatch):
+    """One of 144 was decoded, with a warning of Pillow's, which refuses from 179 on only."""
+
+    def decode(*args):
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", decode)
+    for limit in (Image.MAX_IMAGE_PIXELS, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        for side, says in ((12_000, "12000 x 12000 are 144.0 megapixels; at most 120"), (10_955, "120.0 megapixels")):
+            (tmp_path / "x.png").write_bytes(png_of(side, side))
+            with pytest.raises(UnreadableImage, match=says) as error:
+                open_image(tmp_path / "x.png")
+            assert error.value.path == str(tmp_path / "x.png")
+            with pytest.raises(UnreadableImage, match=says):
+                decode_image(png_of(side, side), "x.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a camera's 102 megapixels are nothing to warn of
+        with pytest.raises(UnreadableImage, match="AssertionError: decoded"):
+            decode_image(png_of(11_664, 8_750), "x.png")
+
+
+def test_no_other_program_is_started_for_a_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("subprocess.check_call", lambda *args, **kw: pytest.fail(f"started {args}"))
+    (tmp_path / "x.jpg").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n")
+    with pytest.raises(UnreadableImage, match="EPS, which another program would have to draw"):
+        open_image(tmp_path / "x.jpg")
+
+
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16", "I"])
 def test_every_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / "x.tif"
@@ -216,3 +248,16 @@ def test_lavis_finds_the_builder_and_its_own_processors_fit(tmp_path, pictures):
     made.config.text_processor.train = {"name": "blip_caption"}
     sample = made.build_datasets()["train"][0]
     assert sample["image"].shape == (3, 32, 32) and sample["text_input"] == "picture 0, seen once"
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, pictures, monkeypatch):
+    train = build(tmp_path)["train"]
+
+    def refused(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=f"the images folder {pictures} cannot be read .Permission denied"):
+        train.missing_files()
+    with pytest.raises(DataError, match=r"images=.*x cannot be read \(File name too long\)"):
+        builder(tmp_path, captions=write_csv(tmp_path / "c.txt"), images="x" * 300, split=COUNTS).build_datasets()

@@ -17,8 +17,8 @@ from gradio_client.exceptions import AppError  # noqa: E402
 from lavis_evlgen.config import ConfigError  # noqa: E402
 from lavis_evlgen.demo.describing import Settings  # noqa: E402
 from lavis_evlgen.demo.page import start  # noqa: E402
+from tests.datasets.helpers import png_of  # noqa: E402
 from tests.demo.conftest import MEGABYTES  # noqa: E402
-from tests.demo.test_reading import png_of  # noqa: E402
 
 
 @pytest.fixture(scope="module")

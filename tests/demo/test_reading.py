@@ -1,8 +1,5 @@
 """Uploads: what is too large, or no picture, is refused by its header; the rest is what the processor makes of it."""
 
-import struct
-import zlib
-
 import numpy as np
 import pytest
 import torch
@@ -14,19 +11,10 @@ from lavis_evlgen.demo.reading import Limits, check, preview, read
 from lavis_evlgen.processors.images import EvlgenImageEvalProcessor
 from lavis_evlgen.processors.videos import EvlgenVideoEvalProcessor
 from tests.clip_tools import write_clip
+from tests.datasets.helpers import png_of
 from tests.tiny import IMAGE_SIZE
 
 PICTURE, CLIP = EvlgenImageEvalProcessor(IMAGE_SIZE), EvlgenVideoEvalProcessor(3, image_size=IMAGE_SIZE)
-
-
-def png_of(width: int, height: int) -> bytes:
-    """A PNG whose header promises so many pixels; they are not there."""
-
-    def chunk(name: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.fixture
@@ -36,7 +24,7 @@ def picture(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("width, height", [(20_000, 10_000), (10_000, 10_000), (8_000, 5_001)])
+@pytest.mark.parametrize("width, height", [(20_000, 10_000), (12_000, 12_000), (10_000, 10_000), (8_000, 5_001)])
 def test_too_many_pixels_are_refused_before_they_are_decoded(tmp_path, width, height, monkeypatch):
     path = tmp_path / "large.png"
     path.write_bytes(png_of(width, height))
