@@ -132,7 +132,7 @@ def test_a_flipped_bit_in_a_bundle(folder, tmp_path, capsys):
     EVLGen.from_pretrained(str(bundle))
     for _ in range(FLIPS):
         flip(file, generator.randrange(8 * len(whole)))
-        with pytest.raises(WeightsError, match="model.safetensors is not a file of plain tensors .*damaged, or not"):
+        with pytest.raises(WeightsError, match="model.safetensors is not a file of plain tensors: .*damaged, or not"):
             read_state_dict(str(bundle), "checkpoint")
         file.write_bytes(whole)
     flip(file, 8 * len(whole) - 1)

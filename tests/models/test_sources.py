@@ -258,7 +258,7 @@ def test_a_refused_pickle_says_what_it_calls_and_advises_nothing_dangerous(tmp_p
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
         (b"<!DOCTYPE html><html>404</html>", "looks like HTML"),
-        (b"", "is broken"),
+        (b"", "it is empty (0 bytes)"),
         (b"\x80\x04\x95" + bytes(50), "it is broken, or a pickle of other things than tensors, which is not run"),
     ],
 )
