@@ -69,6 +69,7 @@ def _in_child(call, words: Path, environment: dict) -> int:
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     logging.getLogger().handlers[:] = []
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     os.environ.update(environment)
     try:
         return call() or 0
