@@ -7,6 +7,7 @@ change between releases of a library, and a folder can hold another model of the
 from __future__ import annotations
 
 import logging
+import re
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,9 @@ from lavis_evlgen.models.sources import WeightsError
 TENSORS, VALUES = 8, 16  # of each part, spread over its tensors; of each of those, spread over its values
 # bf16 has 8 bits of mantissa: rounding moves a value by a 256th at most, and the other one may be rounded too
 ROUNDING = 2**-7
+# not compared: position embeddings that are resized to the picture when they are loaded (LAVIS's ViTs), and poolers, of
+# which no output is read: many files have none, and it is then drawn at random
+NOT_THE_FILES = re.compile(r"(^|\.)(pos_embed|positional_embedding|pooler)(\.|$)")
 
 Identity = dict[str, dict]
 
@@ -24,11 +28,12 @@ Identity = dict[str, dict]
 def frozen_identity(model: nn.Module) -> Identity:
     """{part: {"dtype", "values": {tensor: [16 numbers]}}} of the model's frozen parameters; {} on the meta device.
 
-    A part is a child module, such as visual_encoder and language_model.
+    A part is a child module, such as visual_encoder and language_model; "dtype" names all its number formats.
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and not parameter.is_meta and parameter.is_floating_point():
+        frozen = not parameter.requires_grad and not parameter.is_meta and parameter.is_floating_point()
+        if frozen and not NOT_THE_FILES.search(name):
             part, _, rest = name.partition(".")
             parts.setdefault(part, {})[rest] = parameter
     return {part: _identity_of(tensors) for part, tensors in parts.items()}
@@ -42,7 +47,9 @@ def _identity_of(tensors: dict[str, Tensor]) -> dict:
         flat = tensors[name].detach().flatten()
         places = torch.linspace(0, len(flat) - 1, VALUES, dtype=torch.float64, device="cpu").long()
         values[name] = flat[places.to(flat.device)].float().cpu().tolist()
-    return {"dtype": str(tensors[names[0]].dtype).removeprefix("torch."), "values": values}
+    # norms and embeddings of a ViT stay float32 whatever its precision: one tensor does not tell it
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
+    return {"dtype": ", ".join(dtypes), "values": values}
 
 
 def other_parts(trained: Identity, here: Identity) -> list[str]:
@@ -51,7 +58,7 @@ def other_parts(trained: Identity, here: Identity) -> list[str]:
 
 
 def _differ(trained: dict, here: dict) -> bool:
-    """Values must be equal in one number format, and equal but for rounding in two."""
+    """Values must be equal in the same number formats, and equal but for rounding in others."""
     slack = 0.0 if trained["dtype"] == here["dtype"] else ROUNDING
     for name in set(trained["values"]) & set(here["values"]):
         for a, b in zip(trained["values"][name], here["values"][name], strict=False):

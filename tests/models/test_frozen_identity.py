@@ -7,12 +7,25 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from transformers import ViTConfig, ViTModel
 
+from lavis_evlgen.models import vision
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.frozen_identity import frozen_identity, other_parts
 from lavis_evlgen.models.sources import WeightsError
 from tests.run_tools import redraw
-from tests.tiny import IMAGE_SIZE, tiny_evlgen, tiny_llama, tiny_tokenizer
+from tests.tiny import (
+    IMAGE_SIZE,
+    PATCH,
+    tiny_clip,
+    tiny_dinov2,
+    tiny_eva,
+    tiny_evlgen,
+    tiny_lavis_vision,
+    tiny_llama,
+    tiny_tokenizer,
+    tiny_vision,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -23,6 +36,40 @@ def test_the_same_weights_in_any_number_format(kind, dtype):
     model.language_model.to(dtype)
     model.visual_encoder.to(dtype)
     assert set(trained) == {"visual_encoder", "language_model"} and other_parts(trained, frozen_identity(model)) == []
+
+
+@pytest.mark.parametrize("kind", [tiny_dinov2, tiny_clip, tiny_eva])
+def test_the_same_vit_in_any_precision(kind):
+    """Its matrices are cast and the rest is not."""
+    build = tiny_lavis_vision if kind is tiny_eva else tiny_vision
+    found = [
+        frozen_identity(torch.nn.ModuleDict({"visual_encoder": build(kind, precision=precision)}))
+        for precision in ("fp32", "fp16", "bf16")
+    ]
+    assert [other_parts(one, other) for one in found for other in found] == [[]] * 9
+
+
+def test_a_pooler_that_the_file_lacks_does_not_tell(tmp_path):
+    """It is drawn at random, anew in each process, and nothing reads it."""
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    config = ViTConfig(image_size=IMAGE_SIZE, patch_size=PATCH, **sizes)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    found = [vision.load_vision_encoder(str(tmp_path), IMAGE_SIZE, "fp32") for _ in range(2)]
+    assert not torch.equal(*(encoder.vit.model.pooler.dense.weight for encoder in found))
+    assert other_parts(*(frozen_identity(torch.nn.ModuleDict({"vit": encoder})) for encoder in found)) == []
+
+
+def test_position_embeddings_of_another_picture_size_do_not_tell(tmp_path, monkeypatch):
+    """LAVIS resizes them when it loads a ViT; a run may go on from its weights at another picture size."""
+    monkeypatch.setitem(vision.LAVIS_VITS, "eva_clip_g", (tiny_eva, "", vision.LAVIS_VITS["eva_clip_g"][2]))
+    vit = redraw(tiny_eva())
+    torch.nn.init.normal_(vit.pos_embed)
+    torch.save(vit.state_dict(), tmp_path / "eva.pth")
+    found = [
+        frozen_identity(vision.load_vision_encoder("eva_clip_g", size, "fp32", str(tmp_path / "eva.pth")))
+        for size in (28, 56)
+    ]
+    assert set(found[0]) == {"vit"} and other_parts(*found) == []
 
 
 @given(st.integers(0, 10**6))
