@@ -62,7 +62,8 @@ def as_trained(trained: dict, merged: dict, given: dict, options: dict, keeps_ar
         trained = {key: value for key, value in trained.items() if key not in ("arch", "model_type", "lr_scale")}
         others = {key: value for key, value in merged.items() if key not in ALIASES or not ALIASES & set(trained)}
     else:  # a key that they were trained without keeps the meaning that it had then: the class's own default
-        others = {key: merged[key] for key in STARTS if key in merged}
+        # model_type only names defaults, and a model of none of its types has none
+        others = {key: merged[key] for key in (*STARTS, "model_type") if key in merged}
     found = AsTrained({**others, **trained})
     for key in OF_THE_EVALUATION:
         if given.get(key) is not None:

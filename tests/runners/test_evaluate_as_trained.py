@@ -1,6 +1,7 @@
 """An evaluation scores the model that was trained, whatever the config file of the evaluation says."""
 
 import json
+import shutil
 
 import pytest
 
@@ -51,6 +52,16 @@ def test_the_model_section_comes_from_the_weights(trained, bundle, tmp_path, cap
         assert found["metrics"][key] == pytest.approx(expected["metrics"][key], rel=1e-6), key
     assert found["model"]["not_as_trained"] == {}
     assert "model.bos=after of the config is not used: the weights were trained with before" in capfd.readouterr().err
+
+
+def test_a_bundle_of_none_of_the_model_types(trained, bundle, tmp_path):
+    """One that was converted or built by hand: a model type only names defaults."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    content = json.loads((tmp_path / "bundle" / "config.json").read_text())
+    del content["model"]["model_type"]
+    (tmp_path / "bundle" / "config.json").write_text(json.dumps(content))
+    found = evaluate(trained, tmp_path, tmp_path / "bundle")
+    assert {key: found["config"]["model"][key] for key in TRAINED} == TRAINED
 
 
 def test_what_options_say_wins_is_logged_and_stands_in_the_card(trained, tmp_path, capfd):
