@@ -41,15 +41,15 @@ class Resumable:
             "frozen_weights": frozen_identity(self._model),
         }
 
-    def _save(self, step: int, *names: str, unevaluated: bool = False):
+    def _save(self, step: int, *names: str, unevaluated: bool = False, diverged: str | None = None):
         """Write the run as it stands under each of `names` (state.LAST, state.BEST); every rank calls it.
 
-        unevaluated: the evaluation due at this step is still to come. Raises NonFinite rather than write weights or
-        moments that are not finite, WeightsError when a file cannot be written.
+        unevaluated: the evaluation due at this step is still to come; diverged: why the run has failed. Raises
+        NonFinite rather than write weights or moments that are not finite, WeightsError when a file cannot be written.
         """
         if distributed.any_rank(not self.step_fn.finite()):
             self._refuse_non_finite(step)
-        content = {**self._content(step), "unevaluated": unevaluated}
+        content = {**self._content(step), "unevaluated": unevaluated, "diverged": diverged}
 
         def write():
             for name in names:
@@ -74,11 +74,14 @@ class Resumable:
         words = self.step_fn.diverged_at_end()
         if not distributed.any_rank(words is not None):
             return
-        self._save(step, state.LAST, unevaluated=bool(self.valid_splits))
+        words = words or "so another rank says"
+        self._save(step, state.LAST, unevaluated=bool(self.valid_splits), diverged=words)
+        self._fail_at_end(step, words)
 
+    def _fail_at_end(self, step: int, words: str):
         def fail():
             raise NonFinite(
-                f"training ended at step {step} without a finite loss: {words or 'so another rank says'}. "
+                f"training ended at step {step} without a finite loss: {words}. "
                 f"{self.output_dir / state.LAST} holds weights from before that; {ADVICE}"
             )
 
@@ -106,6 +109,9 @@ class Resumable:
             return
         saved = state.read(path)
         self._check_saved(saved, path)
+        # a launcher that starts a failed run again must not be told that it ended well
+        if saved.get("diverged") and saved["step"] == self.max_iters:
+            self._fail_at_end(saved["step"], saved["diverged"])
         self.shards.load(saved.get("shards"), path)
         self._load_model(saved["model"], path)
         load_optimizer(self.optimizer, saved["optimizer"])

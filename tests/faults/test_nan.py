@@ -73,6 +73,10 @@ def test_a_run_that_diverges_just_before_its_end_fails(whole, tmp_path, monkeypa
     ended = checkpoint(runs.output())
     assert ended["step"] == 10 and ended["unevaluated"] and finite(ended["model"])
     assert (ended["skipped_steps"], ended["skipped_in_a_row"]) == (3, 3)
+    # a launcher that starts it again is told the same, and one who raises max_iters goes on
+    assert runs.command("run.resume_ckpt_path=auto") == 2
+    assert "training ended at step 10 without a finite loss" in capsys.readouterr().err.splitlines()[-1]
+    assert runs.command("run.resume_ckpt_path=auto", "run.max_iters=12") == 0
 
 
 def test_nan_in_every_second_step_is_told(whole, tmp_path, monkeypatch, capsys):
