@@ -25,8 +25,9 @@ from lavis_evlgen.datasets.records import (
 )
 
 _SHEET = 2  # frames on a side of a clip's sheet
-# FILM_START_END, seconds: how MSVD names the clips of a film
-_FILM = re.compile(r"(.+)_\d+(?:\.\d+)?_\d+(?:\.\d+)?")
+# ID_START_END, YouTube's id and seconds: how MSVD names the clips of a film. Other numbers in a name, as in
+# video_0001_0002.mp4, say nothing of where it is from
+_FILM = re.compile(r"([\w-]{11})_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)")
 
 
 class Clips:
@@ -61,7 +62,7 @@ class VideoCaptionDataset(Clips, ImageFolder, CaptionDataset):
         return VideoFile(os.path.join(self.vis_root, row["image"]))
 
     def source_of(self, row: dict) -> Hashable:
-        """The film that a clip was cut from: by the annotations, else by a name such as FILM_12_20.avi."""
+        """The film that a clip was cut from: by the annotations, else by a name such as -4wsuPCjDBc_5_15.avi."""
         if row["image_id"] in self.sources:
             return self.sources[row["image_id"]]
         named = _FILM.fullmatch(Path(row["image"]).stem)

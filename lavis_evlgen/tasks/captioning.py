@@ -86,6 +86,12 @@ class EvlgenCaptionTask(BaseTask):
                 "annotations with image_captions, as docs/your_own.md says (COCO); for questions there is "
                 "run.task=evlgen_vqa"
             )
+        if len(dataset.annotation) >= self.LEAST_PICTURES and not len(BlindPairs(dataset)):
+            raise ConfigError(
+                f"{name}: all {len(dataset.annotation)} {dataset.noun} of {dataset.split} are of one source "
+                f"({dataset.source_of(dataset.annotation[0])!r:.80}), so none can stand in for another in the blind "
+                "baseline: give the split more, or take it out of the run's splits"
+            )
 
     def build_model(self, cfg):
         if not hasattr(registry.get_model_class(cfg.model_cfg.arch), "visual_prompt"):

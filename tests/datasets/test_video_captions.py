@@ -249,11 +249,12 @@ def test_clips_in_tar_shards(clips, tmp_path):
 
 def test_clips_of_one_film_are_of_one_source(videos):
     """Two clips of one film are too alike to stand in for each other in a blind baseline."""
-    names = ("-4wsuPCjDBc_5_15.avi", "-4wsuPCjDBc_20.5_31.avi", "04Gt01vatkk_248_265.mp4", "holiday_2.mp4")
+    names = ("-4wsuPCjDBc_5_15.avi", "-4wsuPCjDBc_20.5_31.avi", "04Gt01vatkk_248_265.mp4", "holiday_2.mp4",
+             "video_0001_0002.mp4", "video_0001_0003.mp4")
     items = [CaptionedImage(name, name, ("a clip",)) for name in names]
     clips = VideoCaptionDataset("mine", "test", items, videos=str(videos), vis_processor=str, text_processor=str)
     sources = [clips.source_of(row) for row in clips.annotation]
-    assert sources == ["-4wsuPCjDBc", "-4wsuPCjDBc", "04Gt01vatkk", "holiday_2.mp4"]
+    assert sources == ["-4wsuPCjDBc", "-4wsuPCjDBc", "04Gt01vatkk", *names[3:]]
     items = [CaptionedImage(f"video{n}.mp4", f"video{n}", ("a clip",), "youtube.com/a") for n in (1, 2)]
     clips = VideoCaptionDataset("mine", "test", items, videos=str(videos), vis_processor=str, text_processor=str)
     assert [clips.source_of(row) for row in clips.annotation] == ["youtube.com/a"] * 2

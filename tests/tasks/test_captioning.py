@@ -178,6 +178,15 @@ def test_a_data_set_without_captions_is_refused_before_anything_runs():
         task().check_dataset("easy_vqa", types.SimpleNamespace(answers={}))
 
 
+def test_a_data_set_of_one_source_is_refused_before_anything_runs():
+    data = Pictures("a" * 8)
+    data.split, data.noun = "val", "videos"
+    with pytest.raises(ConfigError, match="mine: all 8 videos of val are of one source .'a'., so none can stand in"):
+        task().check_dataset("mine", data)
+    data.annotation[0]["source"] = "b"
+    task().check_dataset("mine", data)
+
+
 @pytest.mark.parametrize("rows", [[], [0]])
 def test_too_few_pictures_say_so(rows):
     with pytest.raises(DataError, match=f"val: {len(rows)} readable pictures"):
