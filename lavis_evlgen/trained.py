@@ -12,7 +12,7 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.bundle import is_bundle, read_config
 from lavis_evlgen.models.checkpoints import shapes_of
 from lavis_evlgen.models.sources import WeightsError
-from lavis_evlgen.models.travelled import check_plain, checked_model
+from lavis_evlgen.models.travelled import check_plain, checked_model, without_references
 from lavis_evlgen.runners import state
 from lavis_evlgen.tasks.captioning import decoding_of
 
@@ -40,11 +40,16 @@ def run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
     config, place = content.get("config"), f"--checkpoint: the config in {path}"
     if config is None:
         raise WeightsError(f"--checkpoint: {path} holds no config; give a checkpoint that train.py wrote")
-    check_plain(config, place)
     sections = config if isinstance(config, dict) else {}
     for key in ("run", "model", "datasets"):
         if not isinstance(sections.get(key), dict):
             raise WeightsError(f"{place} has no section {key!r}; give a checkpoint that train.py wrote")
+    # of these, only what a model is built and pictures are read with may not be left out
+    config = config | {"run": without_references(config["run"], f"{place}: run"), "datasets": {
+        name: without_references(section, f"{place}: datasets.{name}") if isinstance(section, dict) else section
+        for name, section in config["datasets"].items()
+    }}  # fmt: skip
+    check_plain(config, place)
     return config | {"model": checked_model(config["model"], place, shapes_of(content["model"]))}, path
 
 

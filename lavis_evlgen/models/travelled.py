@@ -62,6 +62,15 @@ def check_plain(content, place: str):
     _check_plain(content, place, "", DEEPEST, count())
 
 
+def without_references(section: dict, place: str) -> dict:
+    """A section without the values that refer to others (`${...}`), which older checkpoints of runs hold as they were
+    written. Nothing is read for them: whoever asks for one gets its default."""
+    left_out = [key for key, value in section.items() if isinstance(value, str) and "${" in value]
+    if left_out:
+        logging.warning("%s: %s left out: what a file refers to is not read", place, ", ".join(map(str, left_out)))
+    return {key: value for key, value in section.items() if key not in left_out}
+
+
 def _check_plain(value, place: str, key: str, depth: int, seen):
     if depth < 0 or next(seen) > MOST_VALUES:  # values of a pickle may hold themselves, or one list many times
         raise WeightsError(f"{place}: {key[:200]} is nested too deeply or too long to be a config")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lavis.models import load_model_and_preprocess
 from omegaconf import OmegaConf
+from PIL import Image
 
 from lavis_evlgen import cli
 from lavis_evlgen.models.bundle import read_config
@@ -147,6 +148,22 @@ def test_what_a_checkpoint_may_not_say(finished, tmp_path, capsys, monkeypatch, 
     line = words.splitlines()[-1]
     assert end.value.code == 2 and "Traceback" not in words
     assert says in line and "checkpoint_last.pth" in line
+
+
+def test_references_that_older_checkpoints_hold_are_left_out(finished, tmp_path, monkeypatch, capsys, caplog):
+    """Of a run's own settings and data folders, which neither a model nor pictures are read with."""
+    monkeypatch.setenv("SECRET", "by-the-environment")
+    content = checkpoint(finished.output())
+    content["config"]["run"] |= {"log_freq": "${run.seed}", "output_dir": "${oc.env:SECRET}/runs"}
+    content["config"]["datasets"]["scenes"]["seed"] = "${run.seed}"
+    torch.save(content, tmp_path / "checkpoint_last.pth")
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    for command in (["caption", str(tmp_path / "a.png"), "--run"], ["export"]):
+        with pytest.raises(SystemExit) as end:
+            cli.main([*command, str(tmp_path), *([str(tmp_path / "bundle")] if command == ["export"] else [])])
+        assert not end.value.code, capsys.readouterr().err
+    assert "run: log_freq, output_dir left out" in caplog.text and "datasets.scenes: seed left out" in caplog.text
+    assert "environment" not in caplog.text + "".join(capsys.readouterr())
 
 
 def test_a_persons_interpolation_is_resolved_before_it_is_written(finished, tmp_path, monkeypatch):
