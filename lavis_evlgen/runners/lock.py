@@ -45,8 +45,8 @@ class RunLock:
             else:  # whoever had it removed the file in between
                 os.close(fd)
         content = json.dumps(_this_process()).encode()
+        os.ftruncate(self._fd, 0)  # first: a kill in between leaves an empty file, which nobody has to delete
         os.pwrite(self._fd, content, 0)
-        os.ftruncate(self._fd, len(content))
         os.fsync(self._fd)
 
     def release(self):

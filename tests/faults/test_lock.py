@@ -144,6 +144,33 @@ def test_a_lock_of_another_machine_says_how_to_remove_it(tmp_path, monkeypatch):
     again.release()
 
 
+def test_a_process_killed_while_it_takes_a_stale_lock_over_leaves_one_that_can_be_taken(tmp_path, monkeypatch):
+    """What it writes is shorter than what stood there: the end of that must not be left behind it."""
+    (tmp_path / lock.NAME).write_text(json.dumps({**gone(tmp_path), "since": "2026-11-26 12:00:00 and more"}))
+
+    class Killed(BaseException):
+        pass
+
+    def then_killed(original):
+        def call(*arguments):
+            original(*arguments)
+            raise Killed
+
+        return call
+
+    with monkeypatch.context() as patched:
+        for name in ("pwrite", "ftruncate"):
+            patched.setattr(lock.os, name, then_killed(getattr(os, name)))
+        killed = RunLock(tmp_path)
+        with pytest.raises(Killed):
+            killed.take()
+    lock._held.discard(killed._fd)
+    os.close(killed._fd)  # as the kernel does
+    following = RunLock(tmp_path)
+    following.take()
+    following.release()
+
+
 def test_a_lock_that_makes_no_sense_is_not_removed(tmp_path):
     (tmp_path / lock.NAME).write_text("hello")
     with pytest.raises(ConfigError, match="if there is none, delete"):
