@@ -18,6 +18,8 @@ from lavis_evlgen.evaluation.run_card import read_json_lines
 from lavis_evlgen.models.checkpoints import trainable_state
 from lavis_evlgen.runners.resuming import MAY_CHANGE, flat
 
+ROWS = "2"  # raise it when what a row holds changes: rows of two kinds cannot be scored together
+
 
 class PartialRows:
     """The finished chunks of one rank's rows, a line each, under a first line that says whose they are.
@@ -118,6 +120,7 @@ class KeepsRows:
         settings = {key: value for key, value in flat(self.config.to_dict()).items() if key not in MAY_CHANGE}
         rank = f"{distributed.rank()} of {distributed.world_size()}"
         identity = {
+            "kind of rows": ROWS,
             "weights": weights_digest(trainable_state(self._model)),
             "data": getattr(dataset, "fingerprint", ""),
             # the weights are known by what they are, not by where they lie
