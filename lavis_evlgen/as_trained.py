@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# where training started from, which an evaluation does not repeat
+# where training started from: an evaluation does not repeat it, and a bundle's own weights take its place
 STARTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned")
 # no part of what was learnt: room for a text, number formats of frozen weights, where a file lies, whether code of
 # others may run. The config file's own value is used where it gives one

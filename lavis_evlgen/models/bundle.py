@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
 from lavis_evlgen import __version__
+from lavis_evlgen.as_trained import STARTS
 from lavis_evlgen.config import ConfigError, nearest
 from lavis_evlgen.evaluation.model_card import model_card
 from lavis_evlgen.evaluation.run_card import plain
@@ -37,8 +38,6 @@ from lavis_evlgen.models.travelled import (
 
 WEIGHTS, CONFIG, README, EXTRA = "model.safetensors", "config.json", "README.md", "extra.safetensors"
 FORMAT = 1
-# where a model starts training from: a bundle's weights take their place
-STARTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned")
 
 
 class Bundled:

@@ -123,11 +123,15 @@ def config_of_checkpoint(path: str) -> dict:
 
     Raises WeightsError for one that says what a file may not (models/travelled.py).
     """
-    content = facts_of_checkpoint(path)
-    config = content.get("config")
+    return model_section(facts_of_checkpoint(path), path)
+
+
+def model_section(facts: dict, path: str) -> dict:
+    """As config_of_checkpoint, of what `facts_of_checkpoint` read."""
+    config = facts.get("config")
     if not isinstance(config, dict) or not config.get("model"):
         return {}
-    return checked_model(config["model"], f"the config in {path}", shapes_of(content.get("model")))
+    return checked_model(config["model"], f"the config in {path}", shapes_of(facts.get("model")))
 
 
 def facts_of_checkpoint(path: str) -> dict:

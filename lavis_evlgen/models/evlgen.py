@@ -12,7 +12,7 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_evlgen.models.bundle import Bundled, check_frozen, differences, read_config
-from lavis_evlgen.models.checkpoints import config_of_checkpoint, facts_of_checkpoint, load_checkpoint_file
+from lavis_evlgen.models.checkpoints import facts_of_checkpoint, load_checkpoint_file, model_section
 from lavis_evlgen.models.connectors import CONNECTORS, SIZES, VisualPrompt, build_connector
 from lavis_evlgen.models.freezing import check_precision
 from lavis_evlgen.models.frozen_identity import check_identity
@@ -198,7 +198,7 @@ class EVLGen(Generates, Bundled, EvlgenValues, BaseModel):
             trained = content["model"]
         else:
             content = facts_of_checkpoint(url_or_filename)
-            trained = config_of_checkpoint(url_or_filename)
+            trained = model_section(content, url_or_filename)
         load_checkpoint_file(self, url_or_filename, self.additions())
         check_identity(self, content.get("frozen_weights") or {}, trained, self.config or {}, url_or_filename)
         for difference in differences(trained, self.config or {}):

@@ -25,9 +25,9 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from lavis_evlgen.as_trained import STARTS
 from lavis_evlgen.models.bundle import (
     EXTRA,
-    STARTS,
     check_keys,
     compose,
     default_preprocess,

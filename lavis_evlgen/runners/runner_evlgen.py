@@ -1,4 +1,4 @@
-"""`runner_evlgen`: LAVIS's iteration runner, mended: CPU or GPU, one process or many, resumable."""
+"""`runner_evlgen`: LAVIS's iteration runner, fixed: CPU or GPU, one process or many, resumable."""
 
 from __future__ import annotations
 
