@@ -21,10 +21,10 @@ from statistics import mean
 from result_pages import put_between, spread
 from training_runs import ROOT, training_seconds
 
-from lavis_evlgen.analysis.compare import duration
-from lavis_evlgen.analysis.tables import markdown
-from lavis_evlgen.evaluation.run_card import write_run_card
-from lavis_evlgen.evaluation.sweep_plot import sweep_plot
+from lavis_evlgen.reporting.run_card import write_run_card
+from lavis_evlgen.reporting.sweep_plot import sweep_plot
+from lavis_evlgen.tools.compare import duration
+from lavis_evlgen.tools.tables import markdown
 
 CONFIG, PAGE = "projects/evlgen/flickr8k_mini.yaml", ROOT / "docs/results/ablations.md"
 GAP = "gap, nats/token"

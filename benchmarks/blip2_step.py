@@ -19,11 +19,11 @@ from step import peak_gb
 from timing import alternate, parser, write
 from transformers import BertConfig, BertModel
 
-from lavis_evlgen.models.blip2 import Blip2Stage1
-from lavis_evlgen.models.connector_qformer import QFormerConnector
+from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
+from lavis_evlgen.models.connectors.qformer import QFormerConnector
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.runners.schedule import adamw
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.runners.optim import adamw
+from lavis_evlgen.runners.step import TrainingStep
 
 NAMES = {"num_layers": "num_hidden_layers", "num_heads": "num_attention_heads"}  # TomeFormer's -> BERT's
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "##a")  # a caption of N letters is N tokens

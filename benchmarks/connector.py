@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from lavis_evlgen.analysis.macs import counted
-
 # LAVIS's two classes by way of the package: its bridges must come before any import of LAVIS
-from lavis_evlgen.models.connector_qformer import BertConfig, BertLMHeadModel, QFormerConnector
-from lavis_evlgen.models.connector_tomeformer import TomeFormerConnector
+from lavis_evlgen.models.connectors.qformer import BertConfig, BertLMHeadModel, QFormerConnector
+from lavis_evlgen.models.connectors.tomeformer import TomeFormerConnector
 from lavis_evlgen.nn import TomeFormerConfig
+from lavis_evlgen.tools.cost.macs import counted
 
 QUERIES, WORDS = 32, 32  # BLIP-2's; captions are padded to 32 tokens
 

@@ -29,9 +29,9 @@ from torch.utils.data import DataLoader
 from lavis_evlgen.datasets import ImageShards
 from lavis_evlgen.datasets.base import CaptionedImage
 from lavis_evlgen.datasets.builder import registry  # LAVIS's, with its processors in it
-from lavis_evlgen.datasets.image_captions import ImageCaptionDataset
+from lavis_evlgen.datasets.builders.image_captions import ImageCaptionDataset
 from lavis_evlgen.datasets.loading import train_loader
-from lavis_evlgen.datasets.shard_names import ShardNames
+from lavis_evlgen.datasets.shards.names import ShardNames
 from lavis_evlgen.processors import EvlgenCaptionProcessor, EvlgenImageTrainProcessor
 
 SIZE = 224

@@ -26,11 +26,12 @@ def main():
     p.add_argument("--port", type=int, default=7861)
     args = p.parse_args()
 
-    from lavis_evlgen import plugin, trained  # noqa: F401
+    from lavis_evlgen import plugin  # noqa: F401
     from lavis_evlgen.demo.page import Visitors, start
+    from lavis_evlgen.tools import load_trained  # noqa: F401
 
     load = argparse.Namespace(run=args.run, checkpoint=None, device="cpu")
-    model, processor, decoding, device, _ = trained.load(load)
+    model, processor, decoding, device, _ = load_trained.load(load)
     page, address = start(Visitors(model, processor, decoding, device), "127.0.0.1", args.port, block=False)
     args.out.write_bytes(shot(address, args.scene))
     page.close(verbose=False)

@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lavis_evlgen.analysis.estimate import HARDWARE
-from lavis_evlgen.analysis.fake_models import NothingIsPadded, backward, without_weights
-from lavis_evlgen.evaluation.run_card import provenance, write_run_card
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.reporting.run_card import provenance, write_run_card
+from lavis_evlgen.tools.cost.estimate import HARDWARE
+from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, backward, without_weights
 
 BANDWIDTH = {"h200": 4.8e12, "h100": 3.35e12, "a100-80g": 2.0e12}  # bytes a second, the makers' data sheets
 ADAMW = 4 * 7  # bytes a weight: reads weight, gradient and two moments, writes weight and moments

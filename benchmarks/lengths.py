@@ -18,10 +18,10 @@ from random_models import add_step_arguments, build, samples, scales
 from timing import alternate, parser, write
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_evlgen.models.compiling import LENGTHS, compile_parts, eager, stack_of
+from lavis_evlgen.models.compile import LENGTHS, compile_parts, eager, stack_of
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.runners.schedule import adamw
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.runners.optim import adamw
+from lavis_evlgen.runners.step import TrainingStep
 
 PADDED, ANY = f"padded to multiples of {LENGTHS}", "one compilation for any length"
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from result_pages import END, START, put_between, spread  # noqa: F401  (the marks are the page's)
 from training_runs import ROOT
 
-from lavis_evlgen.analysis.compare import duration, read_runs
-from lavis_evlgen.analysis.tables import markdown
-from lavis_evlgen.evaluation.plots import comparison_plot
+from lavis_evlgen.reporting.plots import comparison_plot
+from lavis_evlgen.tools.compare import duration, read_runs
+from lavis_evlgen.tools.tables import markdown
 
 PAGE, PICTURE = ROOT / "docs/results/miniature.md", ROOT / "docs/images/miniature.png"
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lavis_evlgen.analysis.tables import markdown
+from lavis_evlgen.tools.tables import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT / "docs/performance.md", ROOT / "benchmarks/results"

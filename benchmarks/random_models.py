@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lavis_evlgen.models.connector_tomeformer import TomeFormerConnector
+from lavis_evlgen.models.connectors.tomeformer import TomeFormerConnector
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
-from lavis_evlgen.models.freezing import DTYPES
-from lavis_evlgen.models.language import LanguageModel
-from lavis_evlgen.models.temporal_vision import TemporalVision
-from lavis_evlgen.models.vision import VisionEncoder, _LinspaceOnCPU, eva_clip_g, wrap_hugging_face
+from lavis_evlgen.models.language.model import LanguageModel
+from lavis_evlgen.models.precision import DTYPES
+from lavis_evlgen.models.vision.encoder import VisionEncoder, _LinspaceOnCPU, eva_clip_g, wrap_hugging_face
+from lavis_evlgen.models.vision.temporal import TemporalVision
 from lavis_evlgen.nn import TomeFormerConfig
 
 

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lavis_evlgen.models import language
-from lavis_evlgen.models.compiling import eager, stack_of
+from lavis_evlgen.models.activation_checkpointing import recompute
+from lavis_evlgen.models.compile import eager, stack_of
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.recomputing import recompute
+from lavis_evlgen.models.language import model as language
 from lavis_evlgen.nn.losses import IGNORE
 
 

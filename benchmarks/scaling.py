@@ -21,11 +21,11 @@ from random_models import build, samples, scales
 from step import peak_gb
 from timing import alternate, parser, write
 
-from lavis_evlgen.analysis.step_memory import step_memory
-from lavis_evlgen.models.freezing import AMP
+from lavis_evlgen.models.precision import AMP
 from lavis_evlgen.runners.cost import flops_per_image
-from lavis_evlgen.runners.schedule import adamw
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.runners.optim import adamw
+from lavis_evlgen.runners.step import TrainingStep
+from lavis_evlgen.tools.cost.step_memory import step_memory
 
 TEXT = 12  # tokens of a caption where its length is not what changes
 

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from result_pages import put_between, spread
 from training_runs import ROOT, log_of, scores, threads_of, together, train, training_seconds
 
-from lavis_evlgen.analysis.compare import duration
-from lavis_evlgen.analysis.tables import markdown
-from lavis_evlgen.evaluation.run_card import provenance, write_run_card
+from lavis_evlgen.reporting.run_card import provenance, write_run_card
+from lavis_evlgen.tools.compare import duration
+from lavis_evlgen.tools.tables import markdown
 
 CONFIG, QUICKSTART = "projects/evlgen/scst_quickstart.yaml", "projects/evlgen/quickstart.yaml"
 PAGE, PICTURE = ROOT / "docs/scst.md", "images/scst_scenes.png"

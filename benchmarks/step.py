@@ -26,13 +26,13 @@ from savings import COMPILED, TRADED, UNDONE, changed, full_logits_loss, loss_of
 from timing import alternate, held_gb, parser, spread, write
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_evlgen.analysis.estimate import HARDWARE
-from lavis_evlgen.models.compiling import PARTS, compile_parts, eager
+from lavis_evlgen.models.compile import PARTS, compile_parts, eager
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 from lavis_evlgen.runners.cost import flops_per_image
-from lavis_evlgen.runners.schedule import adamw
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.runners.optim import adamw
+from lavis_evlgen.runners.step import TrainingStep
+from lavis_evlgen.tools.cost.estimate import HARDWARE
 
 
 def peak_gb(device: torch.device, call: Callable) -> float | None:
@@ -204,7 +204,7 @@ def read_batches(args, scale) -> Iterator[Iterator[dict]]:
 
     from lavis_evlgen.datasets import ImageShards
     from lavis_evlgen.datasets.loading import train_loader
-    from lavis_evlgen.datasets.shard_names import ShardNames
+    from lavis_evlgen.datasets.shards.names import ShardNames
     from lavis_evlgen.processors import EvlgenCaptionProcessor, EvlgenImageTrainProcessor
 
     with tempfile.TemporaryDirectory() as folder:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from lavis_evlgen.analysis.step_memory import Alive
-from lavis_evlgen.evaluation.run_card import provenance, write_run_card
+from lavis_evlgen.reporting.run_card import provenance, write_run_card
+from lavis_evlgen.tools.cost.step_memory import Alive
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LEAST = 0.01  # seconds that one measurement lasts; what is shorter is repeated within it

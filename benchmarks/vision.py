@@ -15,8 +15,8 @@ import torch
 from timing import DTYPES, alternate, held_gb, parser, write
 from torch import nn
 
-from lavis_evlgen.models.fused_attention import fuse_attention
-from lavis_evlgen.models.vision import _cast_matrices, eva_clip_g
+from lavis_evlgen.models.vision.encoder import _cast_matrices, eva_clip_g
+from lavis_evlgen.models.vision.eva_attention import fuse_attention
 
 
 def encoders(blocks: int, dtype: torch.dtype, device: torch.device) -> dict[str, nn.Module]:

@@ -6,11 +6,11 @@ place before the first `import lavis`, and only then does the plugin register it
 
 __version__ = "0.1.0"
 
-from lavis_evlgen import environment
+from lavis_evlgen.compat import environment
 
 environment.check()
 
-from lavis_evlgen import lavis_bridge  # noqa: E402
+from lavis_evlgen.compat import lavis_bridge  # noqa: E402
 
 lavis_bridge.apply()
 

@@ -7,10 +7,12 @@ import os
 import sys
 from pathlib import Path
 
-from lavis_evlgen.analysis import ablate, estimate, macs, tokens
 from lavis_evlgen.demo import command as demo
 from lavis_evlgen.launch import config_errors, explanation, one_line
-from lavis_evlgen.trained import load, run_config
+from lavis_evlgen.tools.cost import estimate, macs
+from lavis_evlgen.tools.load_trained import load, run_config
+from lavis_evlgen.tools.sweeps import ablate
+from lavis_evlgen.tools.tokens import command
 
 _MODEL_OPTIONS = "keys of the bundle's config, e.g. model.tome_r=16 model.llm_model=facebook/opt-2.7b"
 
@@ -87,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_command(commands, load)
     estimate.add_command(commands)
     macs.add_command(commands)
-    tokens.add_command(commands, load)
+    command.add_command(commands, load)
 
     e = commands.add_parser("export", help="make a bundle (weights, config, model card) of a run folder")
     e.add_argument("run", metavar="RUN", help="run folder (holds a checkpoint)")
@@ -153,9 +155,9 @@ def caption(args) -> int:
 
 def _pixels(vis, path: str):
     """(3, H, W) of a picture or, by a video processor, (3, T, H, W) of a clip; raises UnreadableImage."""
-    from lavis_evlgen.clips import takes_clips
     from lavis_evlgen.datasets import UnreadableImage
-    from lavis_evlgen.datasets.image_files import open_image
+    from lavis_evlgen.media.images import open_image
+    from lavis_evlgen.media.video import takes_clips
 
     if not takes_clips(vis):
         return vis(open_image(path, vis))
@@ -169,7 +171,7 @@ def _pixels(vis, path: str):
 
 def export(args) -> int:
     """Write a bundle of a run's checkpoint."""
-    from lavis_evlgen.runners.exporting import export_run
+    from lavis_evlgen.tools.export import export_run
 
     cfg, checkpoint = run_config(Path(args.run), args.checkpoint)
     print(export_run(cfg, checkpoint, args.out, _model_options(args.options)))
@@ -180,14 +182,15 @@ def convert(args) -> int:
     """Released checkpoint -> bundle, or back; every key is reported."""
     from lavis.common.registry import registry
 
-    from lavis_evlgen.models import bundle, released, releasing
+    from lavis_evlgen.tools.convert import from_released, to_released
+    from lavis_evlgen.weights import bundle
 
     cls = registry.get_model_class("evlgen")
     if args.to == "released":
-        lines = releasing.write_released(args.source, args.out, cls)
+        lines = to_released.write_released(args.source, args.out, cls)
     else:
         options = _model_options(args.options)
-        weights, config, extra, report = released.from_released(args.source, cls, options, args.allow_unknown)
+        weights, config, extra, report = from_released.from_released(args.source, cls, options, args.allow_unknown)
         bundle.write_bundle(args.out, weights, config, extra=extra)
         lines = report.lines()
     print("\n".join([*lines, f"written: {args.out}"]))
@@ -211,11 +214,11 @@ def doctor(args) -> int:
     """Print a line for each check; exit code 1 when one failed."""
     from lavis.common.registry import registry
 
-    from lavis_evlgen.analysis.doctor import check_images, check_memory, check_weights
-    from lavis_evlgen.analysis.doctor_shards import check_shards
     from lavis_evlgen.config import EvlgenConfig
     from lavis_evlgen.datasets import ImageShards
-    from lavis_evlgen.models.bundle import trained_section
+    from lavis_evlgen.tools.doctor import check_images, check_memory, check_weights
+    from lavis_evlgen.tools.doctor_shards import check_shards
+    from lavis_evlgen.weights.bundle import trained_section
 
     cfg = EvlgenConfig(args, trained_section=trained_section)
     print(f"ok    config {args.cfg_path}: every key is known")
@@ -240,9 +243,9 @@ def doctor(args) -> int:
 
 def _check_splits(run, datasets: dict, task):
     """What train.py refuses before its first step."""
-    from lavis_evlgen.analysis.doctor import Finding
     from lavis_evlgen.config import ConfigError
-    from lavis_evlgen.runners.checks import check_splits
+    from lavis_evlgen.runners.preflight import check_splits
+    from lavis_evlgen.tools.doctor import Finding
 
     try:
         check_splits(run, datasets, task)
@@ -255,7 +258,7 @@ def _check_splits(run, datasets: dict, task):
 def shards(args) -> int:
     """Write shards; says what to put into a config, and what was left out."""
     from lavis_evlgen.config import ConfigError
-    from lavis_evlgen.datasets.shard_writer import write_shards
+    from lavis_evlgen.datasets.shards.writer import write_shards
 
     if wrong := [text for text in args.columns if "=" not in text]:
         raise ConfigError(f"--columns {wrong[0]}: write COLUMN=NAME, e.g. image=file")
@@ -279,8 +282,8 @@ def _show(finding):
 
 def compare(args) -> int:
     """Print the table, what makes scores not comparable, and where the picture is."""
-    from lavis_evlgen.analysis.compare import markdown, read_runs, show, table_rows, unlike
-    from lavis_evlgen.evaluation.plots import comparison_plot
+    from lavis_evlgen.reporting.plots import comparison_plot
+    from lavis_evlgen.tools.compare import markdown, read_runs, show, table_rows, unlike
 
     runs = read_runs(args.runs)
     rows = table_rows(runs)

@@ -18,16 +18,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from lavis.common.registry import registry  # noqa: E402
 
 from lavis_evlgen import distributed, plugin  # noqa: E402, F401
+from lavis_evlgen.compat.environment import MissingExtra  # noqa: E402
 from lavis_evlgen.config import ConfigError, EvlgenConfig  # noqa: E402
 from lavis_evlgen.datasets import DataError  # noqa: E402
-from lavis_evlgen.environment import MissingExtra  # noqa: E402
-from lavis_evlgen.file_troubles import advice, system_error  # noqa: E402
-from lavis_evlgen.models.bundle import trained_section  # noqa: E402
-from lavis_evlgen.models.sources import WeightsError  # noqa: E402
+from lavis_evlgen.media.file_checks import advice, system_error  # noqa: E402
 from lavis_evlgen.runners.bad_images import TooManyBadImages  # noqa: E402
 from lavis_evlgen.runners.determinism import be_deterministic  # noqa: E402
-from lavis_evlgen.runners.steps import NonFinite  # noqa: E402
+from lavis_evlgen.runners.step import NonFinite  # noqa: E402
 from lavis_evlgen.runners.stopping import signals  # noqa: E402
+from lavis_evlgen.weights.bundle import trained_section  # noqa: E402
+from lavis_evlgen.weights.sources import WeightsError  # noqa: E402
 
 # Problems that the user can mend: shown as one line, without a stack trace.
 USER_ERRORS = (ConfigError, DataError, WeightsError, MissingExtra, TooManyBadImages, NonFinite)

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_evlgen import cli
-from lavis_evlgen.analysis import doctor
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.tools import doctor
 from tests.run_tools import ROOT, checkpoint
 from tests.tiny import tiny_llama
 
@@ -207,7 +207,7 @@ def test_compare_prints_the_table_and_draws(finished, tmp_path, capsys):
 def test_export_makes_a_bundle_that_captions_as_the_run_does(finished, drawn, tmp_path, monkeypatch, capsys):
     paths, captions = drawn
     read = []
-    for place in ("vision", "connector_tomeformer"):  # of the frozen parts only config and tokenizer are needed
+    for place in ("vision.encoder", "connectors.tomeformer"):  # config and tokenizer are enough
         monkeypatch.setattr(f"lavis_evlgen.models.{place}.read_state_dict", lambda *a: read.append(a))
     assert evlgen("export", finished.output(), tmp_path / "b") == 0
     assert not read

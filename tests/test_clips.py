@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lavis_evlgen.clips import Frames, UnreadableVideo, VideoFile, headtail, opened, uniform
-from lavis_evlgen.environment import BrokenEnvironment
+from lavis_evlgen.compat.environment import BrokenEnvironment
+from lavis_evlgen.media.video import Frames, UnreadableVideo, VideoFile, headtail, opened, uniform
 from tests.clip_tools import frames_of, numbers_in, write_clip
 
 totals, counts = st.integers(1, 60), st.integers(1, 20)

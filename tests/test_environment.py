@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lavis_evlgen.environment import (
+from lavis_evlgen.compat.environment import (
     NEEDS,
     BrokenEnvironment,
     MissingExtra,

@@ -10,15 +10,15 @@ import pytest
 
 from lavis_evlgen import cli
 from lavis_evlgen.datasets import DataError
-from lavis_evlgen.evaluation.run_card import write_run_card
 from lavis_evlgen.launch import explanation, one_line
+from lavis_evlgen.reporting.run_card import write_run_card
 from tests.run_tools import ROOT, Runs
 
 IN_A_WORKER = """Caught DataError in DataLoader worker process 0.
 Original Traceback (most recent call last):
   File "worker.py", line 1, in _worker_loop
     data = fetcher.fetch(index)
-lavis_evlgen.datasets.errors.DataError: image_captions: 3 images in a row: cannot be read
+lavis_evlgen.media.errors.DataError: image_captions: 3 images in a row: cannot be read
 """
 
 

@@ -14,8 +14,8 @@ import pytest
 import transformers
 from PIL import Image, ImageOps
 
-from lavis_evlgen import lavis_bridge
-from lavis_evlgen.environment import release
+from lavis_evlgen.compat import lavis_bridge
+from lavis_evlgen.compat.environment import release
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSFORMERS = release(transformers.__version__)

@@ -13,7 +13,7 @@ from lavis.models.blip2_models.modeling_opt import OPTForCausalLM
 from lavis.models.blip2_models.Qformer import BertLMHeadModel
 from transformers import GenerationMixin
 
-from lavis_evlgen import lavis_bridge
+from lavis_evlgen.compat import lavis_bridge
 from tests.tiny import pictures
 from tests.tiny_blip2 import QUERIES, hugging_face_blip2, lavis_blip2, lavis_blip2_opt
 

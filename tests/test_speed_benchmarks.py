@@ -226,7 +226,7 @@ def test_blip2_stages_compared_share_what_is_frozen(script):
 
 
 def test_the_floor_counts_what_macs_counts(script, tmp_path):
-    from lavis_evlgen.analysis.macs import evlgen_cost
+    from lavis_evlgen.tools.cost.macs import evlgen_cost
 
     floor, models, page = script("floor"), script("random_models"), script("performance_page")
     scale, text = models.scales()["tiny"], 9

@@ -25,9 +25,9 @@ import lavis_evlgen  # noqa: F401  (its bridges come before LAVIS)
 from lavis_evlgen.models.connectors import TomeFormerConnector
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
-from lavis_evlgen.models.language import LanguageModel
-from lavis_evlgen.models.temporal_vision import TemporalVision
-from lavis_evlgen.models.vision import VisionEncoder, _LayerNorm1e6, clip_vit, eva_vit, wrap_hugging_face
+from lavis_evlgen.models.language.model import LanguageModel
+from lavis_evlgen.models.vision.encoder import VisionEncoder, _LayerNorm1e6, clip_vit, eva_vit, wrap_hugging_face
+from lavis_evlgen.models.vision.temporal import TemporalVision
 from lavis_evlgen.nn import TomeFormerConfig
 
 IMAGE_SIZE, PATCH = 28, 7  # 16 patches

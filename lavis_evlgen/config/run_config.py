@@ -12,10 +12,10 @@ from lavis.common.registry import registry
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lavis_evlgen.as_trained import AsTrained, as_trained, weights_of
 from lavis_evlgen.config import relations
+from lavis_evlgen.config.as_trained import AsTrained, as_trained, weights_of
 from lavis_evlgen.config.errors import ConfigError, nearest, one_line, shown
-from lavis_evlgen.config.reading import read_file, read_options, resolve_references
+from lavis_evlgen.config.parsing import read_file, read_options, resolve_references
 from lavis_evlgen.config.values import Refused, check_values, drop_nulls, tables_of
 
 SECTIONS = ("run", "model", "datasets")
@@ -45,7 +45,7 @@ class EvlgenConfig(Config):
 
     def __init__(self, args, evaluate: bool = False, trained_section: Callable[[str], dict] | None = None):
         """args: cfg_path and options; evaluate: as run.evaluate=true. trained_section: gives the model section that
-        weights carry ({} for none), which an evaluation uses in place of the file's (as_trained.py)."""
+        weights carry ({} for none), which an evaluation uses in place of the file's (config/as_trained.py)."""
         self.args, self.config = args, {}
         self.evaluate, self.trained_section = evaluate, trained_section
         self.trained: AsTrained | None = None  # of an evaluation whose weights carry their section

@@ -5,8 +5,8 @@ import json
 from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
-from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.reading import ReadableRows
+from lavis_evlgen.media.errors import DataError
 
 
 class CaptionedImage(NamedTuple):

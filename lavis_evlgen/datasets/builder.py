@@ -7,7 +7,7 @@ import lavis.processors  # noqa: F401  (registers LAVIS's own processors, which 
 from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 
-from lavis_evlgen.datasets.errors import DataError
+from lavis_evlgen.media.errors import DataError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "datasets"
 SPLITS = ("train", "val", "test")

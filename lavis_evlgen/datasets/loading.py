@@ -23,8 +23,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from lavis_evlgen.datasets.seeding import generators_kept, mix, seed_all
-from lavis_evlgen.datasets.shard_stream import START, Place, ShardStream
-from lavis_evlgen.datasets.shards import ImageShards
+from lavis_evlgen.datasets.shards.dataset import ImageShards
+from lavis_evlgen.datasets.shards.stream import START, Place, ShardStream
 
 
 class EpochStream:

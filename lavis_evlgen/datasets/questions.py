@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lavis_evlgen.datasets.errors import DataError
 from lavis_evlgen.datasets.reading import ReadableRows
+from lavis_evlgen.media.errors import DataError
 
 TEMPLATE = "Question: {} Short answer:"
 

@@ -7,8 +7,8 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
 from torch import Tensor
 
-from lavis_evlgen.datasets.errors import DataError
-from lavis_evlgen.file_troubles import Unreadable
+from lavis_evlgen.media.errors import DataError
+from lavis_evlgen.media.file_checks import Unreadable
 
 MAX_TRIES = 64  # distinct unreadable images in a row before a training sample is given up
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from lavis_evlgen.compat.environment import require
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.datasets.image_files import MOST_MEGAPIXELS
-from lavis_evlgen.environment import require
+from lavis_evlgen.media.images import MOST_MEGAPIXELS
 
 
 def add_command(commands, load):
@@ -38,7 +38,7 @@ def demo(args, load) -> int:
     if not hasattr(model, "connector"):
         raise ConfigError(f"{type(model).__name__} has no connector: evlgen demo shows runs of arch evlgen")
     from lavis_evlgen.demo.page import Visitors, start
-    from lavis_evlgen.demo.reading import Limits
+    from lavis_evlgen.demo.uploads import Limits
 
     visitors = Visitors(model.eval(), processor, decoding, device, Limits(args.max_upload, args.max_pixels))
     start(visitors, args.host, args.port, args.pictures)

@@ -16,12 +16,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor, nn
 
-from lavis_evlgen.analysis import token_plots
-from lavis_evlgen.analysis.token_maps import TokenMap, shown, token_map
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.questions import TEMPLATE
 from lavis_evlgen.nn import MergeMap
 from lavis_evlgen.nn.merging import max_merges
+from lavis_evlgen.tools.tokens import plots
+from lavis_evlgen.tools.tokens.maps import TokenMap, shown, token_map
 
 MOST_BEAMS, MOST_LENGTH, MOST_LETTERS = 10, 100, 500
 
@@ -179,7 +179,7 @@ def _drawn(pictures: Sequence[np.ndarray], maps: Sequence[TokenMap], style: str)
     for n, (axes, picture) in enumerate(zip(panels, pictures, strict=True)):
         axes.set_axis_off()
         if maps:
-            token_plots.draw(axes, picture, maps[n], style)
+            plots.draw(axes, picture, maps[n], style)
         else:
             axes.imshow(picture)
     FigureCanvasAgg(figure)

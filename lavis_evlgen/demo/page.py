@@ -21,8 +21,6 @@ import gradio as gr
 import torch
 from starlette.middleware import Middleware
 
-from lavis_evlgen.analysis.token_plots import STYLES
-from lavis_evlgen.clips import takes_clips
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.demo.describing import (
     MOST_BEAMS,
@@ -35,9 +33,11 @@ from lavis_evlgen.demo.describing import (
     largest_r,
     tokens_picture,
 )
+from lavis_evlgen.demo.examples import drawn, of_folder, thumbnails
 from lavis_evlgen.demo.own_requests import OwnRequestsOnly
-from lavis_evlgen.demo.picks import drawn, of_folder, thumbnails
-from lavis_evlgen.demo.reading import Limits, preview, read
+from lavis_evlgen.demo.uploads import Limits, preview, read
+from lavis_evlgen.media.video import takes_clips
+from lavis_evlgen.tools.tokens.plots import STYLES
 
 QUEUE = 100  # requests that may wait; later ones are told that the queue is full
 ANSWER_LENGTH = 10  # evlgen_vqa's

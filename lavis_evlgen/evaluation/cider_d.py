@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from lavis_evlgen.evaluation.caption_metrics import check_tokenizer, simple_tokenize
 from lavis_evlgen.evaluation.java import ptb_tokenize
-from lavis_evlgen.evaluation.word_splitting import ptb_like
+from lavis_evlgen.evaluation.ptb_tokenizer import ptb_like
 
 LONGEST_NGRAM = 4
 SIGMA = 6.0  # of the length penalty, in words

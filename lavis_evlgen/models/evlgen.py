@@ -11,17 +11,17 @@ from lavis.models.base_model import BaseModel
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_evlgen.models.bundle import Bundled, check_frozen, differences, read_config
-from lavis_evlgen.models.checkpoints import facts_of_checkpoint, load_checkpoint_file, model_section
 from lavis_evlgen.models.connectors import CONNECTORS, SIZES, VisualPrompt, build_connector
-from lavis_evlgen.models.freezing import check_precision
-from lavis_evlgen.models.frozen_identity import check_identity
 from lavis_evlgen.models.generation import Generates
-from lavis_evlgen.models.language import LanguageModel, load_language_model
+from lavis_evlgen.models.language.model import LanguageModel, load_language_model
 from lavis_evlgen.models.model_values import EvlgenValues, lr_scales
-from lavis_evlgen.models.sources import trusts_remote_code
-from lavis_evlgen.models.vision import VISION_KEYS, vision_of
+from lavis_evlgen.models.precision import check_precision
+from lavis_evlgen.models.vision.encoder import VISION_KEYS, vision_of
 from lavis_evlgen.nn import across_picture_share
+from lavis_evlgen.weights.bundle import Bundled, check_frozen, differences, read_config
+from lavis_evlgen.weights.frozen_identity import check_identity
+from lavis_evlgen.weights.sources import trusts_remote_code
+from lavis_evlgen.weights.trainable import facts_of_checkpoint, load_checkpoint_file, model_section
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 

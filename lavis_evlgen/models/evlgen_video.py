@@ -6,10 +6,16 @@ from lavis.common.registry import registry
 from torch import Tensor
 
 from lavis_evlgen.models.connectors import VisualPrompt
+from lavis_evlgen.models.connectors.frame_pooling import (
+    POOLINGS,
+    TemporalQFormer,
+    TemporalQueries,
+    averaged,
+    concatenated,
+)
 from lavis_evlgen.models.evlgen import CONFIGS, EVLGen, build_evlgen
-from lavis_evlgen.models.frame_poolings import POOLINGS, TemporalQFormer, TemporalQueries, averaged, concatenated
 from lavis_evlgen.models.model_values import lr_scales
-from lavis_evlgen.models.temporal_vision import TEMPORAL_KEYS, TemporalVision, temporal_vision_of
+from lavis_evlgen.models.vision.temporal import TEMPORAL_KEYS, TemporalVision, temporal_vision_of
 from lavis_evlgen.nn.temporal import RESIDUALS
 
 

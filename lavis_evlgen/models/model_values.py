@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lavis_evlgen.models.connectors import CONNECTORS
-from lavis_evlgen.models.freezing import PRECISIONS
+from lavis_evlgen.models.precision import PRECISIONS
 
 
 class VisionValues:

@@ -6,7 +6,7 @@ They are the image processors on T frames at once: one crop and one mirroring fo
 import torch
 from lavis.common.registry import registry
 
-from lavis_evlgen.clips import SAMPLING, opened
+from lavis_evlgen.media.video import SAMPLING, opened
 from lavis_evlgen.processors.images import SHRINK_KEY, EvlgenImageEvalProcessor, EvlgenImageTrainProcessor
 
 _FRAMES = {"num_frames": (1, 10_000)}
@@ -31,7 +31,7 @@ class _OfFrames:
         self.num_frames, self.sampling = num_frames, sampling
 
     def __call__(self, clip) -> torch.Tensor:
-        """(3, T, H, W) of a clip: a path, an array (N, H, W, 3) of uint8, N pictures, or what clips.py calls a clip.
+        """(3, T, H, W) of a clip: a path, an array (N, H, W, 3) of uint8, N pictures, or a clip of media/video.py.
 
         Raises UnreadableVideo for a file that cannot be read.
         """

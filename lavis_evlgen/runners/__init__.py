@@ -1,4 +1,4 @@
 """LAVIS runners."""
 
-import lavis_evlgen.runners.runner_evlgen  # noqa: F401
-import lavis_evlgen.runners.schedule  # noqa: F401
+import lavis_evlgen.runners.optim  # noqa: F401
+import lavis_evlgen.runners.trainer  # noqa: F401

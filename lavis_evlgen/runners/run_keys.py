@@ -1,6 +1,6 @@
 """The run section of a config: what `runner_evlgen` takes, in words, and what its numbers may be."""
 
-from lavis_evlgen.models.compiling import PARTS
+from lavis_evlgen.models.compile import PARTS
 
 # what the values may be: lavis_evlgen/config/values.py says how these tables are read
 NUMBERS = {

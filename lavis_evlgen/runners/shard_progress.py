@@ -9,7 +9,7 @@ from pathlib import Path
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import ImageShards
-from lavis_evlgen.datasets.shard_stream import Place
+from lavis_evlgen.datasets.shards.stream import Place
 from lavis_evlgen.runners.bad_shards import BadShards
 
 

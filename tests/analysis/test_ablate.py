@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 
 from lavis_evlgen import launch
-from lavis_evlgen.analysis import sweep, sweep_runs
-from lavis_evlgen.analysis.ablate import _curves, unlike
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.evaluation.sweep_plot import sweep_plot
-from lavis_evlgen.runners import state
+from lavis_evlgen.reporting.sweep_plot import sweep_plot
+from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.tools.sweeps import runs as sweep_runs
+from lavis_evlgen.tools.sweeps import sweep
+from lavis_evlgen.tools.sweeps.ablate import _curves, unlike
 from tests.run_tools import checkpoint, losses
 from tests.test_cli import evlgen
 
@@ -159,14 +160,14 @@ def test_stopped_and_continued_equals_uninterrupted(runs, in_this_process, monke
     runs.config["run"] |= {"valid_splits": ["val"], "iters_per_inner_epoch": 2}
     command = ["ablate", runs.path(), "--sweep", "model.tome_r=2,4", "--out"]
     assert evlgen(*command, runs.folder / "whole") == 0
-    out, write = runs.folder / "cut", state.write
+    out, write = runs.folder / "cut", checkpoints.write
 
     def cut_off(path, content):
         write(path, content)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(state, "write", cut_off)
+        patch.setattr(checkpoints, "write", cut_off)
         assert evlgen(*command, out) == 130
     assert "the same command goes on" in capsys.readouterr().err
     first = out / "runs" / "tome_r=2_seed=42"

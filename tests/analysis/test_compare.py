@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavis_evlgen.analysis.compare import COLUMNS, duration, markdown, read_runs, show, table_rows, unlike
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.evaluation.plots import comparison_plot
+from lavis_evlgen.reporting.plots import comparison_plot
+from lavis_evlgen.tools.compare import COLUMNS, duration, markdown, read_runs, show, table_rows, unlike
 
 
 def folder_of(path, steps=20, flops=4e9, card=None, **model):

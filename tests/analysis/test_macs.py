@@ -10,13 +10,13 @@ from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import BertConfig
 
-from lavis_evlgen.analysis.macs import COLUMNS, amount, cost_of, table_rows
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.models import vision
-from lavis_evlgen.models.blip2 import Blip2Stage1
+from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.vision import encoder
 from lavis_evlgen.nn.merging import merge_schedule
 from lavis_evlgen.runners.cost import flops_per_image
+from lavis_evlgen.tools.cost.macs import COLUMNS, amount, cost_of, table_rows
 from tests.models.test_full_size import LLMS
 from tests.runners.test_cost import step_of
 from tests.test_cli import evlgen
@@ -42,22 +42,22 @@ def hub(tmp_path_factory):
 def each_vit_once():
     """A ViT of a billion empty numbers is drawn once; each test has a copy."""
     with pytest.MonkeyPatch.context() as patch:
-        built = functools.cache(vision.build_empty)
-        patch.setattr(vision, "build_empty", lambda *args: copy.deepcopy(built(*args)))
+        built = functools.cache(encoder.build_empty)
+        patch.setattr(encoder, "build_empty", lambda *args: copy.deepcopy(built(*args)))
         yield
 
 
 @pytest.fixture
 def shallow(monkeypatch):
     """Of the ViT a connector's test needs the width and the tokens: one block will do."""
-    built = vision.build_empty
+    built = encoder.build_empty
 
     def one_block(*args):
         vit = built(*args)
         del vit.blocks[1:]
         return vit
 
-    monkeypatch.setattr(vision, "build_empty", one_block)
+    monkeypatch.setattr(encoder, "build_empty", one_block)
 
 
 def full_size(hub, **changes):

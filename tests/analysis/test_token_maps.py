@@ -9,12 +9,12 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_evlgen.analysis import token_plots
-from lavis_evlgen.analysis.token_maps import TokenMap, layer_maps, shown, untrained, words_of
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.models.connector_pooling import AveragePooling
 from lavis_evlgen.models.connectors import build_connector
+from lavis_evlgen.models.connectors.pooling import AveragePooling
 from lavis_evlgen.processors.images import EvlgenImageEvalProcessor
+from lavis_evlgen.tools.tokens import plots
+from lavis_evlgen.tools.tokens.maps import TokenMap, layer_maps, shown, untrained, words_of
 from tests.models.test_quickstart_parts import missing
 from tests.test_cli import evlgen
 from tests.tiny import IMAGE_SIZE, pictures, tiny_evlgen, tiny_siglip, tiny_vision
@@ -74,7 +74,7 @@ def test_layers_compose_as_indices_followed_by_hand(monkeypatch):
 def test_four_colours_are_regions_before_any_training():
     """The quickstart's real ViT and a TomeFormer as it is drawn: what is alike merges, down to 29 tokens."""
     from lavis_evlgen.models.evlgen import EVLGen
-    from lavis_evlgen.models.vision import vision_of
+    from lavis_evlgen.models.vision.encoder import vision_of
 
     section = OmegaConf.load(EVLGen.default_config_path("quickstart")).model
     vision = vision_of(section)
@@ -181,14 +181,14 @@ def test_connectors_without_layers_and_without_a_map():
 def test_pictures_are_drawn(tmp_path):
     picture, cells = np.random.default_rng(0).random((28, 28, 3)), np.repeat([[1, 2], [2, 3]], 2, 0).repeat(2, 1)
     maps = [TokenMap(np.arange(16).reshape(4, 4), 16, 0), TokenMap(cells, 4, 1)]
-    for style in token_plots.STYLES:
-        png, svg = token_plots.overview(
+    for style in plots.STYLES:
+        png, svg = plots.overview(
             tmp_path / style, picture, {"before training": maps[0], "trained": maps[1]}, style, "a caption with $x_1$"
         )
         sheet = np.asarray(Image.open(png).convert("RGB"))
         assert sheet.std() > 10 and sheet.shape[1] == 1560
         assert ET.parse(svg).getroot().tag.endswith("svg")
-    drawn = {path.suffix: path for path in token_plots.layers_strip(tmp_path / "l", picture, maps, "mean")}
+    drawn = {path.suffix: path for path in plots.layers_strip(tmp_path / "l", picture, maps, "mean")}
     with Image.open(drawn[".gif"]) as gif:
         assert gif.n_frames == 2 and gif.size == (320, 350)
         first = np.asarray(gif.convert("RGB"), float)
@@ -197,11 +197,11 @@ def test_pictures_are_drawn(tmp_path):
 
 
 def test_borders_are_between_tokens():
-    lines = token_plots._borders(np.array([[1, 1], [2, 1]]), "white", 1).get_segments()
+    lines = plots._borders(np.array([[1, 1], [2, 1]]), "white", 1).get_segments()
     assert {tuple(map(tuple, line.tolist())) for line in lines} == {((1, 1), (1, 2)), ((0, 1), (1, 1))}
-    frame = token_plots._borders(np.array([[1]]), "white", 1, frame=True).get_segments()
+    frame = plots._borders(np.array([[1]]), "white", 1, frame=True).get_segments()
     assert len(frame) == 4
-    colours = token_plots.palette(40)
+    colours = plots.palette(40)
     assert colours.shape == (40, 3) and len(np.unique(colours.round(3), axis=0)) == 40
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lavis_evlgen.datasets import ImageShards
-from lavis_evlgen.datasets.shard_names import ShardNames
+from lavis_evlgen.datasets.shards.names import ShardNames
 
 HTML = b"<!DOCTYPE html><html>Not found</html>"
 

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lavis_evlgen.datasets import DataError
-from lavis_evlgen.datasets.captions_file import read_captions_file
+from lavis_evlgen.datasets.annotations.captions import read_captions_file
 from tests.datasets.helpers import ROWS, coco, write_csv, write_json
 
 KARPATHY = {

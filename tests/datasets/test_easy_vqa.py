@@ -7,8 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from lavis_evlgen.compat.environment import MissingExtra
 from lavis_evlgen.datasets import EasyVqaBuilder
-from lavis_evlgen.environment import MissingExtra
 
 # a stand-in with the interface of easy-vqa 1.0: (questions, answers, picture numbers), {picture number: path}
 PACKAGE = '''

@@ -10,8 +10,8 @@ from lavis.common.registry import registry
 from PIL import Image, ImageFile
 
 from lavis_evlgen.datasets import DataError, ImageCaptionsBuilder, UnreadableImage
-from lavis_evlgen.datasets.image_files import decode_image, open_image
 from lavis_evlgen.datasets.reading import MAX_TRIES
+from lavis_evlgen.media.images import decode_image, open_image
 from tests.datasets.helpers import ROWS, builder, coco, png_of, write_csv, write_json, write_pictures
 
 COUNTS = {"train": 3, "val": 1, "test": 1}

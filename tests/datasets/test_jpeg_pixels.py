@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image, ImageFile
 
-from lavis_evlgen.datasets import UnreadableImage, image_files
-from lavis_evlgen.datasets.image_files import decode_image, open_image
+from lavis_evlgen.datasets import UnreadableImage
+from lavis_evlgen.media import images
+from lavis_evlgen.media.images import decode_image, open_image
 from lavis_evlgen.processors import EvlgenImageEvalProcessor, EvlgenImageTrainProcessor, EvlgenVideoTrainProcessor
 from lavis_evlgen.processors.images import pixels
 
@@ -56,12 +57,12 @@ def test_who_gets_pixels(tmp_path, monkeypatch):
     def not_built(*args):
         raise RuntimeError("decode_jpeg: torchvision not compiled with libjpeg support")
 
-    monkeypatch.setattr(image_files, "decode_jpeg", not_built)
-    image_files._torch_can.cache_clear()
+    monkeypatch.setattr(images, "decode_jpeg", not_built)
+    images._torch_can.cache_clear()
     try:
         assert isinstance(open_image(tmp_path / "x.jpg", TAKES), Image.Image)
     finally:
-        image_files._torch_can.cache_clear()
+        images._torch_can.cache_clear()
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
@@ -74,6 +75,6 @@ def test_truncated_files_are_named(share, monkeypatch):
 
 def test_too_many_pixels_are_refused_before_they_are_decoded(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    monkeypatch.setattr(image_files, "decode_jpeg", lambda *args: pytest.fail("it was decoded"))
+    monkeypatch.setattr(images, "decode_jpeg", lambda *args: pytest.fail("it was decoded"))
     with pytest.raises(UnreadableImage, match="too many pixels"):
         decode_image(jpeg(), "x.jpg", TAKES)

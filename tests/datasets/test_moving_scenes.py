@@ -10,10 +10,10 @@ from lavis.datasets.builders import load_dataset
 from omegaconf import OmegaConf
 
 from lavis_evlgen.datasets import DataError, MovingScenesBuilder, MovingScenesDataset
-from lavis_evlgen.datasets import motion_specs as specs
-from lavis_evlgen.datasets.moving_scenes import DrawnClip
-from lavis_evlgen.datasets.scene_drawing import BACKGROUNDS, COLOURS
-from lavis_evlgen.datasets.scene_specs import SHARES
+from lavis_evlgen.datasets.synthetic import motion_specs as specs
+from lavis_evlgen.datasets.synthetic.moving_scenes import DrawnClip
+from lavis_evlgen.datasets.synthetic.scene_drawing import BACKGROUNDS, COLOURS
+from lavis_evlgen.datasets.synthetic.scene_specs import SHARES
 from lavis_evlgen.evaluation import order_accuracy
 from lavis_evlgen.processors import EvlgenImageEvalProcessor, EvlgenVideoEvalProcessor, EvlgenVideoTrainProcessor
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lavis_evlgen.datasets import DataError
-from lavis_evlgen.datasets.questions_file import read_questions_file
+from lavis_evlgen.datasets.annotations.questions import read_questions_file
 from tests.datasets.helpers import write_json
 
 # the fields that the official files have

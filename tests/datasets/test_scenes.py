@@ -14,9 +14,9 @@ from lavis.datasets.builders import load_dataset
 from omegaconf import OmegaConf
 
 from lavis_evlgen.datasets import DataError, ScenesBuilder, ScenesDataset
-from lavis_evlgen.datasets import scene_specs as specs
-from lavis_evlgen.datasets.scene_drawing import BACKGROUNDS, COLOURS, draw_scene
-from lavis_evlgen.datasets.scene_language import CAPTIONS_PER_SCENE, NUMBERS, captions_of
+from lavis_evlgen.datasets.synthetic import scene_specs as specs
+from lavis_evlgen.datasets.synthetic.scene_drawing import BACKGROUNDS, COLOURS, draw_scene
+from lavis_evlgen.datasets.synthetic.scene_language import CAPTIONS_PER_SCENE, NUMBERS, captions_of
 
 KINDS = {"single": 2.0, "pair": 3.0, "count": 1.0}
 splits = st.sampled_from(["train", "val", "test"])

@@ -8,8 +8,8 @@ import pytest
 
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.datasets.seeding import permuted, shuffled
-from lavis_evlgen.datasets.shard_names import BraceNames, ShardNames
-from lavis_evlgen.datasets.shard_stream import Place, ShardStream
+from lavis_evlgen.datasets.shards.names import BraceNames, ShardNames
+from lavis_evlgen.datasets.shards.stream import Place, ShardStream
 from tests.datasets.shard_tools import image_shards
 
 

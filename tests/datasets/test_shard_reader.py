@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lavis_evlgen.datasets.shard_reader import read_shard
+from lavis_evlgen.datasets.shards.reader import read_shard
 from tests.datasets.shard_tools import sample, write_shard
 
 BLOCK = 512

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from lavis_evlgen.datasets import DataError
-from lavis_evlgen.datasets.shard_reader import read_shard
-from lavis_evlgen.datasets.shard_stream import ShardStream
-from lavis_evlgen.datasets.shard_writer import write_shards
+from lavis_evlgen.datasets.shards.reader import read_shard
+from lavis_evlgen.datasets.shards.stream import ShardStream
+from lavis_evlgen.datasets.shards.writer import write_shards
 from tests.datasets.helpers import ROWS, write_csv, write_json
 from tests.datasets.shard_tools import HTML, image_shards
 
@@ -111,6 +111,6 @@ def test_mistakes(tmp_path, pictures, csv, keys, says):
 
 def test_progress_is_said_now_and_then(tmp_path, pictures, csv, monkeypatch):
     said = []
-    monkeypatch.setattr("lavis_evlgen.datasets.shard_writer._SAY_EVERY", -1)
+    monkeypatch.setattr("lavis_evlgen.datasets.shards.writer._SAY_EVERY", -1)
     write(tmp_path, csv, say=said.append)
     assert len(said) == 6 and said[2].startswith("3 of 6 images, 0 unreadable, ") and said[2].endswith(" s left")

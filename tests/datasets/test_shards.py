@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from lavis_evlgen.datasets import DataError, ImageShardsBuilder
 from lavis_evlgen.datasets.loading import FromShards, train_loader
-from lavis_evlgen.datasets.shard_stream import ShardStream
-from lavis_evlgen.datasets.shards import Ccs14mBuilder, Laion115mBuilder
+from lavis_evlgen.datasets.shards.dataset import Ccs14mBuilder, Laion115mBuilder
+from lavis_evlgen.datasets.shards.stream import ShardStream
 from tests.datasets.shard_tools import HTML, image_shards, jpeg, pixel_bomb, sample, write_shard, write_shards
 from tests.datasets.test_loading import Rows
 
@@ -66,7 +66,7 @@ def test_augmentation_depends_on_sample_and_epoch_alone(seven):
 
 @pytest.mark.parametrize("window", [1, 3, 100])
 def test_a_stream_goes_on_from_any_place_and_opens_no_shard_that_is_done(seven, window, monkeypatch):
-    from lavis_evlgen.datasets import shard_stream
+    from lavis_evlgen.datasets.shards import stream as shard_stream
 
     dataset, opened = image_shards(seven, shuffle_window=window), []
 

@@ -11,8 +11,8 @@ from lavis.common.registry import registry
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from lavis_evlgen.datasets.errors import UnreadableImage
-from lavis_evlgen.datasets.image_files import decode_image, open_image
+from lavis_evlgen.media.errors import UnreadableImage
+from lavis_evlgen.media.images import decode_image, open_image
 from lavis_evlgen.processors import EvlgenImageEvalProcessor, EvlgenImageTrainProcessor, EvlgenVideoTrainProcessor
 from lavis_evlgen.processors.images import least_for_crops, pixels
 from tests.datasets.helpers import builder, write_csv

@@ -9,15 +9,15 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
-from lavis_evlgen.clips import UnreadableVideo
 from lavis_evlgen.datasets import DataError, VideoCaptionsBuilder, VideoShards, WebvidBuilder
 from lavis_evlgen.datasets.base import CaptionedImage
+from lavis_evlgen.datasets.builders.video_captions import VideoCaptionDataset
 from lavis_evlgen.datasets.loading import train_loader
-from lavis_evlgen.datasets.shard_names import ShardNames
-from lavis_evlgen.datasets.shard_stream import ShardStream
-from lavis_evlgen.datasets.video_captions import VideoCaptionDataset
+from lavis_evlgen.datasets.shards.names import ShardNames
+from lavis_evlgen.datasets.shards.stream import ShardStream
+from lavis_evlgen.media.video import UnreadableVideo
 from lavis_evlgen.runners.bad_images import BadImages, TooManyBadImages, check_unreadable
-from lavis_evlgen.runners.checks import check_files
+from lavis_evlgen.runners.preflight import check_files
 from tests.clip_tools import numbers_in, write_clip
 from tests.datasets.helpers import coco, write_csv, write_json
 from tests.datasets.shard_tools import write_shard

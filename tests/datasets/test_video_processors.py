@@ -5,7 +5,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from PIL import Image
 
-from lavis_evlgen.clips import UnreadableVideo, uniform
+from lavis_evlgen.media.video import UnreadableVideo, uniform
 from lavis_evlgen.processors import EvlgenImageEvalProcessor, EvlgenVideoEvalProcessor, EvlgenVideoTrainProcessor
 from tests.clip_tools import frames_of, numbers_in, write_clip
 

@@ -13,7 +13,7 @@ MEGABYTES = 0.2
 def tiny_visitors(megabytes: float):
     """A tiny model and who may look at it."""
     from lavis_evlgen.demo.page import Visitors
-    from lavis_evlgen.demo.reading import Limits
+    from lavis_evlgen.demo.uploads import Limits
     from lavis_evlgen.processors.images import EvlgenImageEvalProcessor
     from tests.tiny import IMAGE_SIZE, tiny_evlgen
 

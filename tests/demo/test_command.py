@@ -6,8 +6,8 @@ import sys
 import pytest
 
 from lavis_evlgen import cli
+from lavis_evlgen.compat.environment import MissingExtra
 from lavis_evlgen.demo import command
-from lavis_evlgen.environment import MissingExtra
 
 
 def arguments(*words: str) -> argparse.Namespace:

@@ -16,8 +16,8 @@ from lavis_evlgen.demo.describing import (
     tokens_picture,
     with_r,
 )
-from lavis_evlgen.models.connector_pooling import LinearConnector
 from lavis_evlgen.models.connectors import build_connector
+from lavis_evlgen.models.connectors.pooling import LinearConnector
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.processors.images import EvlgenImageEvalProcessor
 from tests.tiny import (

@@ -6,8 +6,8 @@ import torch
 from PIL import Image, ImageFile
 
 from lavis_evlgen.demo.describing import Refused
-from lavis_evlgen.demo.picks import drawn, of_folder, thumbnails
-from lavis_evlgen.demo.reading import Limits, check, preview, read
+from lavis_evlgen.demo.examples import drawn, of_folder, thumbnails
+from lavis_evlgen.demo.uploads import Limits, check, preview, read
 from lavis_evlgen.processors.images import EvlgenImageEvalProcessor
 from lavis_evlgen.processors.videos import EvlgenVideoEvalProcessor
 from tests.clip_tools import write_clip

@@ -11,7 +11,7 @@ from pycocoevalcap.cider.cider_scorer import CiderScorer
 from lavis_evlgen.evaluation import cider_d
 from lavis_evlgen.evaluation.cider_d import CaptionReward, CiderD
 from lavis_evlgen.evaluation.java import find_java, ptb_tokenize
-from lavis_evlgen.evaluation.word_splitting import ptb_like
+from lavis_evlgen.evaluation.ptb_tokenizer import ptb_like
 
 CAPTION = st.lists(st.sampled_from("a red blue dog cat runs sits on the <end>".split()), max_size=12).map(" ".join)
 WORDY = CAPTION.filter(bool)  # pycocoevalcap cannot count a corpus without a word

@@ -7,7 +7,7 @@ import json
 import pytest
 from pycocoevalcap.cider.cider import Cider
 
-from lavis_evlgen.datasets.captions_file import read_captions_file
+from lavis_evlgen.datasets.annotations.captions import read_captions_file
 from lavis_evlgen.evaluation import java
 from lavis_evlgen.evaluation.caption_metrics import score_captions, simple_tokenize
 from tests.evaluation.test_caption_metrics import PREDICTIONS, REFERENCES

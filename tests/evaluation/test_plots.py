@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavis_evlgen.evaluation.plots import _smooth, caption_sheet, loss_plot
+from lavis_evlgen.reporting.plots import _smooth, caption_sheet, loss_plot
 
 
 def pixels(path):

@@ -9,7 +9,7 @@ import pytest
 from lavis.common.vqa_tools.vqa import VQA
 from lavis.common.vqa_tools.vqa_eval import VQAEval
 
-from lavis_evlgen.datasets.questions_file import read_questions_file
+from lavis_evlgen.datasets.annotations.questions import read_questions_file
 from lavis_evlgen.evaluation.vqa_metrics import score_answers
 
 POOL = {"yes/no": ["yes", "no", "Yes.", "maybe"], "number": ["2", "two", "10", "none"],

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.sources import WeightsError, read_state_dict
-from lavis_evlgen.runners import state
+from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.weights.sources import WeightsError, read_state_dict
 from tests.run_tools import Runs, checkpoint, same_tensors
 from tests.test_cli import evlgen
 
@@ -22,7 +22,8 @@ def folder(whole, tmp_path) -> Runs:
     """That run's folder, copied: checkpoints of steps 10 and 5."""
     runs = whole.copy(tmp_path)
     shutil.copytree(whole.output(), runs.output())
-    assert (state.step_of(runs.output() / state.LAST), state.step_of(runs.output() / state.PREVIOUS)) == (10, 5)
+    steps = [checkpoints.step_of(runs.output() / name) for name in (checkpoints.LAST, checkpoints.PREVIOUS)]
+    assert steps == [10, 5]
     return runs
 
 
@@ -39,19 +40,19 @@ def flip(file, bit: int):
 
 @pytest.mark.parametrize("length", LENGTHS)
 def test_one_that_is_cut_short_is_one_clear_error_and_auto_takes_the_one_before(folder, caplog, length):
-    last, previous = (folder.output() / name for name in (state.LAST, state.PREVIOUS))
+    last, previous = (folder.output() / name for name in (checkpoints.LAST, checkpoints.PREVIOUS))
     cut(last, length)
     with pytest.raises(WeightsError, match="cannot be read") as error:
-        state.read(last)
+        checkpoints.read(last)
     assert str(last) in str(error.value) and str(previous) in str(error.value) and "\n" not in str(error.value)
     with caplog.at_level(logging.WARNING):
-        assert state.last_readable(folder.output()) == previous
+        assert checkpoints.last_readable(folder.output()) == previous
     assert str(last) in caplog.text and str(previous) in caplog.text
-    assert not last.exists() and (folder.output() / state.BROKEN).exists()
+    assert not last.exists() and (folder.output() / checkpoints.BROKEN).exists()
 
 
 def test_auto_goes_on_from_the_one_before(folder, same_as_whole, capsys):
-    cut(folder.output() / state.LAST, 0)
+    cut(folder.output() / checkpoints.LAST, 0)
     assert folder.command("run.resume_ckpt_path=auto") == 0
     words = capsys.readouterr().err
     assert "it is empty (0 bytes)" in words and "at step 5" in words
@@ -60,27 +61,27 @@ def test_auto_goes_on_from_the_one_before(folder, same_as_whole, capsys):
 
 def test_a_broken_one_never_takes_the_place_of_the_one_before(folder):
     """Also where a run was told to go on from that one by its name."""
-    cut(folder.output() / state.LAST, 0.5)
-    folder.train(f"run.resume_ckpt_path={folder.output() / state.PREVIOUS}", "run.max_iters=7")
-    assert state.read(folder.output() / state.PREVIOUS)["step"] == 5
-    assert state.read(folder.output() / state.LAST)["step"] == 7
+    cut(folder.output() / checkpoints.LAST, 0.5)
+    folder.train(f"run.resume_ckpt_path={folder.output() / checkpoints.PREVIOUS}", "run.max_iters=7")
+    assert checkpoints.read(folder.output() / checkpoints.PREVIOUS)["step"] == 5
+    assert checkpoints.read(folder.output() / checkpoints.LAST)["step"] == 7
 
 
 def test_when_all_are_broken_it_says_so_and_starts_nothing_new(folder, capsys):
-    for name in (state.LAST, state.PREVIOUS):
+    for name in (checkpoints.LAST, checkpoints.PREVIOUS):
         cut(folder.output() / name, 1000)
     assert folder.command("run.resume_ckpt_path=auto") == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert state.LAST in line and state.PREVIOUS in line and "either" in line
-    assert (folder.output() / state.LAST).stat().st_size == 1000
+    assert checkpoints.LAST in line and checkpoints.PREVIOUS in line and "either" in line
+    assert (folder.output() / checkpoints.LAST).stat().st_size == 1000
 
 
 def test_a_folder_that_holds_only_the_one_before_is_a_run(folder, same_as_whole, capsys):
     """As a kill between two renames leaves it."""
-    for name in (state.LAST, state.BEST):
+    for name in (checkpoints.LAST, checkpoints.BEST):
         (folder.output() / name).unlink()
     assert folder.command() == 2
-    assert f"holds the {state.PREVIOUS} of another run" in capsys.readouterr().err.splitlines()[-1]
+    assert f"holds the {checkpoints.PREVIOUS} of another run" in capsys.readouterr().err.splitlines()[-1]
     assert evlgen("export", folder.output(), folder.folder / "bundle") == 0
     assert folder.command("run.resume_ckpt_path=auto") == 0
     # what had been the best before is in the checkpoint that it goes on from
@@ -89,9 +90,9 @@ def test_a_folder_that_holds_only_the_one_before_is_a_run(folder, same_as_whole,
 
 def test_no_flipped_bit_goes_unnoticed(folder, tmp_path):
     """Of a checkpoint and of weights alone. What it may hit without harm is padding: then all is as it was."""
-    last, generator = folder.output() / state.LAST, random.Random(0)
+    last, generator = folder.output() / checkpoints.LAST, random.Random(0)
     torch.save({"model": checkpoint(folder.output())["model"]}, tmp_path / "weights.pth")
-    readers = {last: state.read, tmp_path / "weights.pth": lambda path: read_state_dict(str(path), "checkpoint")}
+    readers = {last: checkpoints.read, tmp_path / "weights.pth": lambda path: read_state_dict(str(path), "checkpoint")}
     refused = 0
     for file, read in readers.items():
         whole, content = file.read_bytes(), read(file)
@@ -108,7 +109,7 @@ def test_no_flipped_bit_goes_unnoticed(folder, tmp_path):
 
 def test_a_flipped_bit_in_a_tensor_is_told_by_all_that_read_it(folder, tmp_path, capsys):
     """Each of these took it before."""
-    last = folder.output() / state.LAST
+    last = folder.output() / checkpoints.LAST
     tensor = checkpoint(folder.output())["model"]["llm_proj.weight"]
     place = last.read_bytes().find(tensor.numpy().tobytes())
     flip(last, 8 * (place + 4 * 11))  # the last bit of its twelfth number
@@ -154,7 +155,7 @@ def test_a_bundle_or_checkpoint_without_digest_still_loads(folder, tmp_path):
     torch.serialization.set_crc32_options(True)
     torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     for name in ("no_crc.pth", "old.pth"):
-        assert state.read(tmp_path / name)["step"] == 10
+        assert checkpoints.read(tmp_path / name)["step"] == 10
 
 
 @pytest.mark.parametrize(
@@ -166,10 +167,10 @@ def test_a_bundle_or_checkpoint_without_digest_still_loads(folder, tmp_path):
     ],
 )
 def test_one_of_another_architecture_changes_nothing(folder, capsys, options, says):
-    last = folder.output() / state.LAST
+    last = folder.output() / checkpoints.LAST
     before = last.read_bytes()
     for given, script in (("run.resume_ckpt_path=auto", "train.py"), (f"model.pretrained={last}", "evaluate.py")):
         assert folder.command(*options, given, "run.test_splits=[test]", script=script) == 2
         line = capsys.readouterr().err.splitlines()[-1]
-        assert "of another architecture" in line and says in line and state.LAST in line
-    assert last.read_bytes() == before and not (folder.output() / state.BROKEN).exists()
+        assert "of another architecture" in line and says in line and checkpoints.LAST in line
+    assert last.read_bytes() == before and not (folder.output() / checkpoints.BROKEN).exists()

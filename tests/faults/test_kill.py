@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from lavis_evlgen.runners import state
+from lavis_evlgen.runners import checkpoints
 from tests.faults.processes import forked, run
 from tests.run_tools import losses
 
@@ -30,11 +30,11 @@ def test_every_kill_while_saving_leaves_a_usable_checkpoint(tmp_path):
 
         def save_forever(start=last, pipe=write_end):
             for step in range(start + 1, start + 10_000):
-                state.write(folder / state.LAST, content(step))
+                checkpoints.write(folder / checkpoints.LAST, content(step))
                 os.write(pipe, step.to_bytes(4, "little"))
 
         with forked(save_forever, tmp_path / "words" / "words.txt") as writer:
-            writer.wait_for(lambda: (folder / state.LAST).exists())
+            writer.wait_for(lambda: (folder / checkpoints.LAST).exists())
             time.sleep(generator.uniform(0, 0.06))
             writer.send(signal.SIGKILL)
             assert writer.wait() == -signal.SIGKILL
@@ -42,8 +42,8 @@ def test_every_kill_while_saving_leaves_a_usable_checkpoint(tmp_path):
         said = os.read(read_end, 1 << 16)
         os.close(read_end)
         finished = int.from_bytes(said[-4:], "little") if said else last
-        cut_short += (folder / f".{state.LAST}.tmp").exists()
-        saved = state.read(state.last_readable(folder))
+        cut_short += (folder / f".{checkpoints.LAST}.tmp").exists()
+        saved = checkpoints.read(checkpoints.last_readable(folder))
         assert saved["step"] in (finished, finished + 1)  # killed between the rename and the word about it
         assert all((tensor == saved["step"]).all() for tensor in saved["model"].values())
         last = saved["step"]
@@ -53,7 +53,7 @@ def test_every_kill_while_saving_leaves_a_usable_checkpoint(tmp_path):
 @pytest.mark.parametrize("wait", [0.0, 0.003, 0.006])
 def test_a_run_that_is_killed_while_saving_goes_on_bit_for_bit(whole, same_as_whole, tmp_path, wait):
     killed = whole.copy(tmp_path / "killed", save_every=1)
-    temporary = killed.output() / f".{state.LAST}.tmp"
+    temporary = killed.output() / f".{checkpoints.LAST}.tmp"
     with run(killed, "run.resume_ckpt_path=auto") as process:
         process.wait_for(lambda: len(losses(killed.output())) >= 3)
         process.wait_for(temporary.exists)

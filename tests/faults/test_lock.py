@@ -10,9 +10,9 @@ import time
 import pytest
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import lock, state
+from lavis_evlgen.runners import checkpoints, lock
 from lavis_evlgen.runners.lock import RunLock
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.runners.step import TrainingStep
 from tests.faults.processes import forked, on_two_ranks, run
 from tests.run_tools import checkpoint, losses
 
@@ -30,7 +30,7 @@ def test_a_second_run_in_the_folder_is_refused(whole, tmp_path, monkeypatch, cap
             line = capsys.readouterr().err.splitlines()[-1]
             assert f"is in use by another run (process {first.pid} on {socket.gethostname()}" in line
             assert "another run.run_name" in line
-        weights = f"model.pretrained={whole.output() / state.LAST}"
+        weights = f"model.pretrained={whole.output() / checkpoints.LAST}"
         assert runs.command(weights, "run.test_splits=[test]", script="evaluate.py") == 2
         assert "is in use by another run" in capsys.readouterr().err.splitlines()[-1]
         assert not (runs.output() / "run.json").exists()
@@ -39,7 +39,7 @@ def test_a_second_run_in_the_folder_is_refused(whole, tmp_path, monkeypatch, cap
         first.wait()
     assert (runs.output() / lock.NAME).exists()
     monkeypatch.undo()
-    step = state.step_of(runs.output() / state.LAST) or 0
+    step = checkpoints.step_of(runs.output() / checkpoints.LAST) or 0
     assert runs.command("run.resume_ckpt_path=auto", f"run.max_iters={step + 1}") == 0
     words = capsys.readouterr().err
     assert f"is of process {first.pid} on {socket.gethostname()}" in words and "which is gone: taken over" in words

@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from lavis_evlgen import distributed
-from lavis_evlgen.runners import state
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.step import TrainingStep
 from tests.faults.processes import on_two_ranks
 from tests.run_tools import checkpoint, log, losses
 from tests.test_cli import evlgen
@@ -57,7 +57,7 @@ def test_weights_that_are_not_finite_are_not_saved_over_good_ones(
     broken_weights(monkeypatch, 7, value, moment=moment)
     assert runs.command() == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    last = runs.output() / state.LAST
+    last = runs.output() / checkpoints.LAST
     assert "are not finite (NaN or infinity) at step 10 and were not saved" in line
     assert f"the last good checkpoint is {last}, of step 5" in line and "lower run.init_lr" in line
     assert checkpoint(runs.output())["step"] == 5 and finite(checkpoint(runs.output())["model"])
@@ -69,7 +69,7 @@ def test_a_run_that_diverges_just_before_its_end_fails(whole, tmp_path, monkeypa
     broken_pictures(monkeypatch, range(8, 11))
     assert runs.command() == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "training ended at step 10 without a finite loss" in line and str(runs.output() / state.LAST) in line
+    assert "training ended at step 10 without a finite loss" in line and str(runs.output() / checkpoints.LAST) in line
     ended = checkpoint(runs.output())
     assert ended["step"] == 10 and ended["unevaluated"] and finite(ended["model"])
     assert (ended["skipped_steps"], ended["skipped_in_a_row"]) == (3, 3)
@@ -129,7 +129,7 @@ def test_a_file_of_weights_that_are_not_finite_is_refused(whole, tmp_path, capsy
     """By evaluate.py, a resume that names it, caption and export."""
     runs = whole.copy(tmp_path)
     shutil.copytree(whole.output(), runs.output())
-    last, picture = runs.output() / state.LAST, tmp_path / "picture.png"
+    last, picture = runs.output() / checkpoints.LAST, tmp_path / "picture.png"
     content = checkpoint(runs.output())
     content["model"]["llm_proj.weight"][0, 0] = NAN
     torch.save(content, last)

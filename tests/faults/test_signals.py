@@ -7,10 +7,10 @@ import pytest
 
 from lavis_evlgen import distributed, launch
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import lock, state, stopping
-from lavis_evlgen.runners.runner_evlgen import RunnerEvlgen
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.runners import checkpoints, lock, stopping
+from lavis_evlgen.runners.step import TrainingStep
 from lavis_evlgen.runners.stopping import Lookout, save_every, signals
+from lavis_evlgen.runners.trainer import RunnerEvlgen
 from tests.faults.processes import forked, on_two_ranks, run
 from tests.run_tools import checkpoint, losses
 
@@ -56,9 +56,9 @@ def test_between_steps_it_saves_and_the_rest_is_bit_equal(whole, same_as_whole, 
 def test_while_a_checkpoint_is_written_it_is_finished(whole, same_as_whole, tmp_path, monkeypatch, number):
     runs = whole.copy(tmp_path, save_every=2)
     with monkeypatch.context() as patched:
-        slow_down(patched, state.os, "fsync")
-        stopped(runs, number, lambda _: (runs.output() / f".{state.LAST}.tmp").exists())
-    assert not (runs.output() / f".{state.LAST}.tmp").exists()
+        slow_down(patched, checkpoints.os, "fsync")
+        stopped(runs, number, lambda _: (runs.output() / f".{checkpoints.LAST}.tmp").exists())
+    assert not (runs.output() / f".{checkpoints.LAST}.tmp").exists()
     assert checkpoint(runs.output())["step"] == 2
     runs.train("run.resume_ckpt_path=auto")
     same_as_whole(runs)
@@ -69,7 +69,7 @@ def test_in_an_evaluation_all_is_saved_and_it_ends_at_once(whole, same_as_whole,
     with monkeypatch.context() as patched:
         slow_down(patched, RunnerEvlgen, "eval_epoch", 20)
         started = time.monotonic()
-        stopped(runs, signal.SIGTERM, lambda _: (runs.output() / state.LAST).exists())
+        stopped(runs, signal.SIGTERM, lambda _: (runs.output() / checkpoints.LAST).exists())
         assert time.monotonic() - started < 15
     assert checkpoint(runs.output())["step"] == 5 and checkpoint(runs.output())["unevaluated"]
     runs.train("run.resume_ckpt_path=auto")
@@ -86,15 +86,15 @@ def test_before_the_first_step_there_is_nothing_to_save(whole, tmp_path, monkeyp
 
     monkeypatch.setattr(launch, "build", build)
     stopped(runs, signal.SIGINT, lambda _: marker.exists())
-    assert not (runs.output() / state.LAST).exists()
+    assert not (runs.output() / checkpoints.LAST).exists()
 
 
 def test_in_the_test_phase_and_in_evaluate_it_ends_at_once(whole, tmp_path, monkeypatch):
     runs = whole.copy(tmp_path, valid_splits=[], test_splits=["test"], iters_per_inner_epoch=10)
     slow_down(monkeypatch, RunnerEvlgen, "eval_epoch", 20)
-    stopped(runs, signal.SIGTERM, lambda _: (runs.output() / state.LAST).exists())
+    stopped(runs, signal.SIGTERM, lambda _: (runs.output() / checkpoints.LAST).exists())
     assert checkpoint(runs.output())["step"] == 10
-    weights = f"model.pretrained={runs.output() / state.LAST}"
+    weights = f"model.pretrained={runs.output() / checkpoints.LAST}"
     with run(runs, weights, "run.run_name=again", script="evaluate.py") as process:
         file = runs.output("again") / lock.NAME
         process.wait_for(lambda: file.exists() and file.read_text())
@@ -116,7 +116,7 @@ def test_a_second_sigint_ends_it_at_once_without_saving(whole, tmp_path, monkeyp
         assert process.poll() is None
         process.send(signal.SIGINT)
         assert process.wait(10) == 130 and "Traceback" not in process.words
-    assert not (runs.output() / state.LAST).exists() and not (runs.output() / lock.NAME).exists()
+    assert not (runs.output() / checkpoints.LAST).exists() and not (runs.output() / lock.NAME).exists()
 
 
 def test_a_signal_that_is_ignored_stays_ignored(whole, tmp_path):
@@ -218,7 +218,7 @@ def test_save_every_refuses(value):
 def test_save_every_so_many_steps(whole, tmp_path):
     runs = whole.copy(tmp_path, valid_splits=[], iters_per_inner_epoch=10, max_iters=7, save_every=3)
     runs.train()
-    steps = [checkpoint(runs.output(), name)["step"] for name in (state.LAST, state.PREVIOUS)]
+    steps = [checkpoint(runs.output(), name)["step"] for name in (checkpoints.LAST, checkpoints.PREVIOUS)]
     assert steps == [7, 6]
 
 

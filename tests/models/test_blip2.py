@@ -7,12 +7,12 @@ from lavis.models.blip2_models import blip2_qformer
 from omegaconf import OmegaConf
 from transformers import BertModel
 
-from lavis_evlgen import lavis_bridge
+from lavis_evlgen.compat import lavis_bridge
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.models.blip2 import LOSSES, Blip2Stage1
-from lavis_evlgen.models.checkpoints import frozen_names, trainable_state
-from lavis_evlgen.models.sources import WeightsError
-from lavis_evlgen.models.vision import VisionEncoder
+from lavis_evlgen.models.blip2_stage1 import LOSSES, Blip2Stage1
+from lavis_evlgen.models.vision.encoder import VisionEncoder
+from lavis_evlgen.weights.sources import WeightsError
+from lavis_evlgen.weights.trainable import frozen_names, trainable_state
 from tests.run_tools import redraw
 from tests.tiny import pictures, tiny_vision
 from tests.tiny_blip2 import HEADS, QUERIES, VIT_WIDTH, bert_folder, lavis_blip2

@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.models import bundle
-from lavis_evlgen.models.checkpoints import trainable_state
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.weights import bundle
+from lavis_evlgen.weights.sources import WeightsError
+from lavis_evlgen.weights.trainable import trainable_state
 from tests.run_tools import redraw
 from tests.tiny import IMAGE_SIZE, pictures, tiny_dinov2, tiny_evlgen, tiny_llama, tiny_opt, tiny_tokenizer
 

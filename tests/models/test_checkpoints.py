@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lavis_evlgen.models.checkpoints import frozen_names, load_trainable, trainable_state
-from lavis_evlgen.models.sources import WeightsError, read_state_dict
+from lavis_evlgen.weights.sources import WeightsError, read_state_dict
+from lavis_evlgen.weights.trainable import frozen_names, load_trainable, trainable_state
 from tests.tiny import pictures, tiny_evlgen, tiny_llama
 
 PARTS = ("ln_vision.", "connector.", "llm_proj.")

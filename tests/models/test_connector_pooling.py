@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lavis_evlgen.models.connector_pooling import AveragePooling, LinearConnector, build_avgpool, grid
+from lavis_evlgen.models.connectors.pooling import AveragePooling, LinearConnector, build_avgpool, grid
 
 WIDTH = 6
 

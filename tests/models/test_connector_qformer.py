@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import BertModel, Blip2QFormerConfig, Blip2QFormerModel
 
-from lavis_evlgen.models.connector_qformer import QFormerConnector, build_qformer, sizes_in
+from lavis_evlgen.models.connectors.qformer import QFormerConnector, build_qformer, sizes_in
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.weights.sources import WeightsError
 from tests.tiny import pictures, tiny_language_model, tiny_vision
 from tests.tiny_blip2 import (
     HEADS,

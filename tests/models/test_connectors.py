@@ -8,13 +8,13 @@ import torch
 from omegaconf import OmegaConf
 
 from lavis_evlgen import launch
-from lavis_evlgen.analysis.doctor import check_weights
 from lavis_evlgen.config import EvlgenConfig
-from lavis_evlgen.models.checkpoints import trainable_state
 from lavis_evlgen.models.connectors import CONNECTORS, READS, build_connector
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.sources import WeightsError
 from lavis_evlgen.runners.progress import part_rows
+from lavis_evlgen.tools.doctor import check_weights
+from lavis_evlgen.weights.sources import WeightsError
+from lavis_evlgen.weights.trainable import trainable_state
 from tests.run_tools import Runs, losses
 from tests.tiny import pictures, tiny_vision
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lavis_evlgen.models.checkpoints import frozen_names
-from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.weights.sources import WeightsError
+from lavis_evlgen.weights.trainable import frozen_names
 from tests.tiny import pictures, tiny_clip, tiny_evlgen, tiny_siglip, tiny_vision
 
 TEXTS = ["a red square", "two cats sleep on a wooden table", "dog"]

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from lavis_evlgen.models.evlgen_video import POOLINGS, EVLGenVideo, averaged, concatenated
-from lavis_evlgen.models.vision import VisionEncoder
+from lavis_evlgen.models.vision.encoder import VisionEncoder
+from lavis_evlgen.runners.optim import parameter_groups
 from lavis_evlgen.runners.progress import startup_table
-from lavis_evlgen.runners.schedule import parameter_groups
 from lavis_evlgen.tasks.blind_baseline import assign
 from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 from tests.tiny import (

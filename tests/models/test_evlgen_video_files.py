@@ -10,11 +10,11 @@ import torch
 from lavis.models import load_model_and_preprocess
 from omegaconf import OmegaConf
 
-from lavis_evlgen.models.checkpoints import trainable_state
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
-from lavis_evlgen.models.sources import WeightsError
-from lavis_evlgen.models.temporal_vision import TemporalVision
+from lavis_evlgen.models.vision.temporal import TemporalVision
+from lavis_evlgen.weights.sources import WeightsError
+from lavis_evlgen.weights.trainable import trainable_state
 from tests.models.test_evlgen_video import static, tokens
 from tests.run_tools import same_tensors
 from tests.test_cli import evlgen

@@ -7,9 +7,9 @@ import torch
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
 from lavis_evlgen.models.connectors import VisualPrompt
+from lavis_evlgen.models.connectors.frame_pooling import POOLINGS, TemporalQFormer
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
-from lavis_evlgen.models.frame_poolings import POOLINGS, TemporalQFormer
-from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.weights.sources import WeightsError
 from tests.models.test_evlgen_video import ORDER, T, tokens
 from tests.models.test_evlgen_video_files import build, moved, save
 from tests.run_tools import redraw, same_tensors

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lavis_evlgen.models import freezing
-from lavis_evlgen.models.freezing import auto_precision, check_precision, processor_flags
+from lavis_evlgen.models import precision as freezing
+from lavis_evlgen.models.precision import auto_precision, check_precision, processor_flags
 
 X86 = "processor\t: 0\nflags\t\t: fpu sse avx512_bf16 avx512f\n"
 

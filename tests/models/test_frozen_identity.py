@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from transformers import ViTConfig, ViTModel
 
-from lavis_evlgen.models import vision
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.frozen_identity import frozen_identity, other_parts
-from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.models.vision import encoder as vision
+from lavis_evlgen.weights.frozen_identity import frozen_identity, other_parts
+from lavis_evlgen.weights.sources import WeightsError
 from tests.run_tools import redraw
 from tests.tiny import (
     IMAGE_SIZE,

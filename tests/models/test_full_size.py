@@ -7,8 +7,8 @@ import torch
 from omegaconf import OmegaConf
 from transformers import BertConfig, LlamaConfig, OPTConfig
 
-from lavis_evlgen.models import vision
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.vision import encoder
 from tests.tiny import tiny_tokenizer
 
 BERT_BASE = 109_482_240  # bert-base-uncased as published: the paper's "110M"
@@ -60,7 +60,7 @@ def folders(tmp_path_factory):
 def each_vit_once():
     """A ViT of a billion empty numbers is the same for every test that builds it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(vision, "build_empty", functools.cache(vision.build_empty))
+        patch.setattr(encoder, "build_empty", functools.cache(encoder.build_empty))
         yield
 
 
@@ -135,12 +135,14 @@ def test_the_vision_encoders_are_the_papers(folders):
     assert (clip.width, clip.num_tokens) == (1024, 257)
 
 
-@pytest.mark.parametrize("name", vision.LAVIS_VITS)
+@pytest.mark.parametrize("name", encoder.LAVIS_VITS)
 def test_nothing_is_downloaded_or_read(folders, name, monkeypatch):
     def refused(*args, **kwargs):
         raise AssertionError("a weight was asked for")
 
-    for place in ("vision.download_cached_file", "vision.read_state_dict", "connector_tomeformer.read_state_dict"):
-        monkeypatch.setattr(f"lavis_evlgen.models.{place}", refused)
+    readers = ("vision.encoder.download_cached_file", "vision.encoder.read_state_dict",
+               "connectors.tomeformer.read_state_dict")  # fmt: skip
+    for reader in readers:
+        monkeypatch.setattr(f"lavis_evlgen.models.{reader}", refused)
     assert not list(folders.rglob("*.safetensors")) + list(folders.rglob("*.bin"))
     assert build(folders, "vicuna7b", 1, vit_model=name).llm_proj.weight.is_meta

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
-from lavis_evlgen.models.language import LanguageModel
+from lavis_evlgen.models.language.model import LanguageModel
 from tests.tiny import pictures, tiny_language_model, tiny_llama, tiny_opt, tiny_tokenizer
 from tests.tiny_blip2 import lavis_blip2_opt
 

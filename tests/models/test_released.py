@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from torch import nn
 from transformers import BertConfig, BertModel
 
-from lavis_evlgen.models import released
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.sources import WeightsError
+from lavis_evlgen.tools.convert import from_released
+from lavis_evlgen.weights.sources import WeightsError
 from tests.run_tools import redraw, same_tensors
 from tests.test_cli import evlgen
 from tests.tiny import pictures, tiny_connector, tiny_evlgen, tiny_opt, tiny_tokenizer
@@ -267,7 +267,7 @@ def test_a_model_trained_here_goes_to_the_released_layout(folders, tmp_path, cap
 
 
 @pytest.mark.parametrize("layers", [12, 6])
-@pytest.mark.parametrize("kind, projection", {v: k for k, v in released.TYPES.items()}.items())
+@pytest.mark.parametrize("kind, projection", {v: k for k, v in from_released.TYPES.items()}.items())
 def test_the_papers_sizes_are_known(kind, projection, layers, monkeypatch):
     """At full size, without memory: the file's shapes choose model type, ViT and language model."""
     monkeypatch.setattr("tests.models.test_released.H", 768)
@@ -275,8 +275,8 @@ def test_the_papers_sizes_are_known(kind, projection, layers, monkeypatch):
     monkeypatch.setattr("tests.models.test_released.D_L", projection[1])
     monkeypatch.setattr(torch, "randn", lambda *shape, generator=None: torch.empty(shape, device="meta"))
     state = checkpoint(projection[0], layers, hidden=3072)
-    monkeypatch.setattr(released, "read_state_dict", lambda path, what: state)
-    _, config, _, report = released.from_released("x.pth", EVLGen)
+    monkeypatch.setattr(from_released, "read_state_dict", lambda path, what: state)
+    _, config, _, report = from_released.from_released("x.pth", EVLGen)
     section, default = config["model"], EVLGen.default_config_path(kind)
     assert section["model_type"] == kind and section["vit_model"] == "eva_clip_g"
     assert section["llm_model"] in open(default).read() and section["num_layers"] == layers
@@ -296,8 +296,8 @@ def test_the_released_clip_runs_23_blocks(options, vit, monkeypatch):
         monkeypatch.setattr(f"tests.models.test_released.{name}", size)
     monkeypatch.setattr(torch, "randn", lambda *shape, generator=None: torch.empty(shape, device="meta"))
     state = checkpoint("opt_proj", 12, hidden=3072)
-    monkeypatch.setattr(released, "read_state_dict", lambda path, what: state)
-    section = released.from_released("x.pth", EVLGen, options)[1]["model"]
+    monkeypatch.setattr(from_released, "read_state_dict", lambda path, what: state)
+    section = from_released.from_released("x.pth", EVLGen, options)[1]["model"]
     assert (section["vit_model"], section.get("vit_layer")) == vit
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lavis_evlgen.models import released
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
-from lavis_evlgen.models.vision import LAVIS_VITS, build_empty
+from lavis_evlgen.models.vision.encoder import LAVIS_VITS, build_empty
+from lavis_evlgen.tools.convert import from_released
 from tests.models.test_released import D_V, checkpoint, folders, save  # noqa: F401  (folders: a fixture)
 from tests.run_tools import same_tensors
 from tests.test_cli import evlgen
@@ -78,4 +78,4 @@ def test_what_does_not_fit(change, option, says, folders, tmp_path, capsys):  # 
 def test_how_many_blocks_the_papers_vits_have(name):
     vit = build_empty(name, 224, 23 if name == "clip_L" else None)
     blocks = vit.blocks if name == "eva_clip_g" else vit.transformer.resblocks
-    assert len(blocks) == released.BLOCKS[name]
+    assert len(blocks) == from_released.BLOCKS[name]

@@ -4,8 +4,8 @@ that they were drawn with."""
 import pytest
 import torch
 
-from lavis_evlgen.models import language
-from lavis_evlgen.models.sampling import GumbelRows, up_to_end
+from lavis_evlgen.models.language import model as language
+from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, up_to_end
 from tests.models.test_language import BOS, KINDS, PROMPTS, by_hand, soft_prompts
 from tests.tiny import pictures, tiny_evlgen, tiny_language_model
 

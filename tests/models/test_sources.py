@@ -13,15 +13,15 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import save_file
 
-from lavis_evlgen.environment import MissingExtra
-from lavis_evlgen.models import sources
-from lavis_evlgen.models.bundle import bundle_config
-from lavis_evlgen.models.checkpoints import load_trainable, trainable_state
-from lavis_evlgen.models.connector_tomeformer import build_tomeformer
+from lavis_evlgen.compat.environment import MissingExtra
+from lavis_evlgen.models.connectors.tomeformer import build_tomeformer
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.language import load_language_model
-from lavis_evlgen.models.sources import WeightsError, package_folder, read_state_dict, resolve
-from lavis_evlgen.models.vision import load_vision_encoder
+from lavis_evlgen.models.language.model import load_language_model
+from lavis_evlgen.models.vision.encoder import load_vision_encoder
+from lavis_evlgen.weights import sources
+from lavis_evlgen.weights.bundle import bundle_config
+from lavis_evlgen.weights.sources import WeightsError, package_folder, read_state_dict, resolve
+from lavis_evlgen.weights.trainable import load_trainable, trainable_state
 from tests.run_tools import redraw
 from tests.tiny import IMAGE_SIZE, tiny_dinov2, tiny_evlgen, tiny_llama, tiny_tokenizer, tiny_vision
 
@@ -87,7 +87,7 @@ def test_a_path_may_not_leave_its_package(inside):
 
 IMPORTS_NOTHING = """
 import sys
-from lavis_evlgen.models.sources import package_folder
+from lavis_evlgen.weights.sources import package_folder
 for name in sys.argv[1:]:
     folder = package_folder(name)
     print(name, "not installed" if folder is None else folder.is_dir(), name in sys.modules)

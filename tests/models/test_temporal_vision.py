@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lavis_evlgen.models.temporal_vision import BLOCKS, TemporalVision, kind_of
-from lavis_evlgen.models.vision import VisionEncoder
+from lavis_evlgen.models.vision.encoder import VisionEncoder
+from lavis_evlgen.models.vision.temporal import BLOCKS, TemporalVision, kind_of
 from tests.tiny import (
     pictures,
     tiny_clip,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lavis_evlgen.models.tokenization import TextEncoder, pad_rows
+from lavis_evlgen.models.language.tokenizer import TextEncoder, pad_rows
 from tests.tiny import tiny_tokenizer
 
 NEWLINE = "\u010a"  # how byte-level tokenizers write "\n"

@@ -10,11 +10,11 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_evlgen import cli
-from lavis_evlgen.models.bundle import read_config
-from lavis_evlgen.models.checkpoints import config_of_checkpoint
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.sources import WeightsError
-from lavis_evlgen.models.travelled import check_plain, checked_model, read_json
+from lavis_evlgen.weights.bundle import read_config
+from lavis_evlgen.weights.sources import WeightsError
+from lavis_evlgen.weights.trainable import config_of_checkpoint
+from lavis_evlgen.weights.untrusted import check_plain, checked_model, read_json
 from tests.run_tools import checkpoint
 from tests.tiny import IMAGE_SIZE
 

@@ -7,10 +7,10 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
-from lavis_evlgen.models import vision
-from lavis_evlgen.models.fused_attention import FusedEvaAttention, fuse_attention
-from lavis_evlgen.models.sources import WeightsError
-from lavis_evlgen.models.vision import VisionEncoder, eva_vit, load_vision_encoder, wrap_hugging_face
+from lavis_evlgen.models.vision import encoder as vision
+from lavis_evlgen.models.vision.encoder import VisionEncoder, eva_vit, load_vision_encoder, wrap_hugging_face
+from lavis_evlgen.models.vision.eva_attention import FusedEvaAttention, fuse_attention
+from lavis_evlgen.weights.sources import WeightsError
 from tests.tiny import pictures, tiny_clip, tiny_dinov2, tiny_eva, tiny_lavis_clip, tiny_siglip, tiny_vision
 
 KINDS = pytest.mark.parametrize("kind", [tiny_dinov2, tiny_clip, tiny_siglip])

@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.models.compiling import PARTS, check_parts, compile_parts, eager, stack_of
+from lavis_evlgen.models.compile import PARTS, check_parts, compile_parts, eager, stack_of
 from tests.run_tools import losses
 from tests.tiny import (
     clips,

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lavis_evlgen.runners.cost import flops_per_image
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.runners.step import TrainingStep
 from tests.tiny import pictures, tiny_evlgen
 
 

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 
-from lavis_evlgen.as_trained import as_trained, weights_of
 from lavis_evlgen.cli import main
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.as_trained import as_trained, weights_of
 from tests.run_tools import Runs
 
 TRAINED = {"bos": "before", "tome_r": 2, "prompt": "a photo of", "merge_mean": "size"}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import state
-from lavis_evlgen.runners.partial import PartialRows, rows_in_parts, settings_digest, weights_digest
+from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.evaluation_resume import PartialRows, rows_in_parts, settings_digest, weights_digest
 from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 
 IDENTITY = {"weights": "a", "data": "b", "settings": "c", "ranks": "0 of 1"}
@@ -67,7 +67,7 @@ def read(path):
 def test_an_evaluation_goes_on(finished, tmp_path, monkeypatch, capsys):
     """Three parts of two pictures; the process ends in the third."""
     runs = finished.copy(tmp_path, keep_every=1, batch_size_eval=2)
-    best = f"model.pretrained={finished.output() / state.BEST}"
+    best = f"model.pretrained={finished.output() / checkpoints.BEST}"
 
     def evaluate(name, *options):
         return runs.command(best, f"run.run_name={name}", *options, script="evaluate.py")

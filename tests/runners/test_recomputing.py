@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_evlgen.analysis.step_memory import Alive
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.models.recomputing import recompute_llm
+from lavis_evlgen.models.activation_checkpointing import recompute_llm
+from lavis_evlgen.tools.cost.step_memory import Alive
 from tests.run_tools import losses
 from tests.tiny import pictures, tiny_evlgen
 

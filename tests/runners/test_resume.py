@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.models.sources import WeightsError
-from lavis_evlgen.runners import state
+from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.weights.sources import WeightsError
 from tests.run_tools import checkpoint, log, losses, same_tensors
 from tests.runners.conftest import KILLED_AFTER
 from tests.tiny import tiny_llama, tiny_tokenizer
@@ -47,7 +47,7 @@ def test_dropout_goes_on_too(with_dropout, uninterrupted):
     content = checkpoint(uninterrupted, "checkpoint_previous.pth")
     assert content["step"] == STEPS - 4
     content["rng"][0]["torch"] = torch.Generator().manual_seed(1).get_state()
-    state.write(copy / "forgot.pth", content)
+    checkpoints.write(copy / "forgot.pth", content)
     with_dropout.train("run.run_name=copy", resume(copy, "forgot.pth"), "run.valid_splits=[]")
     assert losses(copy)[STEPS - 3] != losses(uninterrupted)[STEPS - 3]
 
@@ -86,32 +86,32 @@ def test_a_run_that_is_done_stays_done(runs):
 
 def test_a_truncated_checkpoint_names_the_one_before(runs):
     runs.train("run.iters_per_inner_epoch=2")
-    last, previous = (runs.output() / name for name in (state.LAST, state.PREVIOUS))
-    assert checkpoint(runs.output(), state.PREVIOUS)["step"] == 2
+    last, previous = (runs.output() / name for name in (checkpoints.LAST, checkpoints.PREVIOUS))
+    assert checkpoint(runs.output(), checkpoints.PREVIOUS)["step"] == 2
     last.write_bytes(last.read_bytes()[: last.stat().st_size // 2])
     with pytest.raises(WeightsError) as error:
         runs.train(resume(runs.output()))
     assert "cannot be read" in str(error.value) and str(previous) in str(error.value)
     assert "\n" not in str(error.value)
-    assert runs.train(resume(runs.output(), state.PREVIOUS)).start_step == 2
+    assert runs.train(resume(runs.output(), checkpoints.PREVIOUS)).start_step == 2
 
 
 def test_weights_are_not_a_run(runs, tmp_path):
-    state.write(tmp_path / "weights.pth", {"model": {}})
+    checkpoints.write(tmp_path / "weights.pth", {"model": {}})
     with pytest.raises(WeightsError, match="model.pretrained"):
         runs.train(resume(tmp_path, "weights.pth"))
 
 
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path):
-    path = tmp_path / state.LAST
-    state.write(path, {"step": 1})
+    path = tmp_path / checkpoints.LAST
+    checkpoints.write(path, {"step": 1})
     with pytest.raises(Exception, match="pickle"):
-        state.write(path, {"step": (number for number in "a generator cannot be saved")})
-    assert checkpoint(tmp_path) == {"step": 1} and state.find_last(tmp_path) == path
-    state.write(path, {"step": 2})
-    assert checkpoint(tmp_path, state.PREVIOUS) == {"step": 1} and checkpoint(tmp_path) == {"step": 2}
+        checkpoints.write(path, {"step": (number for number in "a generator cannot be saved")})
+    assert checkpoint(tmp_path) == {"step": 1} and checkpoints.find_last(tmp_path) == path
+    checkpoints.write(path, {"step": 2})
+    assert checkpoint(tmp_path, checkpoints.PREVIOUS) == {"step": 1} and checkpoint(tmp_path) == {"step": 2}
     path.unlink()
-    assert state.find_last(tmp_path).name == state.PREVIOUS
+    assert checkpoints.find_last(tmp_path).name == checkpoints.PREVIOUS
 
 
 def test_another_language_model_of_the_same_width_is_refused(runs, parts, tmp_path):

@@ -8,8 +8,8 @@ from PIL import Image
 
 from lavis_evlgen import launch
 from lavis_evlgen.config import EvlgenConfig
-from lavis_evlgen.runners import state
-from lavis_evlgen.runners.schedule import LinearWarmupCosineStepLR
+from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.optim import LinearWarmupCosineStepLR
 from tests.run_tools import checkpoint, log, losses, same_tensors
 
 
@@ -87,7 +87,7 @@ def test_frozen_weights_stay_and_stay_out_of_the_checkpoint(finished):
 
 
 def test_the_checkpoint_before_is_kept(finished):
-    assert checkpoint(finished.output(), state.PREVIOUS)["step"] == 2
+    assert checkpoint(finished.output(), checkpoints.PREVIOUS)["step"] == 2
     assert checkpoint(finished.output())["step"] == 4
 
 
@@ -100,27 +100,27 @@ def test_the_best_checkpoint_is_the_best(runs):
     best = max(scores, key=scores.get)  # the first of equals
     assert len(set(scores.values())) > 1, "all alike: nothing to choose from"
     assert runner.best == {"agg_metrics": scores[best], "step": best}
-    assert checkpoint(runs.output(), state.BEST)["step"] == best
+    assert checkpoint(runs.output(), checkpoints.BEST)["step"] == best
     assert [path.name for path in results.glob("test_*.card.json")] == [f"test_{best}.card.json"]
 
 
 def test_evaluate_gives_the_same_test_metrics(finished, tmp_path, capsys):
     expected = read(next((finished.output() / "result").glob("test_?.json")))
     runs = finished.copy(tmp_path)
-    best = f"model.pretrained={finished.output() / state.BEST}"
+    best = f"model.pretrained={finished.output() / checkpoints.BEST}"
     assert runs.command(best, "run.run_name=again", script="evaluate.py") == 0
     assert "not as it was trained" not in capsys.readouterr().err
     found = read(runs.output("again") / "result" / "test_given.json")
     for key in ("metrics", "blind", "loss_right", "loss_shuffled", "rows"):
         assert found[key] == expected[key], key
-    assert not (runs.output("again") / state.LAST).exists()
+    assert not (runs.output("again") / checkpoints.LAST).exists()
     without = finished.copy(tmp_path).train("run.run_name=untrained", evaluate=True)
     untrained = read(without.output_dir / "result" / "test_given.json")
     assert untrained["loss_right"] != expected["loss_right"]
 
 
 def test_settings_unlike_those_of_training_are_told(finished, tmp_path, capsys):
-    best = finished.output() / state.BEST
+    best = finished.output() / checkpoints.BEST
     runs = finished.copy(tmp_path)
     assert runs.command(f"model.pretrained={best}", "model.tome_r=2", script="evaluate.py") == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if "not as it was trained" in line]
@@ -129,16 +129,16 @@ def test_settings_unlike_those_of_training_are_told(finished, tmp_path, capsys):
 
 def test_a_folder_that_holds_a_run_takes_no_other(runs, capsys):
     runs.train("run.valid_splits=[val]", "run.iters_per_inner_epoch=2")
-    before = checkpoint(runs.output(), state.BEST)
+    before = checkpoint(runs.output(), checkpoints.BEST)
     assert runs.command("run.max_iters=3", "run.seed=1") == 2
     says = capsys.readouterr().err.splitlines()[-1]
     assert "holds the checkpoint_last.pth of another run" in says and "run.resume_ckpt_path=auto" in says
-    assert same_tensors(checkpoint(runs.output(), state.BEST), before)
+    assert same_tensors(checkpoint(runs.output(), checkpoints.BEST), before)
 
 
 def test_the_test_phase_says_which_weights_it_used_when_the_best_are_gone(runs):
     runs.train("run.valid_splits=[val]", "run.iters_per_inner_epoch=2")
-    (runs.output() / state.BEST).unlink()
+    (runs.output() / checkpoints.BEST).unlink()
     runs.train("run.resume_ckpt_path=auto", "run.test_splits=[test]")
     assert [file.name for file in (runs.output() / "result").glob("test_?.json")] == ["test_4.json"]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lavis_evlgen.runners.schedule import LinearWarmupCosineStepLR, adamw, parameter_groups
+from lavis_evlgen.runners.optim import LinearWarmupCosineStepLR, adamw, parameter_groups
 from tests.tiny import tiny_evlgen
 
 SCALES = {"ln_vision": 0.3, "input_proj": 0.5, "connector": 0.1, "llm_proj": 1.0}

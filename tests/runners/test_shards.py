@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-from lavis_evlgen.datasets.shard_stream import START, Bad, Place, Tally
-from lavis_evlgen.runners import shard_progress, state
+from lavis_evlgen.datasets.shards.stream import START, Bad, Place, Tally
+from lavis_evlgen.runners import checkpoints as state
+from lavis_evlgen.runners import shard_progress
 from lavis_evlgen.runners.bad_images import TooManyBadImages
 from lavis_evlgen.runners.bad_shards import BadShards
 from lavis_evlgen.runners.progress import read_json_lines
@@ -127,7 +128,7 @@ def test_a_resume_that_would_lose_its_place_is_refused(begun, option, says, caps
     ],
 )  # fmt: skip
 def test_mistakes_end_a_run_with_one_line(runs, options, says, capsys, monkeypatch):
-    from lavis_evlgen.datasets import shard_stream
+    from lavis_evlgen.datasets.shards import stream as shard_stream
 
     monkeypatch.setattr(shard_stream, "MOST_ITEMS", 200)  # of 10,000
     assert on_shards(runs).command(*options) == 2

@@ -8,9 +8,9 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import steps
-from lavis_evlgen.runners.schedule import adamw
-from lavis_evlgen.runners.steps import NonFinite, TrainingStep
+from lavis_evlgen.runners import step as steps
+from lavis_evlgen.runners.optim import adamw
+from lavis_evlgen.runners.step import NonFinite, TrainingStep
 from tests.run_tools import same_tensors
 from tests.tiny import pictures, tiny_evlgen
 

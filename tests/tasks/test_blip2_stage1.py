@@ -13,7 +13,7 @@ from PIL import Image
 
 from lavis_evlgen import cli, launch
 from lavis_evlgen.datasets import DataError
-from lavis_evlgen.runners import state
+from lavis_evlgen.runners import checkpoints
 from lavis_evlgen.tasks.blip2_stage1 import Blip2Stage1Task
 from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
 from tests.tiny_blip2 import (
@@ -74,7 +74,7 @@ def test_a_resumed_run_is_the_same_run(stage1, tmp_path):
     """Cut after step 2, as a run that was killed then leaves its folder."""
     runs = stage1.copy(tmp_path, test_splits=[])
     runs.output().mkdir(parents=True)
-    shutil.copy(stage1.output() / state.PREVIOUS, runs.output() / state.LAST)
+    shutil.copy(stage1.output() / checkpoints.PREVIOUS, runs.output() / checkpoints.LAST)
     shutil.copy(stage1.output() / "log.jsonl", runs.output())
     assert checkpoint(runs.output())["step"] == 2
     runs.train("run.resume_ckpt_path=auto")

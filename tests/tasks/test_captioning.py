@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.models.connectors import VisualPrompt
-from lavis_evlgen.runners.reporting import scored_curve, summary
+from lavis_evlgen.runners.report import scored_curve, summary
 from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 
 WORDS = ("cat", "dog", "boat", "tree", "house", "ball", "red", "blue")

@@ -17,9 +17,9 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.evaluation.cider_d import CaptionReward
 from lavis_evlgen.models.connectors import VisualPrompt
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.language import LanguageModel
-from lavis_evlgen.runners.schedule import adamw
-from lavis_evlgen.runners.steps import TrainingStep
+from lavis_evlgen.models.language.model import LanguageModel
+from lavis_evlgen.runners.optim import adamw
+from lavis_evlgen.runners.step import TrainingStep
 from lavis_evlgen.tasks.scst import ScstTask, _references
 from tests.tiny import pictures, tiny_connector, tiny_llama, tiny_vision
 

@@ -1,1 +1,0 @@
-"""Looking at configs, models and runs from outside."""

@@ -1,0 +1,230 @@
+"""Every bridge over a difference between LAVIS 1.0.2 and what it runs on, each with its reason.
+
+LAVIS 1.0.2 was written for transformers 4.25 and for one cluster. `apply()` makes `import lavis`
+and its models work on transformers 4.49 to 4.57; each bridge looks whether it is needed, does one
+thing, and is recorded in `applied()`. No LAVIS file is edited, and no warning
+is silenced but those that `import lavis` itself raises about torch's old names.
+"""
+
+import importlib
+import logging
+import os
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from lavis_evlgen.compat import environment
+
+log = logging.getLogger(__name__)
+
+_applied: list[tuple[str, str]] = []
+_done = False
+
+PRUNING_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
+# the two LAVIS classes that BLIP-2's stages generate with
+GENERATING = (
+    ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
+    ("lavis.models.blip2_models.modeling_opt", "OPTForCausalLM"),
+)
+# what BLIP-2's `generate` repeats for the beams before it calls the classes above (blip2_opt.py:215,
+# blip2_qformer.py:289)
+REPEATED_BY_LAVIS = ("query_embeds", "encoder_hidden_states", "encoder_attention_mask")
+
+
+def apply() -> None:
+    """Apply the bridges that this environment needs, once; a second call does nothing."""
+    global _done
+    if _done:
+        return
+    environment.import_torchvision()  # LAVIS would, and its error would not say what to do
+    reexport_pruning_helpers()  # before the first `import lavis`, which is what it makes possible
+    with warnings.catch_warnings():  # of its old imports, at which its users can do nothing
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*(torch.jit.script|torch.cuda.amp)")
+        import lavis  # noqa: F401  registers LAVIS's models, tasks, builders and processors
+
+    restore_generate()
+    repeat_for_beams_once()
+    contrast_without_processes()
+    stretch_contrast()
+    register_runners_and_schedulers()
+    set_cache_root()
+    _done = True
+
+
+def applied() -> list[tuple[str, str]]:
+    """(name, reason) of each bridge that `apply()` found necessary, in order."""
+    return list(_applied)
+
+
+def _record(name: str, reason: str) -> None:
+    _applied.append((name, reason))
+    log.debug("LAVIS bridge %s: %s", name, reason)
+
+
+def reexport_pruning_helpers() -> None:
+    """transformers >= 4.56 dropped three re-exports that `lavis/models/med.py:40` imports."""
+    from transformers import modeling_utils, pytorch_utils
+
+    missing = [name for name in PRUNING_HELPERS if not hasattr(modeling_utils, name)]
+    for name in missing:
+        setattr(modeling_utils, name, getattr(pytorch_utils, name))
+    if missing:
+        _record(
+            "reexport_pruning_helpers",
+            f"transformers.modeling_utils no longer re-exports {', '.join(missing)} (>= 4.56), "
+            "which `import lavis` needs",
+        )
+
+
+def restore_generate() -> None:
+    """In transformers >= 4.52 `PreTrainedModel` is no `GenerationMixin`: LAVIS's classes lost `generate`."""
+    from transformers import GenerationMixin
+
+    for module_name, class_name in GENERATING:
+        model_class = getattr(importlib.import_module(module_name), class_name)
+        if issubclass(model_class, GenerationMixin):
+            continue
+        # last in the order, where it also stood while PreTrainedModel inherited from it, so that
+        # LAVIS's own prepare_inputs_for_generation and _reorder_cache keep winning
+        model_class.__bases__ += (GenerationMixin,)
+        _record(
+            f"restore_generate:{class_name}",
+            f"{module_name}.{class_name} has no `generate` because PreTrainedModel is no longer a "
+            "GenerationMixin (>= 4.52)",
+        )
+
+
+def repeat_for_beams_once() -> None:
+    """LAVIS repeats the visual prompt for the beams itself; transformers >= 4.27 repeats all it is given.
+
+    Beam search (and several samples of a picture) then met num_beams times too many rows and failed. What comes
+    with a row for every beam is left as it is; what comes with a row for every picture is repeated.
+    """
+    from transformers import GenerationMixin
+
+    for module_name, class_name in GENERATING:
+        model_class = getattr(importlib.import_module(module_name), class_name)
+        if model_class._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation:
+            continue
+        model_class._expand_inputs_for_generation = staticmethod(_repeat_unrepeated)
+        _record(
+            f"repeat_for_beams_once:{class_name}",
+            f"BLIP-2's generate repeats {', '.join(REPEATED_BY_LAVIS)} num_beams times, and transformers "
+            f"would do so again in {module_name}.{class_name}",
+        )
+
+
+def _repeat_unrepeated(expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+    """In place of GenerationMixin._expand_inputs_for_generation: (input_ids, model_kwargs), a row for each beam."""
+    from transformers import GenerationMixin
+
+    rows = None if input_ids is None else len(input_ids) * expand_size
+    there = {k: v for k in REPEATED_BY_LAVIS if (v := model_kwargs.get(k)) is not None and len(v) == rows}
+    others = {k: v for k, v in model_kwargs.items() if k not in there}
+    input_ids, others = GenerationMixin._expand_inputs_for_generation(
+        expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **others
+    )
+    return input_ids, others | there
+
+
+def contrast_without_processes() -> None:
+    """BLIP-2's first stage asks for its rank and gathers from others even where there is one process and no group.
+
+    Its module gets functions in place of `torch.distributed` and of the two gathers that answer then, too, and
+    that `on_this_rank_alone` can keep from talking.
+    """
+    from lavis.common import dist_utils
+
+    module = importlib.import_module("lavis.models.blip2_models.blip2_qformer")
+    if isinstance(module.dist, SimpleNamespace):
+        return
+
+    def unless_alone(gather):
+        return lambda tensors: tensors if _alone() else gather(tensors)
+
+    def _alone() -> bool:
+        return _on_this_rank_alone or not dist_utils.is_dist_avail_and_initialized()
+
+    module.dist = SimpleNamespace(get_rank=lambda: 0 if _alone() else dist_utils.get_rank())
+    module.all_gather_with_grad = unless_alone(module.all_gather_with_grad)
+    module.concat_all_gather = unless_alone(module.concat_all_gather)
+    _record(
+        "contrast_without_processes",
+        "lavis.models.blip2_models.blip2_qformer calls dist.get_rank() and gathers without a process group (line 153)",
+    )
+
+
+_on_this_rank_alone = False
+
+
+@contextmanager
+def on_this_rank_alone():
+    """Within: BLIP-2's first stage contrasts a rank's own pictures only, so ranks may have unlike batches."""
+    global _on_this_rank_alone
+    before, _on_this_rank_alone = _on_this_rank_alone, True
+    try:
+        yield
+    finally:
+        _on_this_rank_alone = before
+
+
+def stretch_contrast() -> None:
+    """RandAugment's AutoContrast (lavis/processors/randaugment.py:42) negates a byte: -low wraps around to 256 - low.
+
+    Every picture without black pixels then becomes white; `blip_image_train` and others draw it often.
+    """
+    from lavis.processors import randaugment
+
+    grey = np.array([[[100], [150]]], np.uint8).repeat(3, axis=2)  # (1, 2, 3), to become black and white
+    with np.errstate(over="ignore"):
+        if np.array_equal(randaugment.func_dict["AutoContrast"](grey), _autocontrast(grey)):
+            return
+    randaugment.func_dict["AutoContrast"] = _autocontrast
+    _record("stretch_contrast", "LAVIS's AutoContrast makes pictures white")
+
+
+def _autocontrast(img, cutoff=0):
+    """uint8 (H, W, 3) -> the same with each colour stretched to 0..255."""
+    return np.array(ImageOps.autocontrast(Image.fromarray(img), cutoff))
+
+
+def register_runners_and_schedulers() -> None:
+    """`import lavis` registers no runner and no learning-rate schedule; importing them does."""
+    from lavis.common.registry import registry
+
+    for module_name, mapping in (
+        ("lavis.runners", "runner_name_mapping"),
+        ("lavis.common.optims", "lr_scheduler_name_mapping"),
+    ):
+        before = len(registry.mapping[mapping])
+        importlib.import_module(module_name)
+        if len(registry.mapping[mapping]) > before:
+            _record(f"register:{module_name}", f"`import lavis` alone leaves {mapping} empty")
+
+
+def set_cache_root() -> None:
+    """LAVIS's cache folder is a path of its authors' cluster; `register_path` refuses to change it.
+
+    `$LAVIS_CACHE` names another folder than `~/.cache/lavis`. It is made when first written to.
+    """
+    from lavis.common.registry import registry
+
+    cache_root = str(Path(os.environ.get("LAVIS_CACHE") or "~/.cache/lavis").expanduser())
+    fixed = registry.mapping["paths"]["cache_root"]
+    if fixed != cache_root:
+        registry.mapping["paths"]["cache_root"] = cache_root
+        _record("set_cache_root", f"{fixed}, a folder of LAVIS's authors, is {cache_root} now")
+
+
+def refresh_model_zoo() -> None:
+    """List models that registered after LAVIS was imported: `lavis.models.model_zoo` is frozen by then.
+
+    The existing object is updated, because `from lavis.models import model_zoo` hands out that one.
+    """
+    from lavis.models import ModelZoo, model_zoo
+
+    model_zoo.model_zoo = ModelZoo().model_zoo

@@ -1,0 +1,1 @@
+"""Annotation files: captions, questions, splits."""

@@ -1,0 +1,1 @@
+"""Data sets that LAVIS builds by name."""

@@ -1,0 +1,102 @@
+"""`image_captions`: a folder of pictures and a captions file, or one captions file per split."""
+
+from lavis.common.registry import registry
+
+from lavis_evlgen.datasets.annotations import splits
+from lavis_evlgen.datasets.annotations.captions import CaptionRow, read_captions_file
+from lavis_evlgen.datasets.annotations.files import report_problems
+from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
+from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLIT_COUNTS, SPLITS, CaptionDatasetBuilder
+from lavis_evlgen.datasets.builders.image_folder import ImageFolder, data_folder
+from lavis_evlgen.media.errors import DataError
+
+
+class ImageCaptionDataset(ImageFolder, CaptionDataset):
+    """Captioned image files of one split, in the folder `images`."""
+
+    def __init__(self, *args, images: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.vis_root = str(images)
+
+
+@registry.register_builder("image_captions")
+class ImageCaptionsBuilder(CaptionDatasetBuilder):
+    """Builds splits of captioned image files; relative paths start at the current folder."""
+
+    NAME = "image_captions"
+    THING = "image"  # what a row is about: its column in tables, and, as a plural, the key of the folder
+    train_dataset_cls = eval_dataset_cls = ImageCaptionDataset
+    DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_captions.yaml")}
+    TEXTS = (*CaptionDatasetBuilder.TEXTS, "images", "captions")
+    CHOICES = {"split": ("from_file",)}
+    MAPPINGS = {"split": SPLIT_COUNTS, "annotations": dict.fromkeys(SPLITS, str), "columns": str}
+    OPTIONAL = ("images", "captions", "split", "annotations", "columns")
+    CONFIG_KEYS = {
+        **COMMON_KEYS,
+        "images": "the folder that the image names of the captions file start from",
+        "captions": "one captions file for all splits: COCO, Karpathy or LAVIS JSON, JSONL, CSV or TSV",
+        "split": "how `captions` is split: {train: N, val: N, test: N} images by sorted name, or from_file",
+        "annotations": "instead of `captions`: {train: FILE, val: FILE, test: FILE}",
+        "columns": "the file's column names where they differ: {image: …, caption: …, image_id: …, split: …}",
+    }
+
+    @property
+    def place(self) -> str:
+        """The config's section."""
+        return f"datasets.{self.NAME}"
+
+    def build(self) -> dict[str, CaptionDataset]:
+        key = f"{self.THING}s"
+        folder = data_folder(self.config.get(key), self.place, key)
+        datasets = {}
+        for split, items in self._items_by_split().items():
+            datasets[split] = self.train_dataset_cls(
+                self.NAME, split, items, **{key: folder}, max_bad_fraction=self.config.max_bad_fraction,
+                **self.processors(split),
+            )
+        return datasets
+
+    def _items_by_split(self) -> dict[str, list[CaptionedImage]]:
+        captions, annotations = self.config.get("captions"), self.config.get("annotations")
+        if bool(captions) == bool(annotations):
+            raise DataError(
+                f"{self.place} has {'both' if captions else 'neither'} of `captions` (one file, "
+                "with `split`) and `annotations` (a file per split); give one of the two"
+            )
+        if captions:
+            return split_items(captions, self._read(captions), self.config.get("split"), self.place)
+        splits.check_split_names(f"{self.place}.annotations", annotations)
+        found = {split: group_by_image(annotations[split], self._read(annotations[split]))
+                 for split in SPLITS if annotations.get(split)}
+        splits.report_shared_images(found)
+        return found
+
+    def _read(self, path: str) -> list[CaptionRow]:
+        found = read_captions_file(path, self.config.get("columns"), self.THING, self.place)
+        report_problems(path, found, self.config.max_bad_fraction, self.place)
+        return found.rows
+
+
+def group_by_image(path: str, rows: list[CaptionRow]) -> list[CaptionedImage]:
+    """One item per image, in file order. The id is the file's, or else the image name. Raises DataError where
+    two ids name one image or one id two images."""
+    captions: dict[str, list[str]] = {}
+    ids: dict[str, int | str] = {}
+    for row in rows:
+        captions.setdefault(row.image, []).append(row.caption)
+        own_id = row.image if row.image_id is None else row.image_id
+        if ids.setdefault(row.image, own_id) != own_id:
+            raise DataError(f"{path} gives {row.image} two image ids: {ids[row.image]!r} and {own_id!r}")
+    owner: dict[int | str, str] = {}
+    for image, image_id in ids.items():
+        if owner.setdefault(image_id, image) != image:
+            raise DataError(f"{path} gives the id {image_id!r} to two images: {owner[image_id]} and {image}")
+    sources = {row.image: row.source for row in rows}
+    return [CaptionedImage(image, ids[image], tuple(texts), sources[image]) for image, texts in captions.items()]
+
+
+def split_items(
+    path: str, rows: list[CaptionRow], split, place: str = "datasets.image_captions"
+) -> dict[str, list[CaptionedImage]]:
+    """The images of each split that has any. `split`: counts {train: N, …}, or "from_file"."""
+    return splits.split_items(path, place, rows, group_by_image(path, rows), split)

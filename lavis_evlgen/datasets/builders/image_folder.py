@@ -1,0 +1,61 @@
+"""Pictures of a data set that are files below one folder."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from lavis_evlgen.datasets.annotations.files import WHERE_FROM
+from lavis_evlgen.media.errors import DataError
+from lavis_evlgen.media.images import open_image
+
+
+class ImageFolder:
+    """Mixin of a data set whose rows name their `image` below the folder `vis_root`, for its `vis_processor`."""
+
+    vis_root: str
+    annotation: list[dict]
+
+    def _load(self, row: dict) -> Image.Image:
+        return open_image(os.path.join(self.vis_root, row["image"]), self.vis_processor)
+
+    def iter_image_paths(self) -> Iterator[str]:
+        """The path of every image of this split, each once, in row order."""
+        for name in dict.fromkeys(row["image"] for row in self.annotation):
+            yield os.path.join(self.vis_root, name)
+
+    def missing_files(self) -> list[str]:
+        """Paths of the images that are not on disk; lists each folder once, not every file."""
+        listings: dict[str, set[str]] = {}
+        missing = []
+        for path in self.iter_image_paths():
+            folder, name = os.path.split(path)
+            if folder not in listings:
+                listings[folder] = _file_names(folder)
+            if name not in listings[folder]:
+                missing.append(path)
+        return missing
+
+
+def _file_names(folder: str) -> set[str]:
+    try:
+        with os.scandir(folder or ".") as entries:
+            return {entry.name for entry in entries}
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise DataError(f"the images folder {folder} cannot be read ({error.strerror}); see its permissions") from None
+
+
+def data_folder(folder, place: str, key: str = "images") -> str:
+    """`folder`, the value of `key` in the config's section `place`. Raises DataError where it is no folder."""
+    if not folder:
+        raise DataError(f"the {key} folder is not given; set {place}.{key}=FOLDER")
+    try:
+        is_folder = Path(folder).is_dir()
+    except OSError as error:  # no right to look, or a name that cannot be one
+        raise DataError(f"{place}.{key}={str(folder)[:300]} cannot be read ({error.strerror})") from None
+    if not is_folder:
+        raise DataError(f"{place}.{key}={folder} is not a folder here ({Path.cwd()}); {WHERE_FROM}")
+    return str(folder)

@@ -1,0 +1,1 @@
+"""Tar shards: names, reader, stream, writer, data set."""

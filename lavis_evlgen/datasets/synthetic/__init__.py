@@ -1,0 +1,1 @@
+"""Drawn pictures and clips with captions."""

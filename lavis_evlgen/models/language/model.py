@@ -1,0 +1,310 @@
+"""A frozen causal language model and its tokenizer behind one interface: a loss and a generator.
+
+OPT, LLaMA, Vicuna, Qwen, SmolLM and any other `AutoModelForCausalLM` differ in tokenizer facts, not in class.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+
+from lavis_evlgen.models.compile import eager
+from lavis_evlgen.models.language import gguf
+from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, up_to_end
+from lavis_evlgen.models.language.tokenizer import TextEncoder, pad_rows
+from lavis_evlgen.models.precision import DTYPES, freeze
+from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
+from lavis_evlgen.weights.sources import check_floating, load_from_hub, on_meta, refuse_kernels, resolve
+
+
+def load_language_model(source: str, precision: str, trust_remote_code: bool = False):
+    """(model, tokenizer) from a hub id, a folder, or a .gguf file (de-quantised).
+
+    Under `torch.device("meta")` the model has its shapes and no weights; config and tokenizer are read.
+    trust_remote_code: run code that the folder or repository brings. Raises WeightsError.
+    """
+    path = resolve(source, "llm_model")
+    folder, file = folder_and_file(path)
+    kwargs = {"trust_remote_code": trust_remote_code, **file}
+    if not file:
+        return _from_pretrained(path, precision, **kwargs)
+    with gguf.one_parse():
+        model, tokenizer = _from_pretrained(folder, precision, **kwargs)
+        gguf.set_special_tokens(tokenizer, Path(path))
+    return model, tokenizer
+
+
+def folder_and_file(path: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes of a path: a folder or hub id, and for a .gguf file its name in the folder."""
+    if not path.endswith(".gguf"):
+        return path, {}
+    return str(Path(path).parent), {"gguf_file": Path(path).name}
+
+
+def _from_pretrained(path: str, precision: str, **kwargs):
+    tokenizer = load_from_hub(AutoTokenizer.from_pretrained, path, "llm_model", **kwargs)
+    dtype = DTYPES[precision]
+    if on_meta():
+        model = empty_language_model(path, **kwargs)
+    else:
+        if not kwargs["trust_remote_code"] and "gguf_file" not in kwargs:
+            refuse_kernels(load_from_hub(AutoConfig.from_pretrained, path, "llm_model", **kwargs), path, "llm_model")
+        model = load_from_hub(
+            AutoModelForCausalLM.from_pretrained, path, "llm_model", torch_dtype=dtype, **kwargs
+        )
+        weights = dict(model.named_parameters())
+        check_floating(weights, dict.fromkeys(weights, torch.empty(0)), f"llm_model: {path}")
+    return model.to(dtype), tokenizer
+
+
+def empty_language_model(path: str, trust_remote_code: bool, **file) -> nn.Module:
+    """The model of a folder or hub id (with `file`: folder_and_file) on torch's default device, untrained."""
+    config = load_from_hub(
+        AutoConfig.from_pretrained, path, "llm_model", trust_remote_code=trust_remote_code, **file
+    )
+
+    def build(path):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+    return load_from_hub(build, path, "llm_model")
+
+
+class LanguageModel(nn.Module):
+    """`loss(visual_prompt, texts, prompts)` and `generate(visual_prompt, prompts, **decoding)`.
+
+    Sequence: `[visual prompt][BOS][prompt][caption]` (bos="after", released) or
+    `[BOS][visual prompt][prompt][caption]` (bos="before"). Right padding for the loss, left for generation.
+
+    bos_token: as TextEncoder. label_bos: whether `loss` counts the BOS behind the visual prompt as a label where the
+    prompt is empty; None: as the released code does with this family of language models. Raises ValueError.
+    """
+
+    def __init__(
+        self,
+        llm: nn.Module,
+        tokenizer,
+        bos: str = "after",
+        max_txt_len: int = 32,
+        bos_token: str | None = None,
+        label_bos: bool | None = None,
+    ):
+        super().__init__()
+        if bos not in ("before", "after"):
+            raise ValueError(f"bos: {bos!r} is not one of before, after")
+        self.llm = freeze(llm)
+        self.bos, self.max_txt_len = bos, max_txt_len
+        self.length_multiple = 1  # of sequences in training: few shapes for a compiler
+        self.embed = [llm.get_input_embeddings()]  # in a list: the module stays registered once
+        self.text = TextEncoder(tokenizer, llm.config.model_type, self.embed[0].num_embeddings, bos_token)
+        self.label_bos = self._labels_bos(label_bos)
+        self.width = self.embed[0].embedding_dim
+        self._check_head()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.llm.eval()  # frozen means eval mode, always
+        return self
+
+    def _labels_bos(self, asked: bool | None) -> bool:
+        if not (asked is None or isinstance(asked, bool)):
+            raise ValueError(f"label_bos: {asked!r} is not true or false; leave it empty for the released behaviour")
+        if asked and (self.bos == "before" or self.text.bos_id is None):
+            why = "bos=before puts it in front" if self.bos == "before" else "this tokenizer has none"
+            raise ValueError(f"label_bos: true needs a BOS behind the visual prompt, and {why}; leave it empty")
+        return self.bos == "after" and (self.text.label_bos if asked is None else asked)
+
+    def labelled_bos(self, prompt: str) -> bool:
+        """Whether the BOS in front of this prompt and its caption is a label."""
+        return self.label_bos and not prompt.strip()
+
+    @property
+    def text_limit(self) -> int:
+        """Most ids of prompt and caption: as released, max_txt_len counts the BOS that stands in the text."""
+        return self.max_txt_len - (self.text.bos_id is not None)
+
+    def check_prompt(self, prompt: str):
+        """Raises ValueError for a prompt that leaves no room for a caption: there would be nothing to learn."""
+        length = len(self.text.encode(prompt.rstrip()))
+        if length >= self.text_limit:
+            raise ValueError(
+                f"prompt: {prompt!r} is {length} tokens, and max_txt_len={self.max_txt_len} has room for "
+                f"{self.text_limit} of prompt and caption together; raise it or shorten the prompt"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed[0].weight.dtype
+
+    def embedding_std(self) -> float:
+        """Standard deviation of the embedding table: the size of input the model knows."""
+        return self.embed[0].weight.float().std().item()
+
+    @torch.no_grad()
+    def _check_head(self):
+        """The loss calls body and head apart; a model that does more in between must not be scored wrongly."""
+        weight = self.embed[0].weight
+        if weight.device.type == "meta":
+            return
+        ids = torch.tensor([[0, 1]], device=weight.device)
+        whole = self.llm(input_ids=ids).logits.float()
+        apart = self._head(self.body(self.embed[0](ids))).float()
+        if not torch.allclose(whole, apart, rtol=1e-2, atol=1e-2 * whole.abs().max().item()):
+            raise ValueError(
+                f"{type(self.llm).__name__} post-processes its logits (soft cap or scale): its loss cannot be "
+                "computed on supervised positions alone; use another language model"
+            )
+
+    def body(self, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Last hidden states (B, T, D_l) of embeddings (B, T, D_l), mask (B, T) | None: nothing is padded on the left.
+
+        That is said by ones: given no mask, transformers looks for several texts in a row and makes a table of them.
+        """
+        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+        return self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        return self.llm.get_output_embeddings()(hidden)
+
+    def _assemble(self, visual: Tensor, visual_mask: Tensor | None, rows: list[list[int]]):
+        """Embeddings (B, T, D), mask (B, T) and the column where the text rows start; padded on the right."""
+        batch, n_visual, _ = visual.shape
+        bos_id = self.text.bos_id
+        if bos_id is not None and self.bos == "after":
+            rows = [[bos_id, *row] for row in rows]
+        ids = pad_rows(rows, self.text.pad_id, "right", visual.device)  # (B, S)
+        mask = pad_rows([[1] * len(row) for row in rows], 0, "right", visual.device)
+        if visual_mask is None:
+            visual_mask = mask.new_ones(batch, n_visual)
+        parts, masks = [visual.to(self.dtype), self.embed[0](ids)], [visual_mask.long(), mask]
+        if bos_id is not None and self.bos == "before":
+            first = torch.full((batch, 1), bos_id, device=visual.device)
+            parts.insert(0, self.embed[0](first))
+            masks.insert(0, torch.ones_like(first))
+        embeds, mask = torch.cat(parts, 1), torch.cat(masks, 1)
+        return embeds, mask, embeds.shape[1] - ids.shape[1]
+
+    def loss(
+        self, visual: Tensor, texts: list[str], prompts: list[str], mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """visual (B, P, D_l), mask (B, P) | None -> per sample: summed cross-entropy (B,) in nats, tokens (B,)."""
+        pairs = [self.text.caption(p, t, self.text_limit) for p, t in zip(prompts, texts, strict=True)]
+        for prompt, (_, labels) in zip(prompts, pairs, strict=True):
+            if all(label == IGNORE for label in labels):
+                self.check_prompt(prompt)
+        first = [self.text.bos_id if self.labelled_bos(prompt) else IGNORE for prompt in prompts]
+        return self._nats(visual, pairs, mask, self._head, first)
+
+    def log_probs(
+        self,
+        visual: Tensor,
+        sampled: list[list[int]],
+        prompts: list[str],
+        mask: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """visual (B, P, D_l), ids that `sample` drew -> per sample: log-probability (B,) in nats, tokens (B,).
+
+        Differentiable, and what `sample` drew with at this temperature; an end token counts as any other.
+        """
+        starts = [self.text.encode(p.rstrip()) for p in prompts]
+        pairs = [(start + ids, [IGNORE] * len(start) + ids) for start, ids in zip(starts, sampled, strict=True)]
+        sums, tokens = self._nats(visual, pairs, mask, lambda hidden: self._head(hidden) / temperature)
+        return -sums, tokens
+
+    def _nats(self, visual: Tensor, pairs: list[tuple[list[int], list[int]]], mask: Tensor | None, head, first=None):
+        """Summed cross-entropy (B,) of the labels of (ids, labels) after the visual prompt, and their number (B,).
+
+        first: the label of each text's BOS, where that stands behind the visual prompt; None: it has none.
+        """
+        ragged = mask is not None
+        embeds, mask, start = self._assemble(visual, mask, [ids for ids, _ in pairs])
+        extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows
+        first = [IGNORE] * len(pairs) if first is None else first
+        rows = [[IGNORE] * start + [bos] * extra + lab for bos, (_, lab) in zip(first, pairs, strict=True)]
+        labels = pad_rows(rows, IGNORE, "right", visual.device)
+        if ragged:
+            embeds, mask, labels = _pads_to("right", mask, embeds, mask, labels)
+        if self.training:
+            more = -embeds.shape[1] % self.length_multiple
+            embeds, labels = F.pad(embeds, (0, 0, 0, more)), F.pad(labels, (0, more), value=IGNORE)
+        # all padding is on the right, behind what looks back: no mask is needed, and without one attention is fused
+        hidden = self.body(embeds)
+        return prefix_lm_loss(hidden, labels, head)
+
+    def token_log_probs(
+        self, visual: Tensor, text: str, prompt: str = "", mask: Tensor | None = None
+    ) -> tuple[list[int], Tensor]:
+        """Of one caption, visual (1, P, D_l): its N ids with the end token, and their log-probabilities (N,), nats."""
+        ids, labels = self.text.caption(prompt, text, self.text_limit)
+        embeds, mask, _ = self._assemble(visual, mask, [ids])  # (1, T, D)
+        own = [label for label in labels if label != IGNORE]  # the last N of the sequence
+        hidden = self.body(embeds, mask)[0, -len(own) - 1 : -1]  # (N, D)
+        chosen = torch.tensor(own, device=hidden.device).unsqueeze(1)
+        return own, self._head(hidden).float().log_softmax(-1).gather(1, chosen).squeeze(1)
+
+    @torch.no_grad()
+    def generate(
+        self, visual: Tensor, prompts: list[str], mask: Tensor | None = None, **decoding
+    ) -> list[str]:
+        """visual (B, P, D_l) -> B x num_return_sequences texts; decoding: Hugging Face `generate` arguments."""
+        return self.text.decode(self._generate(visual, prompts, mask, **decoding))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        visual: Tensor,
+        prompts: list[str],
+        mask: Tensor | None = None,
+        *,
+        seeds: list[int],
+        num_samples: int = 1,
+        greedy: bool = False,
+        max_new_tokens: int = 20,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[list[int]]:
+        """Token ids of captions drawn for visual (B, P, D_l): num_samples a picture, the end token included.
+
+        seeds: one a picture, which its captions are a function of. greedy: the greedy caption of each picture comes
+        before its drawn ones. Every row of the search is one of these, so the greedy ones cost no pass of their own.
+        """
+        drawing = GumbelRows(seeds, num_samples, greedy, temperature, top_p, visual.device)
+        ids = self._generate(
+            visual.repeat_interleave(drawing.group, 0),
+            [prompt for prompt in prompts for _ in range(drawing.group)],
+            None if mask is None else mask.repeat_interleave(drawing.group, 0),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            logits_processor=LogitsProcessorList([drawing]),
+        )
+        return up_to_end(ids, self.text.end_id)
+
+    def _generate(self, visual: Tensor, prompts: list[str], mask: Tensor | None, **decoding) -> Tensor:
+        """Generated ids (N, T), without the prompt."""
+        rows = [self.text.encode(p.rstrip()) for p in prompts]
+        embeds, mask, _ = self._assemble(visual, mask, rows)
+        embeds, mask = _pads_to("left", mask, embeds, mask)
+        with eager():
+            return self.llm.generate(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                eos_token_id=self.text.end_id,
+                pad_token_id=self.text.pad_id,
+                **decoding,
+            )
+
+
+def _pads_to(side: str, mask: Tensor, *rows: Tensor) -> list[Tensor]:
+    """Move the masked columns of each of `rows` (B, T, ...) to one side, the rest in order.
+
+    Positions then count real tokens only, for every model.
+    """
+    order = mask.argsort(dim=1, stable=True, descending=side == "right")  # (B, T)
+    batch = torch.arange(len(mask), device=mask.device).unsqueeze(1)  # (B, 1)
+    return [row[batch, order] for row in rows]

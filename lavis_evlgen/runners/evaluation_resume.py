@@ -1,0 +1,130 @@
+"""An evaluation that was cut off goes on: its finished rows are kept in a file beside the results."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+from lavis_evlgen import distributed
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets.loading import eval_loader
+from lavis_evlgen.reporting.run_card import read_json_lines
+from lavis_evlgen.runners.resume import MAY_CHANGE, flat
+from lavis_evlgen.weights.trainable import trainable_state
+
+ROWS = "2"  # raise it when what a row holds changes: rows of two kinds cannot be scored together
+
+
+class PartialRows:
+    """The finished chunks of one rank's rows, a line each, under a first line that says whose they are.
+
+    `identity` holds what the rows depend on (weights, data, settings, ranks); a file of another identity is refused
+    with a ConfigError that names what differs, rather than mixed in. A last line that was cut short is done again.
+    """
+
+    def __init__(self, file: Path, identity: Mapping[str, str]):
+        self.file, self.rows, self.chunks = file, [], 0
+        kept = read_json_lines(file)
+        if not kept:
+            file.write_text(json.dumps(dict(identity)) + "\n")
+            return
+        self._check(kept[0], identity)
+        for line in kept[1:]:
+            self.rows += line["rows"]
+        self.chunks = len(kept) - 1
+        if not file.read_text().endswith("\n"):  # cut short in the middle of a line
+            file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+
+    def _check(self, found: dict, identity: Mapping[str, str]):
+        differs = [key for key in identity if found.get(key) != identity[key]]
+        if differs:
+            raise ConfigError(
+                f"{self.file} holds rows of an unfinished evaluation with other {', '.join(differs)}: finish that one, "
+                "delete the file, or give this evaluation another run.run_name"
+            )
+
+    def add(self, rows: list[dict]):
+        """Keep the rows of the next chunk; on disk when this returns."""
+        with open(self.file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"rows": rows}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows += rows
+        self.chunks += 1
+
+    def done(self):
+        """The results are written: nothing is left to go on with."""
+        self.file.unlink(missing_ok=True)
+
+
+def rows_in_parts(kept: PartialRows, count: int, size: int, rows_of: Callable[[slice], list[dict]]) -> list[dict]:
+    """All rows of this rank's `count` samples, `size` samples at a time: those kept, and the others by `rows_of`.
+
+    The parts are the same whether or not the evaluation was ever cut off, and so are the rows.
+    """
+    parts = range(0, count, size)
+    if kept.chunks:
+        logging.info("going on with %s: %d of %d parts are done", kept.file, kept.chunks, len(parts))
+    for start in parts[kept.chunks :]:
+        kept.add(rows_of(slice(start, start + size)))
+        logging.info("evaluation: %d of %d parts are done and kept", kept.chunks, len(parts))
+    return kept.rows
+
+
+def weights_digest(state: Mapping[str, torch.Tensor]) -> str:
+    """sha256 hex digest of named tensors, names and values."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def settings_digest(settings: Mapping) -> str:
+    """sha256 hex digest of plain nested settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+class KeepsRows:
+    """Mixin of a runner: the rows of an evaluation, in parts that outlive the process where `keep_every` asks so."""
+
+    @property
+    def _batch_size_eval(self) -> int:
+        run = self.config.run_cfg
+        return int(run.get("batch_size_eval", run.get("batch_size_train", 1)))
+
+    def _own_rows(self, dataset, kept: PartialRows | None) -> list[dict]:
+        """This rank's rows of an evaluation, all at once, or in parts that are `kept` as they come."""
+        cuda, rank, world = self.device.type == "cuda", distributed.rank(), distributed.world_size()
+        workers = int(self.config.run_cfg.get("num_workers", 0))
+
+        def rows_of(part: slice) -> list[dict]:
+            loader = eval_loader(dataset, self._batch_size_eval, rank, world, workers, cuda, part)
+            return self.task.evaluation(self._model, loader, cuda_enabled=cuda)
+
+        if kept is None:
+            return rows_of(slice(None))
+        size = int(self.config.run_cfg.keep_every) * self._batch_size_eval
+        return rows_in_parts(kept, len(range(rank, len(dataset), world)), size, rows_of)
+
+    def _kept_rows(self, dataset, split: str) -> PartialRows | None:
+        """What an evaluation that was cut off has left here, with `keep_every`; and where this one keeps its rows."""
+        if not (self.evaluate_only and self.config.run_cfg.get("keep_every")):
+            return None
+        settings = {key: value for key, value in flat(self.config.to_dict()).items() if key not in MAY_CHANGE}
+        rank = f"{distributed.rank()} of {distributed.world_size()}"
+        identity = {
+            "kind of rows": ROWS,
+            "weights": weights_digest(trainable_state(self._model)),
+            "data": getattr(dataset, "fingerprint", ""),
+            # the weights are known by what they are, not by where they lie
+            "settings": settings_digest({k: v for k, v in settings.items() if k != "model.pretrained"}),
+            "ranks": rank,
+        }
+        return PartialRows(self.result_dir / f"{split}.rank{distributed.rank()}.partial.jsonl", identity)

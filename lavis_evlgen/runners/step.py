@@ -1,0 +1,140 @@
+"""One optimizer step: micro-batches, scaling, clipping, the non-finite guard. Nothing here waits for the GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import torch
+from torch import Tensor
+
+from lavis_evlgen import distributed
+from lavis_evlgen.models.precision import auto_precision, autocast_type
+from lavis_evlgen.weights.integrity import all_finite
+
+
+def amp_of(run):
+    """What `run.amp` asks for on this machine: a key of AMP, unless it is a mistake."""
+    amp = run.get("amp", False)
+    return auto_precision() if amp == "auto" else amp
+
+
+PATIENCE_AT_END = 5  # skipped steps in a row that are too many where no more steps follow
+
+
+class NonFinite(RuntimeError):
+    """Training has diverged."""
+
+
+ADVICE = "lower run.init_lr, set run.max_grad_norm, or use run.amp=bf16 in place of fp16"
+
+
+class TrainingStep:
+    """Call with an iterator of batches: accumulates, clips, steps; returns (values, seconds waited, bad images).
+
+    The loss is the mean over the supervised tokens of a micro-step on all ranks, then over micro-steps: W ranks
+    with batch B compute what one rank with batch W x B does. A step whose gradient is not finite is skipped on
+    the device and counted; `check_finite` raises after `patience` of them in a row. `objective` is of a task with a
+    loss of its own: the samples of micro-step m get objective(m) as their "objective".
+    """
+
+    def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20, objective=None):
+        self.model, self.optimizer, self.device, self.patience = model, optimizer, device, patience
+        self.objective = objective
+        self.accum = int(run.get("accum_grad_iters", 1))
+        self.max_norm = float(run.get("max_grad_norm", 1.0) or 0.0)
+        self.dtype = autocast_type(amp_of(run))
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        self.skipped = torch.zeros((), device=device)  # steps left out so far
+        self.in_a_row = torch.zeros((), device=device)
+        self.last_loss = None  # () on the device, of the step before
+
+    def scaler_state(self) -> dict | None:
+        return self.scaler.state_dict() if self.scaler.is_enabled() else None
+
+    def load_state(self, saved: dict):
+        """Go on with the loss scale and the counts of skipped steps of a checkpoint ({}: a new run)."""
+        self.skipped += saved.get("skipped_steps", 0)
+        self.in_a_row += saved.get("skipped_in_a_row", 0)
+        if saved.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(saved["scaler"])
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def prepared(self, batch: dict, micro_step: int = 0) -> dict:
+        """What the model is called with in micro-step number `micro_step` of the run."""
+        batch = {**batch, "image": batch["image"].to(self.device, non_blocking=True)}
+        return batch if self.objective is None else {**batch, "objective": self.objective(micro_step)}
+
+    def __call__(self, batches, step: int = 0) -> tuple[dict[str, Tensor], float, list[dict]]:
+        waited, bad, values = 0.0, [], {}
+        for micro in range(self.accum):
+            started = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - started
+            bad += batch.get("bad", [])
+            batch = self.prepared(batch, step * self.accum + micro)
+            last = micro == self.accum - 1
+            hold = contextlib.nullcontext() if last or not distributed.initialized() else self.model.no_sync()
+            with hold:
+                for key, value in self._forward_backward(batch).items():
+                    values[key] = values.get(key, 0) + value / self.accum
+        self.last_loss = values["loss"]
+        values["grad_norm"] = self._update()
+        values["skipped_steps"] = self.skipped.clone()
+        return values, waited, bad
+
+    def _forward_backward(self, batch: dict) -> dict[str, Tensor]:
+        with self.autocast():
+            out = self.model(batch)
+        loss = out["loss"]
+        if distributed.initialized() and "loss_tokens" in out:
+            # DDP averages gradients over ranks; this makes their mean the mean over all tokens
+            everywhere = distributed.sum_over_ranks(out["loss_tokens"].detach().clone())
+            loss = loss * out["loss_tokens"] * distributed.world_size() / everywhere
+        self.scaler.scale(loss / self.accum).backward()
+        shown = {"loss": loss.detach()}
+        if "across_picture_share" in out:
+            shown["across_picture_share"] = out["across_picture_share"]
+        # the terms of a loss that has several, as BLIP-2's first stage
+        terms = (key for key in out if key.startswith("loss_") and key != "loss_tokens")
+        return shown | {key: out[key].detach() for key in terms} | out.get("shown", {})
+
+    def _update(self) -> Tensor:
+        """Clip and step; returns the gradient's norm before clipping."""
+        self.scaler.unscale_(self.optimizer)
+        limit = self.max_norm if self.max_norm > 0 else float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        broken = (~torch.isfinite(norm)).float()
+        if not self.scaler.is_enabled():
+            # fused AdamW leaves everything as it is where found_inf is 1, without asking the CPU
+            self.optimizer.found_inf = broken
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += broken
+        self.in_a_row = (self.in_a_row + 1) * broken
+        return norm
+
+    def check_finite(self, step: int):
+        """Called when a log line is due; raises NonFinite after `patience` skipped steps in a row."""
+        if self.in_a_row.item() >= self.patience:
+            raise NonFinite(
+                f"the gradient was not finite in {int(self.in_a_row.item())} steps in a row up to step {step}: {ADVICE}"
+            )
+
+    def diverged_at_end(self) -> str | None:
+        """Called after the last step: why this rank says that training has diverged, in words, or None."""
+        in_a_row = int(self.in_a_row.item())
+        if in_a_row >= min(self.patience, PATIENCE_AT_END):
+            return f"the gradient was not finite in the last {in_a_row} steps"
+        if self.last_loss is not None and not torch.isfinite(self.last_loss).item():
+            return "the loss of the last step is not finite"
+        return None
+
+    def finite(self) -> bool:
+        """Whether all weights and moments on this rank are finite; waits for the device."""
+        moments = (value for of_one in self.optimizer.state.values() for value in of_one.values())
+        return bool(all_finite([*self.parameters, *moments]).item())

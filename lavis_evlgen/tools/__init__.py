@@ -1,0 +1,1 @@
+"""The commands of `evlgen`, one module or folder each."""

@@ -1,0 +1,147 @@
+"""Runs side by side: one table and one picture, from run cards and logs alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.reporting.run_card import read_json_lines
+from lavis_evlgen.tools import tables
+from lavis_evlgen.tools.paper import paper_row
+
+COLUMNS = ("run", "connector", "trains", "steps", "images", "time", "GMACs/image", "CIDEr", "blind CIDEr",
+           "loss, right", "loss, shuffled", "scored on")  # fmt: skip
+
+
+@dataclass
+class RunRecord:
+    """What a run folder says: its card, and its log with the images, training seconds and MACs up to each row."""
+
+    name: str
+    card: dict
+    rows: list[dict]
+
+    @property
+    def model(self) -> dict:
+        return self.card["config"]["model"]
+
+
+def read_runs(folders: list[str | Path]) -> list[RunRecord]:
+    """Run folders of train.py; those of the same name are numbered. Raises ConfigError that names a bad one."""
+    runs, names = [read_run(folder) for folder in folders], [Path(folder).resolve().name for folder in folders]
+    for n, run in enumerate(runs):
+        run.name = f"{names[n]} ({names[: n + 1].count(names[n])})" if names.count(names[n]) > 1 else names[n]
+    return runs
+
+
+def read_run(folder: str | Path) -> RunRecord:
+    """A run folder of train.py. Raises ConfigError for a folder that holds no finished evaluation."""
+    folder = Path(folder)
+    card = folder / "run.json"
+    if not card.is_file():
+        raise ConfigError(f"{folder} has no run.json; give folders that train.py named at the end of a run")
+    try:
+        content = json.loads(card.read_text())
+        content["metrics"], content["config"]["model"], content["data"]["split"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{card} is not a run card ({type(error).__name__}: {error})") from error
+    return RunRecord(folder.name, content, _with_totals(read_json_lines(folder / "log.jsonl")))
+
+
+def _with_totals(log: list[dict]) -> list[dict]:
+    """Log rows with what the run had spent up to them: `images`, `seconds` (evaluation left out), `macs` (None
+    where the run did not count them)."""
+    before, total, rows = 0, {"images": 0.0, "seconds": 0.0, "macs": 0.0}, []
+    for row in log:
+        if "seconds_per_step" in row:  # a window of training steps, which closes at this one
+            steps, before = row["step"] - before, row["step"]
+            images = steps * row["seconds_per_step"] * row["images_per_s"]
+            counted = total["macs"] is not None and "flops_per_image" in row
+            total = {
+                "images": total["images"] + images,
+                "seconds": total["seconds"] + steps * row["seconds_per_step"],
+                "macs": total["macs"] + images * row["flops_per_image"] / 2 if counted else None,
+            }
+        rows.append({**row, **total, "images": round(total["images"])})
+    return rows
+
+
+def unlike(runs: list[RunRecord]) -> list[str]:
+    """What makes scores of these runs not comparable, one line each."""
+    facts = {
+        "the data scored": lambda card: (card["data"].get("split"), card["data"].get("fingerprint")),
+        "the scoring tokenizer": lambda card: card.get("scoring_tokenizer"),
+        "decoding": lambda card: card.get("decoding"),
+        "the prompt": lambda card: card.get("prompt"),
+    }
+    found = []
+    for what, of in facts.items():
+        first = of(runs[0].card)
+        others = [run.name for run in runs[1:] if of(run.card) != first]
+        if others:
+            found.append(f"{what} differs between {runs[0].name} and {', '.join(others)}: their scores do not compare")
+    return found
+
+
+def table_rows(runs: list[RunRecord]) -> list[tuple[str, ...]]:
+    """Cells under COLUMNS: each run, and under it the paper's row of the same recipe where there is one."""
+    rows = []
+    for run in runs:
+        rows.append(_cells(run))
+        paper = paper_row(run.card["config"], run.card.get("step"))
+        if paper is not None:
+            hours = "" if paper.hours is None else f"{paper.hours:g} h, 8 A100"
+            cells = {"run": f"  paper: {paper.name}", "connector": paper.connector, "steps": f"{paper.steps:,}"}
+            cells |= {"time": hours, "CIDEr": f"{paper.cider:.3f}", "scored on": "COCO val"}
+            rows.append(tuple(cells.get(column, "") for column in COLUMNS))
+    return rows
+
+
+def _cells(run: RunRecord) -> tuple[str, ...]:
+    card, metrics, model = run.card, run.card["metrics"], run.card["config"]["model"]
+    spent = next((row for row in reversed(run.rows) if row["step"] <= _step(card)), {})
+    trains = (card.get("model") or {}).get("trainable_parameters")
+    cells = {
+        "run": run.name,
+        "connector": str(model.get("connector") or model.get("arch", "")),
+        "trains": "" if trains is None else f"{trains / 1e6:.1f}M",
+        "steps": str(card.get("step")),
+        "images": f"{spent['images']:,}" if spent else "",
+        "time": duration(spent["seconds"]) if spent else "",
+        "GMACs/image": f"{spent['macs'] / spent['images'] / 1e9:.1f}" if spent.get("macs") else "",
+        "CIDEr": _number(metrics.get("metrics", {}).get("CIDEr")),
+        "blind CIDEr": _number(metrics.get("blind", {}).get("CIDEr")),
+        "loss, right": _number(metrics.get("loss_right")),
+        "loss, shuffled": _number(metrics.get("loss_shuffled")),
+        "scored on": f"{card['data'].get('name')} {card['data']['split']}, {card['data'].get('size')}",
+    }
+    return tuple(cells[column] for column in COLUMNS)
+
+
+def _step(card: dict) -> float:
+    """The step that a card scores; an evaluation of given weights has none."""
+    return card["step"] if isinstance(card.get("step"), int) else float("inf")
+
+
+def duration(seconds: float) -> str:
+    """45 s, 8 min, 2.5 h."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _number(value) -> str:
+    return f"{value:.3f}" if isinstance(value, int | float) else ""
+
+
+def show(rows: list[tuple[str, ...]]) -> str:
+    """The table for a terminal."""
+    return tables.show(COLUMNS, rows, left=("run", "connector", "scored on"))
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """The table as Markdown."""
+    return tables.markdown(COLUMNS, rows)

@@ -1,0 +1,1 @@
+"""`evlgen convert`: released checkpoints to bundles and back."""

@@ -1,0 +1,1 @@
+"""`evlgen macs` and `evlgen estimate`: what a run costs."""

@@ -1,0 +1,240 @@
+"""`evlgen estimate`: will a run fit on a GPU, and how many hours will it take? docs/estimate.md."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lavis.common.registry import registry
+from omegaconf import OmegaConf
+
+from lavis_evlgen.config import ConfigError, EvlgenConfig
+from lavis_evlgen.models.activation_checkpointing import recompute_llm
+from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.precision import auto_precision, autocast_type, check_halves
+from lavis_evlgen.tools import tables
+from lavis_evlgen.tools.cost.macs import amount
+from lavis_evlgen.tools.cost.step_memory import StepMemory, step_flops, step_memory
+from lavis_evlgen.weights.bundle import empty_model
+
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+ASSUMED = 0.37  # of a GPU's peak, where no step was measured on it: what the paper's hours on A100s are in these FLOPs
+CONTEXT, LOST = 1e9, 0.05  # bytes of CUDA's context and libraries; share that the allocator's gaps cost
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """gb: memory; half and single: dense FLOPs a second by the maker's data sheet, on tensor cores and in float32."""
+
+    name: str
+    gb: float
+    half: float
+    single: float
+    bf16: bool = True
+
+    def is_called(self, device: str) -> bool:
+        """Whether the driver's name of a device, such as NVIDIA A100-SXM4-80GB, is of this chip."""
+        return re.search(rf"\b{self.name}\b", device) is not None
+
+
+HARDWARE = {
+    "h200": Hardware("H200", 141, 989e12, 67e12),
+    "h100": Hardware("H100", 80, 989e12, 67e12),
+    "a100-80g": Hardware("A100", 80, 312e12, 19.5e12),
+    "a100-40g": Hardware("A100", 40, 312e12, 19.5e12),
+    "l40s": Hardware("L40S", 48, 362e12, 91.6e12),
+    "a6000": Hardware("A6000", 48, 155e12, 38.7e12),
+    "a10": Hardware("A10", 24, 125e12, 31.2e12),
+    "4090": Hardware("4090", 24, 165e12, 82.6e12),
+    "3090": Hardware("3090", 24, 71e12, 35.6e12),
+    "v100": Hardware("V100", 32, 125e12, 15.7e12, bf16=False),
+    "t4": Hardware("T4", 16, 65e12, 8.1e12, bf16=False),
+}
+CPU = "cpu"  # no data sheet: only what was measured
+
+
+@dataclass(frozen=True)
+class Speed:
+    """FLOPs a second in training, and where the figure comes from."""
+
+    rate: float
+    source: str
+    measured: bool
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one run: memory of a GPU, and time. flops: of one picture or clip, forward and backward."""
+
+    memory: StepMemory
+    each: float  # bytes that one more picture of a micro-batch takes
+    micro_batch: int
+    pictures_per_step: int
+    steps: int
+    gpus: int
+    gpu: str
+    flops: float
+    speed: Speed
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.pictures_per_step / self.gpus * self.flops / self.speed.rate
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.seconds_per_step / 3600
+
+    @property
+    def needed(self) -> float:
+        """Bytes of memory; on a GPU with what CUDA and the allocator take, on a CPU beside Python and its libraries."""
+        return self.memory.whole if self.gpu == CPU else self.memory.whole * (1 + LOST) + CONTEXT
+
+    def largest(self, free: float) -> int:
+        """Pictures of the largest micro-batch that fits into `free` bytes; 0: none does."""
+        return max(0, math.floor(self.micro_batch + (free - self.needed) / (self.each * (1 + LOST))))
+
+
+def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, results: Path, mfu: float) -> Estimate:
+    """Of a run config on `gpus` of the kind `gpu` (a key of HARDWARE, or cpu). Raises ConfigError."""
+    run, section = cfg.run_cfg, resolved(cfg.model_cfg, gpu)
+    cls = registry.get_model_class(section.arch)
+    if not (isinstance(cls, type) and issubclass(cls, EVLGen)):
+        raise ConfigError(f"model.arch: evlgen estimate knows evlgen and evlgen_video, not {section.arch}")
+    amp = auto_on(gpu) if run.get("amp", False) == "auto" else run.get("amp", False)
+    dtype = autocast_type(amp)
+    check_halves(amp, section.get("llm_precision") or "fp16")
+    batch, accumulated = int(run.batch_size_train), int(run.get("accum_grad_iters", 1))
+
+    def model():
+        empty = empty_model(cls, section)
+        recompute_llm(empty, run.get("llm_grad_checkpoint"))
+        return empty
+
+    made = model()
+    length = text_tokens or made.language_model.max_txt_len
+    size = int(section.get("image_size", 224))
+    frames = (section.get("num_frames", 4),) if section.arch == "evlgen_video" else ()
+    image = (3, *frames, size, size)
+    flops = step_flops(made, (1, *image), length)
+    few, many = max(1, batch // 2), max(2, batch)
+    less, most = (step_memory(model(), (n, *image), length, dtype, accumulated > 1) for n in (few, many))
+    each = (most.working - less.working) / (many - few)
+    memory = most if batch > 1 else less
+    speed = speed_of(gpu, "fp32" if dtype is None else "half", flops, results, mfu)
+    steps, pictures = int(run.max_iters), batch * accumulated * gpus
+    return Estimate(memory, each, batch, pictures, steps, gpus, gpu, flops, speed)
+
+
+def auto_on(gpu: str) -> str:
+    """What `auto` means on this kind of GPU, or on this processor."""
+    if gpu == CPU:
+        return auto_precision()
+    return "bf16" if HARDWARE[gpu].bf16 else "fp32"
+
+
+def resolved(model_cfg, gpu: str):
+    """The model section with `auto` precisions as they will be on `gpu`."""
+    auto = {key: auto_on(gpu) for key in ("vit_precision", "llm_precision") if model_cfg.get(key) == "auto"}
+    return OmegaConf.merge(model_cfg, auto)
+
+
+def speed_of(gpu: str, precision: str, flops: float, results: Path, mfu: float) -> Speed:
+    """From the measured step on this hardware whose FLOPs per picture are nearest, else `mfu` of the data sheet."""
+    rows = []
+    for path in sorted(results.glob("step-*.json")):
+        card = json.loads(path.read_text(encoding="utf-8"))
+        if not _same(gpu, card["hardware"]):
+            continue
+        for row in card["rows"]:
+            if precision == ("fp32" if row["dtype"] == "fp32" else "half"):
+                rows.append((abs(math.log(row["flops_per_image"] / flops)), path, row))
+    if rows:
+        _, path, row = min(rows, key=lambda one: one[0])
+        rate = row["flops_per_image"] * row["batch"] / row["seconds"]["whole"]["median"]
+        share = "" if gpu == CPU else f", {rate / _peak(gpu, precision):.0%} of the data sheet's peak"
+        seen = f"measured: {row['scale']}, batch {row['batch']}, {row['dtype']}{share} ({path.name})"
+        return Speed(rate, seen, True)
+    if gpu == CPU:
+        raise ConfigError(
+            f"--gpu cpu: no step in {'float32' if precision == 'fp32' else 'half precision'} was measured on a "
+            f"processor in {results}; python benchmarks/step.py measures one"
+        )
+    source = f"assumed: {mfu:.0%} of the data sheet's peak; no step on one {HARDWARE[gpu].name} is measured (--mfu)"
+    return Speed(mfu * _peak(gpu, precision), source, False)
+
+
+def _peak(gpu: str, precision: str) -> float:
+    return HARDWARE[gpu].single if precision == "fp32" else HARDWARE[gpu].half
+
+
+def _same(gpu: str, hardware: dict) -> bool:
+    """Whether a results file's hardware is of this kind; memory sizes of one chip are not told apart."""
+    if gpu == CPU or not hardware["gpu"]:
+        return gpu == CPU and not hardware["gpu"]
+    return HARDWARE[gpu].is_called(hardware["gpu"])
+
+
+def memory_rows(found: Estimate) -> list[tuple[str, str]]:
+    """What memory goes to, in GB."""
+    memory = found.memory
+    rows = [
+        ("frozen weights", memory.frozen),
+        ("weights that train", memory.trained),
+        ("AdamW's moments", memory.moments),
+        (f"activations and gradients of {found.micro_batch}", memory.working),
+    ]
+    if found.gpu != CPU:
+        rows.append((f"CUDA and the allocator's gaps (1 GB and {LOST:.0%}, assumed)", found.needed - memory.whole))
+    rows.append(("sum", found.needed))
+    return [(name, f"{size / 1e9:.2f} GB") for name, size in rows]
+
+
+def words(found: Estimate) -> str:
+    """The lines under the table."""
+    lines = []
+    if found.gpu != CPU:
+        free = HARDWARE[found.gpu].gb * 1e9
+        fits = "fits" if found.needed < free else "does not fit"
+        largest = found.largest(free)
+        batch = f"the largest micro-batch that does: {largest}" if largest else "no micro-batch does"
+        lines.append(f"memory: {fits} into {HARDWARE[found.gpu].gb:g} GB of one {HARDWARE[found.gpu].name}; {batch}")
+    lines += [
+        f"work: {amount(found.flops)}FLOPs a picture or clip, {found.pictures_per_step} of them a step",
+        f"speed: {amount(found.speed.rate)}FLOPs a second; {found.speed.source}",
+        f"time: {found.seconds_per_step:.3g} s a step, {found.pictures_per_step / found.seconds_per_step:.3g} pictures "
+        f"a second; {found.steps} steps in {found.hours:.3g} hours, without evaluation and waiting for data",
+    ]
+    return "\n".join(lines)
+
+
+def add_command(commands):
+    """`evlgen estimate` among the subcommands of the `evlgen` parser."""
+    p = commands.add_parser("estimate", help="memory and hours of a run config on a GPU, before there is one")
+    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
+    p.add_argument("--gpu", required=True, choices=(*HARDWARE, CPU), help="the kind of GPU, or cpu")
+    p.add_argument("--gpus", type=int, default=1, metavar="N", help="how many, all nodes counted (1)")
+    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py: model.tome_r=16")
+    p.add_argument("--text-tokens", type=int, metavar="N", help="tokens of the caption, BOS and end counted "
+                   "(default: max_txt_len, the longest)")  # fmt: skip
+    p.add_argument("--mfu", type=float, default=ASSUMED, help="share of the data sheet's peak to assume where no step "
+                   f"was measured on this hardware ({ASSUMED})")  # fmt: skip
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="files of benchmarks/step.py "
+                   "(the project's benchmarks/results)")  # fmt: skip
+    p.set_defaults(run_command=main)
+
+
+def main(args) -> int:
+    """Print memory and time."""
+    for name in ("gpus", "text_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    if not 0 < args.mfu <= 1:
+        raise ConfigError(f"--mfu {args.mfu}: a share above 0 and at most 1")
+    found = estimate(EvlgenConfig(args), args.gpu, args.gpus, args.text_tokens, args.results, args.mfu)
+    print(tables.show(("memory", ""), memory_rows(found), left=("memory",)))
+    print(words(found))
+    return 0

@@ -1,0 +1,282 @@
+"""Multiply-adds, parameters and training FLOPs of a config by part, counted without a weight in memory.
+
+Every part runs once on one picture, on tensors that have a shape and no numbers, under torch's FLOP counter: what is
+counted is what the code does. One MAC (multiply-add) is two FLOPs. `evlgen macs`; docs/macs.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from lavis.common.registry import registry
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from lavis_evlgen.config import ConfigError, EvlgenConfig
+from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
+from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.tools import tables
+from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, without_weights
+from lavis_evlgen.tools.cost.step_memory import caption_tokens
+from lavis_evlgen.weights.bundle import empty_model
+
+COLUMNS = ("part", "parameters", "", "MACs, linear layers", "MACs, all", "FLOPs of a training step")
+# products of activations with weights; whatever else is counted multiplies activations with each other
+_aten = torch.ops.aten
+LINEAR = {_aten.mm, _aten.addmm, _aten.convolution, _aten._convolution}
+FORWARD, TRAINED, PASSED = 2, 6, 4  # FLOPs of a step per MAC: no gradient; all gradients; only those of activations
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part costs for one picture.
+
+    linear: MACs of linear layers and convolutions, all that the paper counts (EVLGen, table 6); products: MACs of
+    activations with each other (attention, matching); factor: FLOPs of a training step per MAC.
+    """
+
+    name: str
+    parameters: int
+    trains: bool
+    linear: int
+    products: int
+    factor: int
+
+    @property
+    def macs(self) -> int:
+        return self.linear + self.products
+
+    @property
+    def flops(self) -> int:
+        """Of a training step on one picture, by the formula."""
+        return self.factor * self.macs
+
+
+@dataclass(frozen=True)
+class Cost:
+    """All parts, with how they were counted. step_flops: counted on a forward and a backward pass, not by formula."""
+
+    parts: list[Part]
+    image_size: int
+    visual_tokens: int
+    prompt_tokens: int
+    text_tokens: int
+    step_flops: int
+
+    @property
+    def flops(self) -> int:
+        """F = 2 MAC_vit + 6 MAC_connector + 4 MAC_llm + head: what is frozen is not paid for as if it trained."""
+        return sum(part.flops for part in self.parts)
+
+
+def cost_of(model_cfg, text_tokens: int | None = None) -> Cost:
+    """Cost of a model section for one picture and a text of `text_tokens` tokens (default: max_txt_len).
+
+    Of full-size models only configs and tokenizers are read. Raises ConfigError for an architecture it cannot count.
+    """
+    cls = registry.get_model_class(model_cfg.arch)
+    counters = {EVLGen: evlgen_cost, Blip2Stage1: stage1_cost}
+    if cls not in counters:
+        known = ", ".join(n for n, c in registry.mapping["model_name_mapping"].items() if c in counters)
+        raise ConfigError(f"model.arch: evlgen macs cannot count {model_cfg.arch}; it counts {known}")
+    model = empty_model(cls, model_cfg)
+    longest = model.language_model.max_txt_len if cls is EVLGen else model.max_txt_len
+    return counters[cls](model.eval(), int(model_cfg.get("image_size", 224)), text_tokens or longest)
+
+
+def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int) -> Cost:
+    """Of an EVLGen on the meta device. Of the text's tokens, the head runs on those that are labels."""
+    language = model.language_model
+    labels = caption_tokens(model, text_tokens)
+    sizes = _sizes(model)
+    head = language.llm.get_output_embeddings()
+
+    def body(prompt):  # (B, L', D_l) -> (B, L' + T, D_l)
+        text = torch.empty(1, text_tokens, language.width)
+        return language.body(torch.cat([prompt, text], 1))
+
+    with without_numbers(model):
+        image = torch.empty(1, 3, image_size, image_size)
+        tokens, vit = counted(lambda: model.visual_encoder(image))
+        tokens, norm = counted(lambda: model.ln_vision(tokens))
+        prompt, connector = counted(lambda: model.connector(tokens))
+        found = {"vision encoder": vit, "ln_vision": norm}
+        if hasattr(model.connector, "input_proj"):
+            found["input_proj"] = counted(lambda: model.connector.input_proj(tokens))[1]
+            connector = tuple(a - b for a, b in zip(connector, found["input_proj"], strict=True))
+        found["connector"] = connector
+        prompt, found["llm_proj"] = counted(lambda: model.llm_proj(prompt.tokens))
+        hidden, found["language model"] = counted(lambda: body(prompt))
+        logits, found["head"] = counted(lambda: head(hidden[:, -labels:]))
+        step = _step(model, logits.sum(), found)
+    parts = [_part(name, *sizes[name], *macs) for name, macs in found.items()]
+    return Cost(parts, image_size, tokens.shape[1], prompt.shape[1], text_tokens, step)
+
+
+def stage1_cost(model: Blip2Stage1, image_size: int, text_tokens: int) -> Cost:
+    """Of BLIP-2's first stage: the four passes that LAVIS's `Blip2Qformer.forward` makes through the Q-Former.
+
+    Matching reads three pairs (right, wrong picture, wrong text); captioning goes on from the first pass's queries.
+    """
+    sizes, bert, queries = _stage1_sizes(model), model.Qformer.bert, model.query_tokens.shape[1]
+    found = {}
+
+    def passes(image):
+        def note(name, call):
+            result, found[name] = counted(call)
+            return result
+
+        words = torch.zeros(1, text_tokens, dtype=torch.long)
+        tokens = note("vision encoder", lambda: model.visual_encoder(image))
+        tokens = note("ln_vision", lambda: model.ln_vision(tokens))
+        read = {"encoder_hidden_states": tokens, "return_dict": True}
+        seen = note("pictures", lambda: bert(query_embeds=model.query_tokens, use_cache=True, **read))
+        text = note("texts", lambda: bert(words, attention_mask=torch.ones(1, text_tokens), return_dict=True))
+        three = {"encoder_hidden_states": tokens.expand(3, -1, -1), "return_dict": True}
+        three["attention_mask"] = torch.ones(3, queries + text_tokens)
+        pairs = {"query_embeds": model.query_tokens.expand(3, -1, -1), **three}
+        match = note("matching, 3 pairs", lambda: bert(words.expand(3, -1), **pairs))
+        goes_on = {"attention_mask": torch.ones(1, queries + text_tokens), "past_key_values": seen.past_key_values}
+        said = note("captioning", lambda: bert(words, is_decoder=True, return_dict=True, **goes_on))
+        logits = note("word head", lambda: model.Qformer.cls(said.last_hidden_state))
+        scores = note("contrast and matching heads", lambda: _heads(model, seen, text, match, queries))
+        return tokens, logits.sum() + scores
+
+    with without_numbers(model):
+        image = torch.empty(1, 3, image_size, image_size)
+        tokens, loss = passes(image)
+        step = _step(model, loss, found)
+    parts = [_part(name, *sizes.get(name, (0, True)), *macs) for name, macs in found.items()]
+    return Cost(parts, image_size, tokens.shape[1], queries, text_tokens, step)
+
+
+def _heads(model, seen, text, match, queries: int):
+    """The contrast's and the matching's projections, as one number that has their gradients."""
+    pictures, words = model.vision_proj(seen.last_hidden_state), model.text_proj(text.last_hidden_state[:, 0])
+    return pictures.sum() + words.sum() + model.itm_head(match.last_hidden_state[:, :queries]).sum()
+
+
+@contextmanager
+def without_numbers(model: nn.Module) -> Iterator[None]:
+    """A model built on the meta device becomes one of fake CPU tensors, float32: all code runs, nothing is computed.
+
+    (The meta device itself knows no autocast.) Attention is taken apart into its two products, because the fused
+    kernels, which count otherwise in the backward pass, differ between machines.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), NothingIsPadded():
+        without_weights(model, torch.float32)
+        model.visual_encoder.precision = "fp32"
+        yield
+
+
+def counted(call: Callable) -> tuple:
+    """(result of `call()`, (MACs of linear layers, MACs of other products))."""
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    flops = counter.get_flop_counts().get("Global", {})
+    linear = sum(count for op, count in flops.items() if op in LINEAR) // 2
+    return result, (linear, sum(flops.values()) // 2 - linear)
+
+
+def _step(model: nn.Module, loss: torch.Tensor, found: dict[str, tuple[int, int]]) -> int:
+    """FLOPs of the forward passes in `found`, and of a backward pass from `loss` to what trains."""
+    trains = [p for p in model.parameters() if p.requires_grad]
+    with FlopCounterMode(display=False) as backward:
+        torch.autograd.grad(loss, trains, allow_unused=True)
+    return backward.get_total_flops() + 2 * sum(sum(macs) for macs in found.values())
+
+
+def _part(name: str, parameters: int, trains: bool, linear: int, products: int) -> Part:
+    factor = TRAINED if trains else FORWARD if name == "vision encoder" else PASSED
+    return Part(name, parameters, trains, linear, products, factor)
+
+
+def _sizes(model: EVLGen) -> dict[str, tuple[int, bool]]:
+    """(parameters, whether they train) of each part; a head that is the embedding table counts there."""
+    head = {id(p) for p in model.language_model.llm.get_output_embeddings().parameters()}
+    head -= {id(p) for p in model.language_model.llm.get_input_embeddings().parameters()}
+    sizes = dict.fromkeys(("vision encoder", *model.PARTS, "language model", "head"), (0, False))
+    for name, parameter in model.named_parameters():
+        if name.startswith("visual_encoder."):
+            part = "vision encoder"
+        elif name.startswith("language_model."):
+            part = "head" if id(parameter) in head else "language model"
+        else:
+            part = model.part_of(name)
+        sizes[part] = (sizes[part][0] + parameter.numel(), sizes[part][1] or parameter.requires_grad)
+    return sizes
+
+
+def _stage1_sizes(model: Blip2Stage1) -> dict[str, tuple[int, bool]]:
+    """(parameters, whether they train); all passes share the Q-Former's, which stand beside the first."""
+    count = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())  # noqa: E731
+    tied = model.Qformer.cls.predictions.decoder.weight is model.Qformer.bert.embeddings.word_embeddings.weight
+    head = count(model.Qformer.cls) - tied * model.Qformer.cls.predictions.decoder.weight.numel()
+    return {
+        "vision encoder": (count(model.visual_encoder), False),
+        "ln_vision": (count(model.ln_vision), True),
+        "pictures": (count(model.Qformer.bert) + model.query_tokens.numel(), True),
+        "word head": (head, True),
+        "contrast and matching heads": (count(model.vision_proj, model.text_proj, model.itm_head), True),
+    }
+
+
+def amount(number: float) -> str:
+    """11.88G, 6.3M, 512."""
+    for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f}{unit}"
+    return f"{number:.0f}"
+
+
+def table_rows(cost: Cost) -> list[tuple[str, ...]]:
+    """Cells under COLUMNS, the sums last."""
+    rows = []
+    for part in cost.parts:
+        kind = "trains" if part.trains else "frozen"
+        formula = f"{part.factor} x {amount(part.macs)} = {amount(part.flops)}"
+        rows.append((part.name, amount(part.parameters), kind, amount(part.linear), amount(part.macs), formula))
+    trained = sum(part.parameters for part in cost.parts if part.trains)
+    sums = [sum(getattr(part, name) for part in cost.parts) for name in ("parameters", "linear", "macs", "flops")]
+    whole, linear, macs, flops = map(amount, sums)
+    return [*rows, ("sum", whole, f"{amount(trained)} train", linear, macs, flops)]
+
+
+def as_json(cost: Cost) -> str:
+    """All figures, unrounded."""
+    parts = [{**asdict(part), "macs": part.macs, "flops": part.flops} for part in cost.parts]
+    return json.dumps({**asdict(cost), "parts": parts, "flops": cost.flops}, indent=2)
+
+
+def add_command(commands):
+    """`evlgen macs` among the subcommands of the `evlgen` parser."""
+    p = commands.add_parser("macs", help="MACs, parameters and training FLOPs of a config, by part")
+    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
+    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py: model.tome_r=16")
+    p.add_argument("--text-tokens", type=int, metavar="N", help="tokens of the caption, BOS and end counted "
+                   "(default: max_txt_len, the longest)")  # fmt: skip
+    p.add_argument("--json", action="store_true", help="print all figures unrounded, as JSON")
+    p.set_defaults(run_command=main)
+
+
+def main(args) -> int:
+    """Print the table, or JSON."""
+    if args.text_tokens is not None and args.text_tokens < 1:
+        raise ConfigError(f"--text-tokens {args.text_tokens}: give at least 1")
+    cost = cost_of(EvlgenConfig(args).model_cfg, args.text_tokens)
+    if args.json:
+        print(as_json(cost))
+        return 0
+    print(f"one picture of {cost.image_size} x {cost.image_size}: {cost.visual_tokens} visual tokens, "
+          f"{cost.prompt_tokens} after the connector, {cost.text_tokens} text tokens")  # fmt: skip
+    print(tables.show(COLUMNS, table_rows(cost), left=("part", "")))
+    off = cost.flops / cost.step_flops - 1
+    print(f"a training step on it, counted forward and backward: {amount(cost.step_flops)}FLOPs "
+          f"(the formula's sum is {off:+.1%} of that)")  # fmt: skip
+    return 0

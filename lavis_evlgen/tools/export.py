@@ -1,0 +1,43 @@
+"""A bundle out of a run: the weights of one of its checkpoints, its config, and what that checkpoint scored."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lavis.common.registry import registry
+
+from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.tasks.captioning import decoding_of
+from lavis_evlgen.weights.bundle import bundle_config, empty_model, write_bundle
+from lavis_evlgen.weights.trainable import check_trainable
+from lavis_evlgen.weights.untrusted import ONLY_BY_PERSONS
+
+
+def export_run(cfg: dict, checkpoint: Path, out: str, changes: dict) -> str:
+    """Write the bundle `out` of a checkpoint and the run config in it; returns what was written, in words.
+
+    changes: keys of the model section that the bundle should have otherwise. No weights but the checkpoint's are
+    read; of the frozen parts, config and tokenizer. Raises WeightsError.
+    """
+    content = checkpoints.read(checkpoint, "--checkpoint")
+    # what a person says about code of others counts while its tokenizer is read, and is never written down
+    section = cfg["model"] | {key: changes[key] for key in ONLY_BY_PERSONS if key in changes}
+    model = empty_model(registry.get_model_class(section["arch"]), section)
+    check_trainable(model, content["model"], str(checkpoint))
+    dataset = next(iter(cfg["datasets"].values()))
+    preprocess = {kind: dataset[kind] for kind in ("vis_processor", "text_processor") if kind in dataset}
+    config = bundle_config(model, preprocess, decoding_of(cfg["run"]), changes)
+    config["frozen_weights"] = content.get("frozen_weights") or {}  # the model here has no weights to tell them from
+    card = _card(checkpoint.parent, cfg["run"], content["step"])
+    write_bundle(out, content["model"], config, card)
+    told = f"its {card['data']['split']} results are in README.md" if card else "no evaluation of that step was found"
+    return f"{out}: {len(content['model'])} tensors of {checkpoint.name}, step {content['step']}; {told}"
+
+
+def _card(folder: Path, run: dict, step: int) -> dict | None:
+    """The run card of the evaluation of exactly these weights, of the first test split rather than a valid split."""
+    cards = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("result/*.card.json")]
+    by_split = {card["data"]["split"]: card for card in cards if card.get("step") == step}
+    splits = [*(run.get("test_splits") or []), *(run.get("valid_splits") or [])]
+    return next((by_split[split] for split in splits if split in by_split), None)

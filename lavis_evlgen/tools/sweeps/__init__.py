@@ -1,0 +1,1 @@
+"""`evlgen ablate`: many runs of one config."""

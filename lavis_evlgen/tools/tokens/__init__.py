@@ -1,0 +1,1 @@
+"""`evlgen tokens`: which picture parts each merged token stands for."""

@@ -1,0 +1,86 @@
+"""`evlgen tokens`: pictures of what each token of the visual prompt stands for. docs/tokens.md."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets import UnreadableImage
+from lavis_evlgen.media.images import open_image
+from lavis_evlgen.tools.tokens import maps as token_maps
+from lavis_evlgen.tools.tokens import plots
+
+
+def add_command(commands, load):
+    """`evlgen tokens` among the subcommands; load(args) -> (model, image processor, decoding, device, seed | None)."""
+    p = commands.add_parser("tokens", help="pictures of merged tokens: which patches each token stands for")
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    p.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint), or a bundle's folder")
+    p.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
+    p.add_argument("--style", default="mean", choices=plots.STYLES,
+                   help="mean: patches in the mean colour of their token; outline: regions over the photo")  # fmt: skip
+    p.add_argument("--before", action="store_true", help="the connector before training beside the trained one")
+    p.add_argument("--layers", action="store_true", help="also every layer: a strip and an animated GIF")
+    p.add_argument("--words", action="store_true", help="also which token each word of the caption relies on")
+    p.add_argument("--out", type=Path, default=Path("tokens"), metavar="DIR", help="where pictures go (tokens)")
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="default: cpu")
+    p.set_defaults(run_command=lambda args: draw(args, *load(args)))
+
+
+def draw(args, model, processor, decoding: dict, device: torch.device, seed: int | None) -> int:
+    """Draw each picture and print the files; exit code 1 when one could not be read."""
+    if not hasattr(model, "connector"):
+        raise ConfigError(f"{type(model).__name__} has no connector: evlgen tokens draws runs of arch evlgen")
+    if args.before and seed is None:
+        raise ConfigError("--before: a bundle does not say what its connector started from; give --run the run folder")
+    before = token_maps.untrained(model.visual_encoder, model.config, seed) if args.before else None
+    failed, stems = 0, _stems(args.images)
+    for path, stem in zip(args.images, stems, strict=True):
+        try:
+            image = processor(open_image(path, processor))[None].to(device)
+        except UnreadableImage as error:
+            print(f"evlgen tokens: {error}", file=sys.stderr)
+            failed += 1
+            continue
+        for written in draw_one(args, model, before, image, processor, decoding, args.out / stem):
+            print(written)
+    return int(failed > 0)
+
+
+def draw_one(args, model, before, image, processor, decoding: dict, stem: Path) -> list[Path]:
+    """The files of one picture (1, 3, H, W). stem: folder and name without ending."""
+    picture = token_maps.shown(image[0], processor)
+    after = token_maps.layer_maps(model.visual_encoder, model.ln_vision, model.connector, image)
+    maps = {"trained" if before else "tokens": after}
+    if before:
+        maps = {"before training": token_maps.layer_maps(model.visual_encoder, *before, image), **maps}
+    with torch.inference_mode():
+        caption = " ".join(model.generate({"image": image}, **decoding)[0].split())
+    files = plots.overview(
+        _named(stem, "tokens"), picture, {title: found[-1] for title, found in maps.items()}, args.style, caption
+    )
+    if args.layers:
+        for title, found in maps.items():
+            name = "layers_before" if title == "before training" else "layers"
+            files += plots.layers_strip(_named(stem, name), picture, found, args.style)
+    if args.words:
+        words = token_maps.words_of(model, image, caption)
+        if words:
+            files += plots.words_sheet(_named(stem, "words"), picture, after[-1], words)
+        else:
+            logging.warning("%s: the caption is empty, so there is no word to draw", stem.name)
+    return files
+
+
+def _stems(images: list[str]) -> list[str]:
+    """File names without ending, numbered where two are alike."""
+    names = [Path(path).stem for path in images]
+    return [f"{name}_{names[: n + 1].count(name)}" if names.count(name) > 1 else name for n, name in enumerate(names)]
+
+
+def _named(stem: Path, what: str) -> Path:
+    return stem.with_name(f"{stem.name}_{what}")

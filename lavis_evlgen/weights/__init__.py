@@ -1,0 +1,1 @@
+"""Weights from and to disk: sources, checks, what trains, bundles, model cards."""
