@@ -22,6 +22,7 @@ INSTALL = [
     "fairscale>=0.4.4",
     "timm==0.4.12",
     "omegaconf>=2.3",
+    "braceexpand>=0.1.7",
     "pillow>=10",
     "safetensors>=0.4",
     "sentencepiece>=0.2",

@@ -31,7 +31,7 @@ from lavis_evlgen.datasets.base import CaptionedImage
 from lavis_evlgen.datasets.builder import registry  # LAVIS's, with its processors in it
 from lavis_evlgen.datasets.builders.image_captions import ImageCaptionDataset
 from lavis_evlgen.datasets.loading import train_loader
-from lavis_evlgen.datasets.shards.names import ShardNames
+from lavis_evlgen.datasets.shards.names import shard_names
 from lavis_evlgen.processors import EvlgenCaptionProcessor, EvlgenImageTrainProcessor
 
 SIZE = 224
@@ -119,7 +119,7 @@ def of_shards(shards: str, batch: int) -> dict[str, Iterator[dict]]:
 
     text, found = EvlgenCaptionProcessor(), {}
     for name, processor in our_processors().items():
-        dataset = ImageShards("shards", ShardNames(shards), vis_processor=processor, text_processor=text)
+        dataset = ImageShards("shards", shard_names(shards), vis_processor=processor, text_processor=text)
         found[name] = our_batches(dataset, batch)
     theirs = registry.get_processor_class("blip_caption")()
     for name, processor in lavis_processors().items():

@@ -204,13 +204,13 @@ def read_batches(args, scale) -> Iterator[Iterator[dict]]:
 
     from lavis_evlgen.datasets import ImageShards
     from lavis_evlgen.datasets.loading import train_loader
-    from lavis_evlgen.datasets.shards.names import ShardNames
+    from lavis_evlgen.datasets.shards.names import shard_names
     from lavis_evlgen.processors import EvlgenCaptionProcessor, EvlgenImageTrainProcessor
 
     with tempfile.TemporaryDirectory() as folder:
         shards = write_shards(Path(folder), [photograph(640, 480, n) for n in range(8)], max(1, 2 * args.workers))
         processor = EvlgenImageTrainProcessor(scale.image_size, mean="clip")
-        dataset = ImageShards("shards", ShardNames(shards), vis_processor=processor,
+        dataset = ImageShards("shards", shard_names(shards), vis_processor=processor,
                               text_processor=EvlgenCaptionProcessor())  # fmt: skip
         on_gpu = args.device != "cpu"
         loader = train_loader([dataset], None, args.batch, 0, 0, 1, 0, num_workers=args.workers, pin_memory=on_gpu)

@@ -4,8 +4,8 @@ Training reads an endless stream of samples: one permutation an epoch, joined en
 W ranks with B samples each takes the stream's samples [m*W*B, (m+1)*W*B); rank r gets the r-th B of them. So two
 ranks see what one rank with twice the batch sees, and a resumed run goes on at the same sample.
 
-Tar shards cannot be read in any order: each (rank, worker) has a stream of its own, whose place is kept (shard_stream).
-Which data set a micro-step draws, and which worker's stream, is a function of (seed, m) all the same.
+Tar shards cannot be read in any order: each (rank, worker) has a stream of its own, whose position is saved
+(shards/stream.py). Which data set a micro-step draws, and which worker's stream, is a function of (seed, m) there too.
 """
 
 from __future__ import annotations
@@ -22,24 +22,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
-from lavis_evlgen.datasets.seeding import generators_kept, mix, seed_all
+from lavis_evlgen.datasets.seeding import EpochOrder, generators_kept, mix, seed_all
 from lavis_evlgen.datasets.shards.dataset import ImageShards
-from lavis_evlgen.datasets.shards.stream import START, Place, ShardStream
-
-
-class EpochStream:
-    """Sample `position` of the endless stream over one data set of `size` rows -> (epoch, row)."""
-
-    def __init__(self, size: int, seed: int):
-        self.size, self.seed = size, seed
-        self._epoch, self._order = -1, None
-
-    def __getitem__(self, position: int) -> tuple[int, int]:
-        epoch, offset = divmod(position, self.size)
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
-            self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator)
-        return epoch, int(self._order[offset])
+from lavis_evlgen.datasets.shards.stream import START, ShardStream, StreamPosition
 
 
 class FromShards(NamedTuple):
@@ -60,7 +45,7 @@ class MixtureBatches(Sampler):
 
     def __init__(self, sizes, ratios, batch_size: int, seed: int, rank: int, world: int, start: int = 0,
                  workers: int = 1, per_rank: bool = False):
-        self.streams = [size and EpochStream(size, mix(seed, k)) for k, size in enumerate(sizes)]
+        self.streams = [size and EpochOrder(size, mix(seed, k)) for k, size in enumerate(sizes)]
         self.workers = workers
         # draws of a micro-step, and which of them is this rank's; ranks that share a draw split its samples
         self.draws, self.draw = (world, rank) if per_rank else (1, 0)
@@ -155,16 +140,16 @@ def _prepare_worker(exiting, _worker: int):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _shard_stream(datasets, seed, rank, world, workers, places, k: int, worker: int) -> ShardStream:
-    place = places.get((k, worker), START)
-    return ShardStream(datasets[k], mix(seed, k), rank * workers + worker, world * workers, place)
+def _shard_stream(datasets, seed, rank, world, workers, positions, k: int, worker: int) -> ShardStream:
+    position = positions.get((k, worker), START)
+    return ShardStream(datasets[k], mix(seed, k), rank * workers + worker, world * workers, position)
 
 
 def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_workers, pin_memory,
-                 places: dict[tuple[int, int], Place] | None = None, per_rank: bool = False) -> DataLoader:
+                 positions: dict[tuple[int, int], StreamPosition] | None = None, per_rank: bool = False) -> DataLoader:
     """Endless loader over `datasets` from micro-step `start` on. ratios: shares of micro-steps (None: by size).
 
-    places: where the stream of (shard set, worker) of this rank stands; from its beginning where nothing is said.
+    positions: of the streams of (shard set, worker) of this rank; a stream without one starts at its beginning.
     per_rank: each rank draws a data set of its own in every micro-step.
     """
     sizes = [None if isinstance(d, ImageShards) else len(d) for d in datasets]
@@ -172,7 +157,7 @@ def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_wor
     workers = max(1, num_workers)
     batches = MixtureBatches(sizes, ratios, batch_size, seed, rank, world, start, workers, per_rank)
 
-    streams = partial(_shard_stream, datasets, seed, rank, world, workers, places or {})
+    streams = partial(_shard_stream, datasets, seed, rank, world, workers, positions or {})
     mixture = Mixture(list(datasets), seed, streams)
     return DataLoader(
         mixture,

@@ -1,4 +1,4 @@
-"""Numbers drawn as functions of integers, alike on every machine: seeds, scopes of seeded drawing, permutations."""
+"""Random numbers as functions of integers, the same on every machine: seeds, seeded scopes, permutations."""
 
 from __future__ import annotations
 
@@ -40,26 +40,20 @@ def generators_kept():
         torch.set_rng_state(states[2])
 
 
-_ROUNDS = 6  # four are known to be enough for large halves; small ones want a little more
+class EpochOrder:
+    """An endless sequence over `size` items, each once an epoch, in a new order each time: a function of the seed."""
 
+    def __init__(self, size: int, seed: int):
+        self.size, self.seed = size, seed
+        self._epoch, self._order = -1, None
 
-def permuted(index: int, size: int, key: int) -> int:
-    """Where a permutation of range(size), drawn by `key`, sends `index`: in constant memory, whatever the size.
-
-    A Feistel network over the next even number of bits, walked until it lands inside (at most four tries on average;
-    M. Luby and C. Rackoff, 1988; J. Black and P. Rogaway, "Ciphers with arbitrary finite domains", 2002).
-    """
-    if not 0 <= index < size:
-        raise IndexError(f"{index} is not in range({size})")
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = index >> half, index & mask
-        for n in range(_ROUNDS):
-            left, right = right, left ^ (mix(key, n, right) & mask)
-        index = left << half | right
-        if index < size:
-            return index
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """(epoch, item) at `position` of the sequence."""
+        epoch, offset = divmod(position, self.size)
+        if epoch != self._epoch:
+            generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+            self._epoch, self._order = epoch, torch.randperm(self.size, generator=generator)
+        return epoch, int(self._order[offset])
 
 
 def shuffled(items: list, seed: int) -> Iterator:

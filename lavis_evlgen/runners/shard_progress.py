@@ -9,7 +9,7 @@ from pathlib import Path
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import ImageShards
-from lavis_evlgen.datasets.shards.stream import Place
+from lavis_evlgen.datasets.shards.stream import SHARD_ORDER, StreamPosition
 from lavis_evlgen.runners.bad_shards import BadShards
 
 
@@ -23,7 +23,7 @@ class ShardProgress:
         """data: {name: training set}, in the order in which the loader has them."""
         self.sets = {k: (name, d) for k, (name, d) in enumerate(data.items()) if isinstance(d, ImageShards)}
         self.workers = max(1, num_workers)
-        self.places: dict[tuple[int, int], Place] = {}  # of (set, worker) of this rank
+        self.places: dict[tuple[int, int], StreamPosition] = {}  # of (set, worker) of this rank
         self.bad = BadShards(folder, {name: d.max_bad_fraction for name, d in self.sets.values()})
 
     def follow(self, batches: Iterable[dict]) -> Iterator[dict]:
@@ -31,7 +31,7 @@ class ShardProgress:
         for batch in batches:
             if self.sets and "shards" in batch:
                 k, tally = batch.pop("shards")
-                self.places[k, tally.stream % self.workers] = tally.place
+                self.places[k, tally.stream % self.workers] = tally.position
                 self.bad.add(self.sets[k][0], tally)
             yield batch
 
@@ -52,7 +52,7 @@ class ShardProgress:
             sets[self.sets[k][0]]["places"][stream] = [shards, items]
         for name, totals in self.bad.totals.items():
             sets[name]["totals"] = dict(totals)
-        return {"ranks": distributed.world_size(), "workers": self.workers, "sets": sets}
+        return {"ranks": distributed.world_size(), "workers": self.workers, "order": SHARD_ORDER, "sets": sets}
 
     def load(self, saved: dict | None, path):
         """Go on from the `state` in the checkpoint `path`. Raises ConfigError where the place would be lost."""
@@ -67,7 +67,7 @@ class ShardProgress:
             for w in range(self.workers):
                 place = sets[name]["places"].get(distributed.rank() * self.workers + w)
                 if place:
-                    self.places[k, w] = Place(*place)
+                    self.places[k, w] = StreamPosition(*place)
         self.bad.load({name: sets[name]["totals"] for name, _ in known.values()})
 
     def _check(self, saved: dict, known: dict, path):
@@ -78,6 +78,12 @@ class ShardProgress:
                 f"{path} was trained by {then[0]} ranks with {then[1]} data workers each, this run has {now[0]} with "
                 f"{now[1]}: every worker has its own place in the shards of {', '.join(n for n, _ in known.values())}, "
                 f"and it would be lost. Keep the number of ranks and run.num_workers={then[1]}, {new_run}"
+            )
+        if saved.get("order") != SHARD_ORDER:
+            raise ConfigError(
+                f"{path} was trained when shards were read in another order, and its place in the shards of "
+                f"{', '.join(n for n, _ in known.values())} means nothing in this one: finish that run with the "
+                f"version it was started with, {new_run}"
             )
         for name, d in known.values():
             if saved["sets"][name]["shards"] != len(d.shards):

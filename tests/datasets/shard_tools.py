@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lavis_evlgen.datasets import ImageShards
-from lavis_evlgen.datasets.shards.names import ShardNames
+from lavis_evlgen.datasets.shards.names import shard_names
 
 HTML = b"<!DOCTYPE html><html>Not found</html>"
 
@@ -64,4 +64,4 @@ def to_tensor(image) -> torch.Tensor:
 
 
 def image_shards(shards, name="shards", **keys) -> ImageShards:
-    return ImageShards(name, ShardNames(shards), vis_processor=to_tensor, text_processor=str, **keys)
+    return ImageShards(name, shard_names(shards), vis_processor=to_tensor, text_processor=str, **keys)

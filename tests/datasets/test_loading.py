@@ -13,14 +13,8 @@ from hypothesis import strategies as st
 from torch.utils.data import Dataset
 
 from lavis_evlgen.datasets import loading
-from lavis_evlgen.datasets.loading import (
-    EpochStream,
-    MixtureBatches,
-    eval_loader,
-    generators_kept,
-    seed_all,
-    train_loader,
-)
+from lavis_evlgen.datasets.loading import MixtureBatches, eval_loader, train_loader
+from lavis_evlgen.datasets.seeding import EpochOrder, generators_kept, seed_all
 
 sizes = st.lists(st.integers(1, 9), min_size=1, max_size=3)
 seeds = st.integers(0, 2**32)
@@ -89,7 +83,7 @@ def test_choices_do_not_repeat_themselves():
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 30), seeds)
 def test_each_epoch_is_a_permutation(size, seed):
-    stream = EpochStream(size, seed)
+    stream = EpochOrder(size, seed)
     seen = [stream[position] for position in range(3 * size)]
     assert [epoch for epoch, _ in seen] == [0] * size + [1] * size + [2] * size
     for epoch in range(3):
@@ -98,7 +92,7 @@ def test_each_epoch_is_a_permutation(size, seed):
 
 def test_epochs_and_seeds_differ_in_order():
     orders = {
-        tuple(EpochStream(30, seed)[p][1] for p in range(epoch * 30, epoch * 30 + 30))
+        tuple(EpochOrder(30, seed)[p][1] for p in range(epoch * 30, epoch * 30 + 30))
         for seed in (0, 1)
         for epoch in (0, 1)
     }

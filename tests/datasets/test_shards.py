@@ -1,4 +1,4 @@
-"""Streams over shards: every sample once an epoch, places, bad samples, mixtures, builders."""
+"""Streams over shards: every sample once an epoch, positions, bad samples, mixtures, builders."""
 
 import itertools
 from collections import Counter
@@ -65,28 +65,28 @@ def test_augmentation_depends_on_sample_and_epoch_alone(seven):
 
 
 @pytest.mark.parametrize("window", [1, 3, 100])
-def test_a_stream_goes_on_from_any_place_and_opens_no_shard_that_is_done(seven, window, monkeypatch):
+def test_a_stream_goes_on_from_any_position_and_opens_no_shard_that_is_done(seven, window, monkeypatch):
     from lavis_evlgen.datasets.shards import stream as shard_stream
 
     dataset, opened = image_shards(seven, shuffle_window=window), []
 
-    def reading(path, start, media, read=shard_stream.read_shard):
+    def reading(path, start, extensions, read=shard_stream.read_shard):
         opened.append((path, start))
-        return read(path, start, media)
+        return read(path, start, extensions)
 
     monkeypatch.setattr(shard_stream, "read_shard", reading)
-    whole, places, stream = [], [], ShardStream(dataset, 1, 1, 2)
+    whole, positions, stream = [], [], ShardStream(dataset, 1, 1, 2)
     for _ in range(30):
         samples, tally = stream.take(2)
         whole += [(s["instance_id"], s["image"].sum().item()) for s in samples]
-        places.append(tally.place)
-    for done, place in enumerate(places[:25], start=1):
+        positions.append(tally.position)
+    for done, position in enumerate(positions[:25], start=1):
         opened.clear()
-        again = ShardStream(dataset, 1, 1, 2, place)
+        again = ShardStream(dataset, 1, 1, 2, position)
         found = [(s["instance_id"], s["image"].sum().item()) for s in again.take(6)[0]]
         assert found == whole[2 * done : 2 * done + 6]
-        block = place.items // window * window
-        assert opened[0] == (dataset.shards[again.shard(place.shards)[1]], block) and len(opened) <= 4
+        block = position.items // window * window
+        assert opened[0] == (dataset.shards[again.shard(position.shards)[1]], block) and len(opened) <= 4
 
 
 GOOD, HTML_SAYS = jpeg(), "looks like HTML, perhaps an error page saved by a downloader"
@@ -101,8 +101,8 @@ BAD = {
     "list": (lambda key: {f"{key}.jpg": GOOD, f"{key}.json": b'["x"]'}, "its json has no key caption"),
     "nowords": (lambda key: sample(key, " - "), "its caption has no words"),
     "latin1": (lambda key: {f"{key}.jpg": GOOD, f"{key}.txt": b"caf\xe9"}, "its txt is not UTF-8"),
-    "lonely": (lambda key: {f"{key}.jpg": GOOD}, "an image without a caption"),
-    "blind": (lambda key: {f"{key}.json": b'{"caption": "x"}'}, "a caption without an image"),
+    "lonely": (lambda key: {f"{key}.jpg": GOOD}, "no caption"),
+    "blind": (lambda key: {f"{key}.json": b'{"caption": "x"}'}, "no image"),
 }
 
 
@@ -127,7 +127,7 @@ def bad_shards(folder) -> tuple[str, dict, list[str]]:
     (folder / "4.tar").write_bytes(whole[: whole.index(b"000002.json")])
     good += ["shard 0 number 0", "shard 0 number 1"]
     expected["3.tar", True, "it is not a tar file"] = expected["5.tar", True, "it is not there"] = 1
-    expected["4.tar", True, "it is cut short"] = expected["4.tar", False, "an image without a caption"] = 1
+    expected["4.tar", True, "it is cut short"] = expected["4.tar", False, "no caption"] = 1
     return f"{folder}/{{0..5}}.tar", expected, good
 
 
@@ -138,7 +138,7 @@ def one_epoch(dataset, seed, number, streams):
         samples, tally = stream.take(1)
         for entry in tally.bad.values():  # what follows the last good sample is met with the one after it
             bad[entry.shard.rsplit("/")[-1], entry.whole, entry.reason] += entry.count
-        if stream.shard(tally.place.shards)[0]:
+        if stream.shard(tally.position.shards)[0]:
             return texts, bad
         texts.append(samples[0]["text_input"])
 
@@ -168,8 +168,8 @@ def test_shuffled_among_bad_members_no_good_sample_is_lost_or_repeated(tmp_path)
     batches = [stream.take(5) for _ in range(21)]
     texts = [s["text_input"] for samples, _ in batches for s in samples]
     assert sorted(texts[:35]) == sorted(texts[35:70]) == sorted(texts[70:]) == sorted(good) and len(good) == 35
-    for done in range(1, 21):  # and counts go on exactly from any place
-        again = ShardStream(dataset, 1, 0, 1, batches[done - 1][1].place)
+    for done in range(1, 21):  # and counts go on exactly from any position
+        again = ShardStream(dataset, 1, 0, 1, batches[done - 1][1].position)
         for samples, tally in batches[done : done + 2]:
             found, recount = again.take(5)
             assert [s["text_input"] for s in found] == [s["text_input"] for s in samples] and recount == tally
@@ -211,9 +211,9 @@ def test_captions_of_json_txt_and_lists(tmp_path):
 # ---- through a loader, on several ranks and workers
 
 
-def batches(sets, count, *, ratios=None, start=0, rank=0, world=1, workers=0, places=None, batch=2):
+def batches(sets, count, *, ratios=None, start=0, rank=0, world=1, workers=0, positions=None, batch=2):
     """[(data set, samples, tally or None)] of a loader."""
-    loader = iter(train_loader(sets, ratios, batch, 11, rank, world, start, workers, False, places))
+    loader = iter(train_loader(sets, ratios, batch, 11, rank, world, start, workers, False, positions))
     found = []
     for content in itertools.islice(loader, count):
         if isinstance(content, list):
@@ -228,8 +228,8 @@ def batches(sets, count, *, ratios=None, start=0, rank=0, world=1, workers=0, pl
 def stop_and_go_on(sets, at, count, **keys):
     """The batches of a run that is killed after `at` of them, and goes on: its workers had read ahead."""
     workers, first = max(1, keys.get("workers", 0)), batches(sets, at, **keys)
-    places = {(k, tally.stream % workers): tally.place for k, _, tally in first if tally}
-    return first + batches(sets, count - at, start=at, places=places, **keys)
+    positions = {(k, tally.stream % workers): tally.position for k, _, tally in first if tally}
+    return first + batches(sets, count - at, start=at, positions=positions, **keys)
 
 
 def test_killed_and_resumed_on_two_ranks_with_two_workers_goes_on_at_the_same_sample(seven):

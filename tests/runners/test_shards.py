@@ -8,7 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from lavis_evlgen.datasets.shards.stream import START, Bad, Place, Tally
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets.shards.stream import SHARD_ORDER, START, Bad, StreamPosition, Tally
 from lavis_evlgen.runners import checkpoints as state
 from lavis_evlgen.runners import shard_progress
 from lavis_evlgen.runners.bad_images import TooManyBadImages
@@ -111,6 +112,14 @@ def test_a_resume_that_would_lose_its_place_is_refused(begun, option, says, caps
     assert says in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_checkpoint_of_another_shard_order_is_refused(tmp_path):
+    """Such as those from before the order had a version."""
+    old = ShardProgress(tmp_path, {"a": image_shards("{0..9}.tar")}, 1)
+    state = {key: value for key, value in old.state(1).items() if key != "order"}
+    with pytest.raises(ConfigError, match="x.pth was trained when shards were read in another order.* the shards of a"):
+        ShardProgress(tmp_path, {"a": image_shards("{0..9}.tar")}, 1).load(state, "x.pth")
+
+
 @pytest.mark.parametrize(
     "options, says",
     [
@@ -210,11 +219,11 @@ def test_only_what_training_took_moves_the_place(tmp_path, monkeypatch):
     data = {"scenes": [1, 2], "a": image_shards("{0..9}.tar"), "b": image_shards("{0..5}.tar")}
     monkeypatch.setattr(shard_progress.distributed, "rank", lambda: 1)
     monkeypatch.setattr(shard_progress.distributed, "world_size", lambda: 2)
-    seen = [{"shards": (1, tally(Place(m, m), stream=2 + m % 2))} for m in range(5)] + [{"image": "of scenes"}]
+    seen = [{"shards": (1, tally(StreamPosition(m, m), stream=2 + m % 2))} for m in range(5)] + [{"image": "of scenes"}]
     progress, loader = ShardProgress(tmp_path, data, 2), iter(seen)
     followed = progress.follow(loader)
     taken = [next(followed) for _ in range(3)]
-    assert taken == [{}] * 3 and progress.places == {(1, 0): Place(2, 2), (1, 1): Place(1, 1)}
+    assert taken == [{}] * 3 and progress.places == {(1, 0): StreamPosition(2, 2), (1, 1): StreamPosition(1, 1)}
     state = progress.state(3)
     assert state["sets"]["a"] == {"shards": 10, "places": {2: [2, 2], 3: [1, 1]}, "totals": {"opened": 0, "met": 0}}
     again = ShardProgress(tmp_path, data, 2)
@@ -226,7 +235,8 @@ def test_only_what_training_took_moves_the_place(tmp_path, monkeypatch):
 def one_of_two_ranks(rank, folder, answers):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     progress = ShardProgress(folder, {"a": image_shards("{0..9}.tar")}, 2)
-    batches = [{"shards": (0, tally(Place(5 * rank, m), 1, 2, [("x.tar", False, "html", 1)], 2 * rank + m % 2))}
+    bad = [("x.tar", False, "html", 1)]
+    batches = [{"shards": (0, tally(StreamPosition(5 * rank, m), 1, 2, bad, 2 * rank + m % 2))}
                for m in range(1, 5 + rank)]
     list(progress.follow(batches))
     answers.put((progress.state(7), progress.bad.count))
@@ -243,7 +253,7 @@ def test_a_checkpoint_holds_the_places_and_counts_of_all_ranks(tmp_path):
         process.kill()
     assert other == (state, count) and count == 9
     assert state == {
-        "ranks": 2, "workers": 2, "sets": {"a": {
+        "ranks": 2, "workers": 2, "order": SHARD_ORDER, "sets": {"a": {
             "shards": 10, "places": {0: [0, 4], 1: [0, 3], 2: [5, 4], 3: [5, 5]},
             "totals": {"opened": 9, "met": 18, "samples: html": 9},
         }},
@@ -254,10 +264,10 @@ def test_a_checkpoint_holds_the_places_and_counts_of_all_ranks(tmp_path):
 
 def test_a_set_that_is_new_in_the_mix_begins_at_its_beginning(tmp_path, caplog):
     old = ShardProgress(tmp_path, {"a": image_shards("{0..9}.tar")}, 1)
-    old.places[0, 0] = Place(3, 4)
+    old.places[0, 0] = StreamPosition(3, 4)
     new = ShardProgress(tmp_path, {"b": image_shards("{0..5}.tar"), "a": image_shards("{0..9}.tar")}, 1)
     new.load(old.state(1), "x.pth")
-    assert new.places == {(1, 0): Place(3, 4)} and "x.pth holds no place in b" in caplog.text
+    assert new.places == {(1, 0): StreamPosition(3, 4)} and "x.pth holds no place in b" in caplog.text
     nothing = ShardProgress(tmp_path, {"a": [1, 2]}, 4)
     nothing.load(old.state(1), "x.pth")
     assert nothing.state(2) is None and not nothing.places

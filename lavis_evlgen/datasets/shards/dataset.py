@@ -7,13 +7,14 @@ the caption under `caption_key`, or KEY.txt. Shards of clips hold KEY.mp4 (webm,
 import json
 import random
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import torch
 from lavis.common.registry import registry
 
 from lavis_evlgen.datasets.annotations.files import encodes, has_words
 from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, CaptionDatasetBuilder
-from lavis_evlgen.datasets.shards.names import ShardNames
+from lavis_evlgen.datasets.shards.names import shard_names
 from lavis_evlgen.datasets.shards.reader import IMAGES, ShardItem
 from lavis_evlgen.media.errors import DataError, UnreadableImage
 from lavis_evlgen.media.images import decode_image
@@ -23,7 +24,7 @@ _LOOKED_AT = 256  # shards whose presence is checked before a run
 
 
 class ImageShards:
-    """Training samples in tar shards. Its length is not known; shard_stream.ShardStream reads it without end.
+    """Training samples in tar shards. Its length is not known; stream.ShardStream reads it without end.
 
     Attributes: `name`, `split` ("train"), `shards` (file names), `caption_key`, `shuffle_window` (samples shuffled
     together, 1 or more), `max_bad_fraction` (share of samples, or of shards, that may be unusable), `description`.
@@ -32,7 +33,8 @@ class ImageShards:
     """
 
     split, is_train = "train", True
-    MEDIA, A_THING = IMAGES, "an image"  # extensions of what a sample shows
+    media: Literal["image", "video"] = "image"
+    EXTENSIONS = IMAGES  # of the image or video of a sample
 
     def __init__(self, name: str, shards: Sequence[str], *, vis_processor, text_processor, caption_key: str = "caption",
                  shuffle_window: int = 256, max_bad_fraction: float = 0.01):
@@ -49,9 +51,9 @@ class ImageShards:
         """Item of shard `index` as a sample; draws from Python's and torch's generators. Raises UnreadableImage."""
         where = f"{self.shards[index]}:{item.key}"
         captions = self.captions(item, where)
-        content = next((item.files[kind] for kind in item.files if kind in self.MEDIA), None)
+        content = next((item.files[kind] for kind in item.files if kind in self.EXTENSIONS), None)
         if content is None:
-            raise UnreadableImage(where, f"a caption without {self.A_THING} ({', '.join(self.MEDIA)}) beside it")
+            raise UnreadableImage(where, f"no {self.media} ({', '.join(self.EXTENSIONS)}) beside the caption")
         caption = captions[0] if len(captions) == 1 else random.choice(captions)
         return {
             "image": self.vis_processor(self._open(content, where)),  # (3, H, W)
@@ -67,7 +69,7 @@ class ImageShards:
         """All captions of an item, at least one: of its json where there is one, else its txt."""
         content = item.files.get("json", item.files.get("txt"))
         if content is None:
-            raise UnreadableImage(where, f"{self.A_THING} without a caption (json or txt of the same name) beside it")
+            raise UnreadableImage(where, f"no caption (json or txt of the same name) beside the {self.media}")
         found = self._of_json(content, where) if "json" in item.files else _text(content, where)
         captions = found if isinstance(found, list) and found else [found]
         if not all(has_words(caption) and encodes(caption) for caption in captions):
@@ -107,7 +109,8 @@ def _text(content: bytes, where: str) -> str:
 class VideoShards(ImageShards):
     """Captioned clips in tar shards; a sample's `image` is (3, T, H, W)."""
 
-    MEDIA, A_THING = ("mp4", "webm", "mkv", "avi", "mov"), "a clip"
+    media = "video"
+    EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov")
 
     def _open(self, content: bytes, where: str) -> VideoFile:
         return VideoFile(content, where)
@@ -132,14 +135,14 @@ class ImageShardsBuilder(CaptionDatasetBuilder):
     }
 
     def build(self) -> dict[str, ImageShards]:
-        config, place = self.config, f"datasets.{self.NAME}"
+        config, path = self.config, f"datasets.{self.NAME}"
         if self.NEEDS_FOLDER and not config.get("folder"):
-            raise DataError(f"{place}.folder is not given; set it to the folder of the shards {config.shards}")
+            raise DataError(f"{path}.folder is not given; set it to the folder of the shards {config.shards}")
         if not config.get("shards"):
-            raise DataError(f"{place}.shards is not given; set e.g. {place}.shards='/data/{{00000..00099}}.tar'")
+            raise DataError(f"{path}.shards is not given; set e.g. {path}.shards='/data/{{00000..00099}}.tar'")
         shards = config.shards if isinstance(config.shards, str) else list(config.shards)
         train = self.DATASET(
-            self.NAME, ShardNames(shards, config.get("folder"), f"{place}.shards"), caption_key=config.caption_key,
+            self.NAME, shard_names(shards, config.get("folder"), f"{path}.shards"), caption_key=config.caption_key,
             shuffle_window=config.shuffle_window, max_bad_fraction=config.max_bad_fraction, **self.processors("train"),
         )  # fmt: skip
         return {"train": train}

@@ -1,9 +1,8 @@
-"""The endless stream of samples of one (rank, worker) over a set of shards, and the place at which it stands.
+"""The endless stream of samples of one (rank, worker) over a set of shards, and its position.
 
-Shard number p of an endless sequence is a function of (seed, p): epoch p // N, position p mod N of that epoch's
-permutation of the N shards. Of T streams, stream t reads shards t, t + T, t + 2T, ... of the sequence, so that every
-shard is read once in an epoch, by one stream. Where a stream stands is two numbers, its `Place`; a stream that starts
-there opens no shard that is done, and skips what is done of the current one by its headers.
+All streams share one endless sequence of shards (seeding.EpochOrder). Of T streams, stream t reads shards t, t + T,
+t + 2T, ... of it, so that every shard is read once in an epoch, by one stream. A stream that starts at a
+`StreamPosition` opens no shard that is done, and skips what is done of the current one by its headers.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from lavis_evlgen.datasets.seeding import mix, permuted, seed_all, shuffled
+from lavis_evlgen.datasets.seeding import EpochOrder, mix, seed_all, shuffled
 from lavis_evlgen.datasets.shards.reader import ShardItem, read_shard
 from lavis_evlgen.media.errors import DataError, UnreadableImage
 from lavis_evlgen.media.file_checks import Unreadable
@@ -22,14 +21,17 @@ from lavis_evlgen.media.file_checks import Unreadable
 MOST_SHARDS, MOST_ITEMS = 64, 10_000
 
 
-class Place(NamedTuple):
+SHARD_ORDER = 2  # version of the order of shards and samples, in checkpoints; a position in another means other samples
+
+
+class StreamPosition(NamedTuple):
     """How many shards a stream has done, and how many items (usable or not) of the current one."""
 
     shards: int = 0
     items: int = 0
 
 
-START = Place()
+START = StreamPosition()
 
 
 class Bad(NamedTuple):
@@ -37,7 +39,7 @@ class Bad(NamedTuple):
 
     shard: str
     whole: bool
-    reason: str  # alike for alike troubles, so that they can be counted
+    reason: str  # the same text for the same kind of problem, so that it can be counted
     first: str  # the first such thing, in full
     count: int = 1
 
@@ -47,7 +49,7 @@ class Tally:
     """What one batch has used up of a shard set, beside its samples."""
 
     stream: int
-    place: Place = START  # of its stream after this batch
+    position: StreamPosition = START  # of its stream after this batch
     opened: int = 0  # shards begun
     met: int = 0  # samples, usable or not
     bad: dict[tuple, Bad] = field(default_factory=dict)
@@ -59,19 +61,18 @@ class Tally:
 
 
 class ShardStream:
-    """Stream `stream` of `streams` over `dataset` (see ImageShards), from `place` on."""
+    """Stream `stream` of `streams` over `dataset` (see ImageShards), from `position` on."""
 
-    def __init__(self, dataset, seed: int, stream: int, streams: int, place: Place = START):
+    def __init__(self, dataset, seed: int, stream: int, streams: int, position: StreamPosition = START):
         self.dataset, self.seed, self.stream, self.streams = dataset, seed, stream, streams
-        self.place = place
-        self._items = self._read(place)
+        self.position = position
+        self._order = EpochOrder(len(dataset.shards), seed)
+        self._items = self._read(position)
         self._opened = 0
 
     def shard(self, number: int) -> tuple[int, int]:
         """(epoch, index of the shard) of this stream's shard `number`."""
-        size = len(self.dataset.shards)
-        epoch, position = divmod(self.stream + number * self.streams, size)
-        return epoch, permuted(position, size, mix(self.seed, epoch))
+        return self._order[self.stream + number * self.streams]
 
     def take(self, count: int) -> tuple[list[dict], Tally]:
         """The next `count` samples, and what was met on the way. Raises DataError when nothing can be used.
@@ -79,20 +80,20 @@ class ShardStream:
         Python, numpy and torch are seeded for each sample and left so.
         """
         samples, tally, dry = [], Tally(self.stream), 0
-        last = self.place.shards  # that gave a sample
+        last = self.position.shards  # that gave a sample
         while len(samples) < count:
-            self.place, epoch, index, item = next(self._items)
-            if dry >= MOST_ITEMS or self.place.shards - last > MOST_SHARDS:
+            self.position, epoch, index, item = next(self._items)
+            if dry >= MOST_ITEMS or self.position.shards - last > MOST_SHARDS:
                 raise self._nothing_usable(tally, dry)
             try:
                 seed_all(mix(self.seed, epoch, index, item.index))
                 samples.append(self._sample(tally, index, item))
-                last, dry = self.place.shards, 0
+                last, dry = self.position.shards, 0
             except Unreadable as error:
                 dry += 1
                 whole = item.problem is not None
                 tally.add(self.dataset.shards[index], whole, error.path, error.reason)
-        tally.place, tally.opened, self._opened = self.place, self._opened, 0
+        tally.position, tally.opened, self._opened = self.position, self._opened, 0
         return samples, tally
 
     def _sample(self, tally: Tally, index: int, item: ShardItem) -> dict:
@@ -111,14 +112,14 @@ class ShardStream:
             f"{reasons.most_common(1)[0][0]}; such as {worst.first}"
         )
 
-    def _read(self, place: Place) -> Iterator[tuple[Place, int, int, ShardItem]]:
-        """(place after it, epoch, shard, item) of every item from `place` on, without end."""
-        number, done = place
+    def _read(self, position: StreamPosition) -> Iterator[tuple[StreamPosition, int, int, ShardItem]]:
+        """(position after it, epoch, shard, item) of every item from `position` on, without end."""
+        number, done = position
         while True:
             epoch, index = self.shard(number)
             self._opened += done == 0
-            for position, item in self._in_blocks(epoch, index, done):
-                yield Place(number, position + 1), epoch, index, item
+            for n, item in self._in_blocks(epoch, index, done):
+                yield StreamPosition(number, n + 1), epoch, index, item
             number, done = number + 1, 0
 
     def _in_blocks(self, epoch: int, index: int, done: int) -> Iterator[tuple[int, ShardItem]]:
@@ -126,7 +127,7 @@ class ShardStream:
         window = self.dataset.shuffle_window
         first = done - done % window  # of the block that `done` lies in, which is read again
         block: list[ShardItem] = []
-        for item in read_shard(self.dataset.shards[index], first, self.dataset.MEDIA):
+        for item in read_shard(self.dataset.shards[index], first, self.dataset.EXTENSIONS):
             block.append(item)
             if len(block) == window:
                 yield from self._shuffled(block, epoch, index, first, done)
