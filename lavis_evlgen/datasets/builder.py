@@ -46,13 +46,13 @@ class CaptionDatasetBuilder(BaseDatasetBuilder):
 
     def _processor(self, key: str, stage: str):
         config = (self.config.get(key) or {}).get(stage)
-        place = f"datasets.{self.NAME}.{key}.{stage}"
+        config_path = f"datasets.{self.NAME}.{key}.{stage}"
         if not config or not config.get("name"):
-            raise DataError(f"{place} is missing; name one, such as {place}.name={_USUAL[key, stage]}")
+            raise DataError(f"{config_path} is missing; name one, such as {config_path}.name={_USUAL[key, stage]}")
         found = registry.get_processor_class(config.name)
         if found is None:
             known = ", ".join(sorted(registry.list_processors()))
-            raise DataError(f"{place}.name={config.name} is no registered processor; known are: {known}")
+            raise DataError(f"{config_path}.name={config.name} is no registered processor; known are: {known}")
         return found.from_config(config)
 
 

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lavis_evlgen.datasets.reading import ReadableRows
+from lavis_evlgen.datasets.annotations.files import image_ids
+from lavis_evlgen.datasets.base import ReadableRows
 from lavis_evlgen.media.errors import DataError
 
 TEMPLATE = "Question: {} Short answer:"
@@ -39,19 +40,16 @@ class QuestionDataset(ReadableRows):
 
     A sample is a dict with `image` (3, H, W) float, `question` (through the text processor), `answer` (training:
     one of the human answers, drawn by Python's `random`, which the training loader seeds; else the most frequent),
-    `question_id`, `image_id`, `instance_id` (str, the row) and `bad` as in CaptionDataset. Subclasses say in
-    `_load(row)` how a picture is had.
+    `question_id`, `image_id`, `instance_id` (str, the row) and `bad` as in CaptionDataset. Subclasses
+    define `_load(row)`.
     """
 
     TEXT_KEYS = ("question", "answer", "question_id", "image_id", "instance_id")
 
     def __init__(self, name: str, split: str, items: Iterable[AskedImage], *, vis_processor=None, text_processor=None,
                  max_bad_fraction: float = 0.01, template: str = TEMPLATE):
-        super().__init__(vis_processor, text_processor)
-        if not 0 <= max_bad_fraction <= 1:
-            raise DataError(f"{name}: max_bad_fraction={max_bad_fraction} must lie between 0 and 1")
-        self.name, self.split, self.is_train = name, split, split == "train"
-        self.max_bad_fraction, self.template = float(max_bad_fraction), template
+        super().__init__(name, split, vis_processor, text_processor, max_bad_fraction)
+        self.template = template
         self.answers: dict[int | str, list[str]] = {}
         self.kinds: dict[int | str, str] = {}
         digest, images = hashlib.sha256(json.dumps([split]).encode()), set()
@@ -60,12 +58,9 @@ class QuestionDataset(ReadableRows):
             images.add(item.image_id)
             for question in item.questions:
                 self._add(item, question)
-        if not self.annotation:
-            raise DataError(f"{name}: the {split} split is empty")
-        self.num_images = len(images)
-        self.fingerprint = digest.hexdigest()
+        self.num_images, self.fingerprint = len(images), digest.hexdigest()
         self.description = f"{name} {split}: {self.num_images} images, {len(self)} questions"
-        self._add_instance_ids()
+        self._complete()
 
     def _add(self, item: AskedImage, question: Question):
         key = question.question_id
@@ -102,18 +97,10 @@ class QuestionDataset(ReadableRows):
 
 
 def group_by_image(path, questions: Iterable[tuple[str, int | str | None, Question]]) -> list[AskedImage]:
-    """One item per image, in file order, from (image, image id or None: its name, question).
-
-    Raises DataError where two ids name one image or one id two images.
-    """
+    """One item per image, in file order, from (image, image id or None: its name, question). Raises as image_ids."""
+    questions = list(questions)
+    ids = image_ids(path, ((image, image_id) for image, image_id, _ in questions))
     asked: dict[str, list[Question]] = {}
-    ids: dict[str, int | str] = {}
-    owner: dict[int | str, str] = {}
-    for image, image_id, question in questions:
+    for image, _, question in questions:
         asked.setdefault(image, []).append(question)
-        own_id = image if image_id is None else image_id
-        if ids.setdefault(image, own_id) != own_id:
-            raise DataError(f"{path} gives {image} two image ids: {ids[image]!r} and {own_id!r}")
-        if owner.setdefault(own_id, image) != image:
-            raise DataError(f"{path} gives the id {own_id!r} to two images: {owner[own_id]} and {image}")
     return [AskedImage(image, ids[image], tuple(own)) for image, own in asked.items()]

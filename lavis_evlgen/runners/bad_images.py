@@ -17,7 +17,7 @@ class TooManyBadImages(RuntimeError):
 
 def noun_of(dataset) -> str:
     """What its rows are about, for messages: images or videos."""
-    return getattr(dataset, "noun", "images")
+    return f"{getattr(dataset, 'media', 'image')}s"
 
 
 class BadImages:

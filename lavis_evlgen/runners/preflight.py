@@ -59,9 +59,9 @@ def check_files(name: str, dataset):
     missing = dataset.missing_files() if hasattr(dataset, "missing_files") else []
     if len(missing) > getattr(dataset, "max_bad_fraction", 0.0) * getattr(dataset, "num_images", len(dataset)):
         raise ConfigError(
-            f"{name} {dataset.split}: {len(missing)} of {dataset.num_images} {dataset.noun} are not there, more than "
+            f"{name} {dataset.split}: {len(missing)} of {dataset.num_images} {dataset.media}s are not there, more than "
             f"max_bad_fraction={dataset.max_bad_fraction:g} allows; the first is {missing[0]}. Check "
-            f"datasets.{name}.{dataset.noun}, or raise datasets.{name}.max_bad_fraction"
+            f"datasets.{name}.{dataset.media}s, or raise datasets.{name}.max_bad_fraction"
         )
 
 

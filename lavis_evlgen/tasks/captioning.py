@@ -88,7 +88,7 @@ class EvlgenCaptionTask(BaseTask):
             )
         if len(dataset.annotation) >= self.LEAST_PICTURES and not len(BlindPairs(dataset)):
             raise ConfigError(
-                f"{name}: all {len(dataset.annotation)} {dataset.noun} of {dataset.split} are of one source "
+                f"{name}: all {len(dataset.annotation)} {dataset.media}s of {dataset.split} are of one source "
                 f"({dataset.source_of(dataset.annotation[0])!r:.80}), so none can stand in for another in the blind "
                 "baseline: give the split more, or take it out of the run's splits"
             )

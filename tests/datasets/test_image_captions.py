@@ -10,7 +10,7 @@ from lavis.common.registry import registry
 from PIL import Image, ImageFile
 
 from lavis_evlgen.datasets import DataError, ImageCaptionsBuilder, UnreadableImage
-from lavis_evlgen.datasets.reading import MAX_TRIES
+from lavis_evlgen.datasets.base import MAX_TRIES
 from lavis_evlgen.media.images import decode_image, open_image
 from tests.datasets.helpers import ROWS, builder, coco, png_of, write_csv, write_json, write_pictures
 

@@ -180,7 +180,7 @@ def test_a_data_set_without_captions_is_refused_before_anything_runs():
 
 def test_a_data_set_of_one_source_is_refused_before_anything_runs():
     data = Pictures("a" * 8)
-    data.split, data.noun = "val", "videos"
+    data.split, data.media = "val", "video"
     with pytest.raises(ConfigError, match="mine: all 8 videos of val are of one source .'a'., so none can stand in"):
         task().check_dataset("mine", data)
     data.annotation[0]["source"] = "b"

@@ -7,7 +7,7 @@ recognised by what the file contains.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lavis_evlgen.datasets.annotations.files import (
     RowsFile,
@@ -15,11 +15,8 @@ from lavis_evlgen.datasets.annotations.files import (
     encodes,
     given_columns,
     has_words,
-    looks_like_json,
-    parse_json,
     quoted,
-    read_table,
-    read_text,
+    read_rows,
 )
 from lavis_evlgen.media.errors import DataError
 
@@ -38,48 +35,47 @@ class CaptionRow(NamedTuple):
 
 @dataclass
 class CaptionsFile(RowsFile):
-    """What a captions file holds; `rows` are CaptionRows. `thing`: image or video; `place`: the config's section."""
+    """What a captions file holds; `rows` are CaptionRows. `config_path`: of the data set's section."""
 
-    thing: str = "image"
-    place: str = "datasets.image_captions"
+    media: Literal["image", "video"] = "image"
+    config_path: str = "datasets.image_captions"
 
     def add(self, where: str, image, caption, image_id=None, split=None, source=None):
         """Keep the row, or say what is wrong with it."""
         if not isinstance(image, str) or not image.strip():
-            self.problems.append(f"{where}: no {self.thing} name")
+            self.problems.append(f"{where}: no {self.media} name")
         elif not has_words(caption):
             self.problems.append(f"{where}: no caption for {image}")
         elif not (encodes(caption) and encodes(image)):
             self.problems.append(f"{where}: half of a surrogate pair in its text")
         elif image_id is not None and not isinstance(image_id, (int, str)):
-            self.problems.append(f"{where}: the {self.thing} id of {image} is neither number nor text: {image_id!r}")
+            self.problems.append(f"{where}: the {self.media} id of {image} is neither number nor text: {image_id!r}")
         else:
             self.rows.append(CaptionRow(image.strip(), caption.strip(), image_id, split, source))
 
 
 def read_captions_file(
-    path, columns: dict[str, str] | None = None, thing: str = "image", place: str = "datasets.image_captions"
+    path, columns: dict[str, str] | None = None, media: str = "image", config_path: str = "datasets.image_captions"
 ) -> CaptionsFile:
-    """Parse `path`. `columns` says where tables use other names than image (or `thing`), caption, image_id and split.
+    """Parse `path`. `columns` says where tables use other names than image (or `media`), caption, image_id and split.
 
-    `place` is the config's section, for errors. Rows that cannot be used are listed in `.problems`. Raises DataError
-    where the whole file cannot be used.
+    `config_path` is that of the data set's section, for errors. Rows that cannot be used are listed in `.problems`.
+    Raises DataError where the whole file cannot be used.
     """
-    found = CaptionsFile(str(path), "", thing=thing, place=place)
-    columns = given_columns(columns, (thing, "caption", *_OPTIONAL))
-    text = read_text(path, "captions file")
-    if not looks_like_json(text):
-        _read_table(found, text, columns)
-        return found
-    whole = {"images", "annotations", "videos", "info"}
-    content = parse_json(path, text, whole=lambda content: bool(whole & set(content)))
-    if isinstance(content, dict):
+    found = CaptionsFile(str(path), "", media=media, config_path=config_path)
+    columns = given_columns(columns, (media, "caption", *_OPTIONAL))
+    fields = {"images", "annotations", "videos", "info"}  # of a benchmark's file
+    table = read_rows(path, "captions file", is_file=lambda content: bool(fields & set(content)))
+    if isinstance(table, dict):
         if columns:
             raise DataError(f"{path} is a file of one of the benchmarks, whose fields are fixed; drop `columns`")
-        _read_json_object(found, content)
-    else:
-        found.format, unit = ("LAVIS JSON", "row") if text.lstrip()[0] == "[" else ("JSONL", "line")
-        _read_records(found, ((f"{unit} {n}", record) for n, record in content), columns)
+        _read_json_object(found, table)
+        return found
+    found.format = table.format
+    if table.header:
+        _check_columns(found, table.header, columns)
+    _read_records(found, table.records, columns)
+    found.problems[:0] = table.problems
     return found
 
 
@@ -90,11 +86,11 @@ def _read_json_object(found: CaptionsFile, content: dict):
             return _read_coco(found, images, content["annotations"])
         if "sentences" in images[0]:
             return _read_karpathy(found, images)
-    if found.thing == "video" and isinstance(videos, list) and isinstance(content.get("sentences"), list):
+    if found.media == "video" and isinstance(videos, list) and isinstance(content.get("sentences"), list):
         return _read_msrvtt(found, videos, content["sentences"])
     raise DataError(
         f"{found.path} is a JSON object with {quoted(content)}; expected COCO captions (images, annotations) or a "
-        "Karpathy file (images with sentences)" + " or MSR-VTT's (videos, sentences)" * (found.thing == "video")
+        "Karpathy file (images with sentences)" + " or MSR-VTT's (videos, sentences)" * (found.media == "video")
     )
 
 
@@ -126,7 +122,7 @@ def _read_coco(found: CaptionsFile, images: list[dict], annotations: list[dict])
         else:
             found.add(f"annotation {number}", names[image_id], row.get("caption"), image_id)
     if bare := len(names) - len({row.image_id for row in found.rows}):
-        found.notes.append(f"{bare} {found.thing}s have no caption and are not used")
+        found.notes.append(f"{bare} {found.media}s have no caption and are not used")
 
 
 def _read_karpathy(found: CaptionsFile, images: list[dict]):
@@ -159,30 +155,22 @@ def _text_or_none(value) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _read_table(found: CaptionsFile, text: str, columns: dict):
-    table = read_table(found.path, text)
-    found.format = table.format
-    _check_columns(found, table.header, columns)
-    _read_records(found, table.records, columns)
-    found.problems[:0] = table.problems
-
-
 def _read_records(found: CaptionsFile, records: Iterable[tuple[str, dict]], columns: dict):
     """Rows as dicts, from a table, a list or lines; `caption` may be a list of captions."""
     seen: dict = {}
-    name = {column: columns.get(column, column) for column in (found.thing, "caption", *_OPTIONAL)}
+    name = {column: columns.get(column, column) for column in (found.media, "caption", *_OPTIONAL)}
     for where, record in found.dicts(records, seen):
         captions = record.get(name["caption"])
         captions = captions if isinstance(captions, list) and captions else [captions]
         for caption in captions:
             optional = (record.get(name[column]) for column in _OPTIONAL)
-            found.add(where, record.get(name[found.thing]), caption, *(None if x == "" else x for x in optional))
+            found.add(where, record.get(name[found.media]), caption, *(None if x == "" else x for x in optional))
     if seen:
         _check_columns(found, seen, columns)
 
 
 def _check_columns(found: CaptionsFile, header: Iterable[str], columns: dict):
-    for column in (found.thing, "caption", *_OPTIONAL):
+    for column in (found.media, "caption", *_OPTIONAL):
         wanted = columns.get(column, column)
         if column not in _OPTIONAL or column in columns:
-            check_column(found.path, header, column, wanted, f"{found.thing} and caption", found.place)
+            check_column(found.path, header, column, wanted, f"{found.media} and caption", found.config_path)

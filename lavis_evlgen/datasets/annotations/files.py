@@ -8,11 +8,11 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lavis_evlgen.datasets.annotations.swallowed_rows import swallowed_row
 from lavis_evlgen.media.errors import DataError
 
 WHERE_FROM = "docs/evaluation.md says where the files of public benchmarks come from"
@@ -21,11 +21,11 @@ _MOST_LINES = 10  # of one row of a table; more is a quote that was not meant
 
 @dataclass
 class Table:
-    """`records`: (where, row as a dict); `problems`: one line for each row that is none."""
+    """`header`: [] of JSON; `records`: (where, row); `problems`: one line for each record that is no row."""
 
     format: str
     header: list[str]
-    records: list[tuple[str, dict]] = field(default_factory=list)
+    records: list[tuple[str, Any]] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
 
@@ -43,7 +43,7 @@ def encodes(text: str) -> bool:
     return True
 
 
-def read_text(path, what: str) -> str:
+def _read_text(path, what: str) -> str:
     """The text of a UTF-8 file; `what` it is, for the errors. Raises DataError, also for an empty file and for HTML."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -63,14 +63,10 @@ def read_text(path, what: str) -> str:
     return text
 
 
-def looks_like_json(text: str) -> bool:
-    return text.lstrip()[0] in "[{"
-
-
-def parse_json(path, text: str, whole: Callable[[dict], bool]):
+def _parse_json(path, text: str, is_file: Callable[[dict], bool]):
     """A list of (number, row) from a JSON list or from JSON lines, or a dict that is a file and not a row.
 
-    `whole` says of a dict on a single line that it is a whole file. Raises DataError.
+    `is_file` says of a dict on a single line that it is a whole file. Raises DataError.
     """
     try:
         content = json.loads(text)
@@ -80,7 +76,7 @@ def parse_json(path, text: str, whole: Callable[[dict], bool]):
         if error.msg != "Extra data":  # a second value after the first one: JSON lines
             raise DataError(f"{path} is not valid JSON, line {error.lineno}: {error.msg}") from None
     else:
-        one_row = isinstance(content, dict) and not whole(content)
+        one_row = isinstance(content, dict) and not is_file(content)
         if not one_row or "\n" in text.strip():
             return list(enumerate(content, 1)) if isinstance(content, list) else content
     rows = []
@@ -96,7 +92,22 @@ def parse_json(path, text: str, whole: Callable[[dict], bool]):
     return rows
 
 
-def read_table(path, text: str) -> Table:
+def read_rows(path, what: str, is_file: Callable[[dict], bool]) -> Table | dict:
+    """The rows of a table, a JSON list or JSON lines; or the JSON object that the whole file is.
+
+    `what`: what the file is, for errors; `is_file`: whether a JSON object is a whole file, not a row. Raises DataError.
+    """
+    text = _read_text(path, what)
+    if text.lstrip()[0] not in "[{":
+        return _read_table(path, text)
+    content = _parse_json(path, text, is_file)
+    if isinstance(content, dict):
+        return content
+    format, unit = ("LAVIS JSON", "row") if text.lstrip()[0] == "[" else ("JSONL", "line")
+    return Table(format, [], [(f"{unit} {number}", row) for number, row in content])
+
+
+def _read_table(path, text: str) -> Table:
     """A table with a header, delimited by tabs, bars, semicolons or commas. Raises DataError."""
     first_line = text.lstrip().partition("\n")[0]
     delimiter = next((mark for mark in "\t|;" if mark in first_line), ",")
@@ -116,7 +127,7 @@ def read_table(path, text: str) -> Table:
                     'take the lines between into one caption; close it, or double the quote marks of the text ("")'
                 )
             first, last = last + 1, reader.line_num
-            if last > first and (line := swallowed_row(cells, delimiter)):
+            if last > first and (line := _swallowed_row(cells, delimiter)):
                 problems.append(
                     f"lines {first} to {last}: a quote takes what looks like another row into one field, {line!r:.60}; "
                     'close it, or double the quote marks of the text ("")'
@@ -127,9 +138,40 @@ def read_table(path, text: str) -> Table:
             elif cells:
                 problems.append(f"{where}: {len(cells)} fields, but the header has {len(header)}")
     except csv.Error as error:
-        place = f"{path} line {last + 1}" + (f" to {reader.line_num}" if reader.line_num > last + 1 else "")
-        raise DataError(f"{place} is not valid CSV: {error}; look for quote marks that are not closed") from None
+        lines = f"{path} line {last + 1}" + (f" to {reader.line_num}" if reader.line_num > last + 1 else "")
+        raise DataError(f"{lines} is not valid CSV: {error}; look for quote marks that are not closed") from None
     return Table("TSV" if delimiter == "\t" else "CSV", header, records, problems)
+
+
+def _swallowed_row(cells: list[str], delimiter: str) -> str | None:
+    """The first line inside a field of this row that looks like another row's; None where all is the field's text.
+
+    As a quote takes it in: `a.jpg,"a dog` and, a line or two below, `c.jpg,a bird"`. A caption may span lines, too: a
+    line is another row if one of its fields looks like this row's image name, where a row would have it.
+    """
+    for column, cell in enumerate(cells):
+        lines = [line for line in cell.splitlines() if line.strip()]
+        if len(lines) < 2:
+            continue
+        parts = [line.split(delimiter) for line in lines]
+        # the first line begins in this column and ends the row; the last begins a row and ends in this column
+        whole = [len(cells)] * (len(lines) - 2)
+        shaped = [len(part) for part in parts] == [len(cells) - column, *whole, column + 1]
+        for number, (line, fields) in enumerate(zip(lines, parts, strict=True)):
+            first = 0 if number else column
+            pairs = [(field, cells[first + n]) for n, field in enumerate(fields[: len(cells) - first])
+                     if first + n != column]  # fmt: skip
+            if any(_alike(field.strip(' "'), other.strip(), shaped) for field, other in pairs):
+                return line
+    return None
+
+
+def _alike(field: str, other: str, shaped: bool) -> bool:
+    """Whether both are names of files of one kind; without endings, in lines shaped like rows, both single words."""
+    ending = re.search(r"\.\w{1,5}$", other)
+    if ending:
+        return field.lower().endswith(ending[0].lower())
+    return shaped and bool(field) and not re.search(r"\s", field + other) and field.isdigit() == other.isdigit()
 
 
 def given_columns(columns: dict[str, str] | None, known: tuple[str, ...]) -> dict[str, str]:
@@ -140,10 +182,10 @@ def given_columns(columns: dict[str, str] | None, known: tuple[str, ...]) -> dic
     return columns
 
 
-def report_problems(path, found, max_bad_fraction: float, place: str):
+def report_problems(path, found, max_bad_fraction: float, config_path: str):
     """Log the notes and problems of a file that was read (`found`: rows, problems, notes).
 
-    Raises DataError where more than `max_bad_fraction` of its rows cannot be used; `place` is the config's section.
+    Raises DataError where more than `max_bad_fraction` of its rows cannot be used. `config_path`: of the section.
     """
     for note in found.notes:
         logging.info("%s: %s", path, note)
@@ -152,7 +194,7 @@ def report_problems(path, found, max_bad_fraction: float, place: str):
         first = "; ".join(found.problems[:3])
         words = f"{len(found.problems)} of {total} rows of {path} cannot be used, such as {first}"
         if len(found.problems) > max_bad_fraction * total:
-            raise DataError(f"{words}. Mend them, or raise {place}.max_bad_fraction={max_bad_fraction}")
+            raise DataError(f"{words}. Fix them, or raise {config_path}.max_bad_fraction={max_bad_fraction}")
         logging.warning(words)
 
 
@@ -186,10 +228,26 @@ class RowsFile:
                 self.problems.append(f"{where}: not a row but {record!r:.40}")
 
 
-def check_column(path, header: Iterable[str], column: str, wanted: str, needed: str, place: str):
+def check_column(path, header: Iterable[str], column: str, wanted: str, needed: str, config_path: str):
     """Raises DataError when the header lacks `wanted`, which holds `column`; needed: all that a row must have."""
     if wanted not in header:
         raise DataError(
             f"{path} has no column {wanted!r}; its columns are {quoted(header)}. Needed are {needed}: set "
-            f"{place}.columns.{column}=NAME to the one that holds the {column.replace('_', ' ')}"
+            f"{config_path}.columns.{column}=NAME to the one that holds the {column.replace('_', ' ')}"
         )
+
+
+def image_ids(path, named: Iterable[tuple[str, int | str | None]]) -> dict[str, int | str]:
+    """The id of each image, in file order, from (image, id or None: its name).
+
+    Raises DataError where two ids name one image or one id two images.
+    """
+    ids: dict[str, int | str] = {}
+    owner: dict[int | str, str] = {}
+    for image, image_id in named:
+        image_id = image if image_id is None else image_id
+        if ids.setdefault(image, image_id) != image_id:
+            raise DataError(f"{path} gives {image} two image ids: {ids[image]!r} and {image_id!r}")
+        if owner.setdefault(image_id, image) != image:
+            raise DataError(f"{path} gives the id {image_id!r} to two images: {owner[image_id]} and {image}")
+    return ids

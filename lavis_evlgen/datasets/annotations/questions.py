@@ -7,18 +7,15 @@ file contains.
 
 import sys
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lavis_evlgen.datasets.annotations.files import (
     RowsFile,
     check_column,
     encodes,
     given_columns,
-    looks_like_json,
-    parse_json,
     quoted,
-    read_table,
-    read_text,
+    read_rows,
 )
 from lavis_evlgen.datasets.questions import Question
 from lavis_evlgen.media.errors import DataError
@@ -78,25 +75,19 @@ def read_questions_file(
     `.problems`. Raises DataError where the whole file cannot be used.
     """
     columns = given_columns(columns, COLUMNS)
-    text = read_text(path, "questions file")
-    content = None
-    if looks_like_json(text):
-        content = parse_json(path, text, whole=_is_official)
-    if isinstance(content, dict):
+    table = read_rows(path, "questions file", is_file=_is_official)
+    if isinstance(table, dict):
         if columns:
             raise DataError(f"{path} is an official VQA or GQA file, whose fields are fixed; drop `columns`")
-        return _read_official(path, content, annotations, image_name)
+        return _read_official(path, table, annotations, image_name)
     for key, value in (("a second (annotations) file", annotations), ("image_name", image_name)):
         if value:
             raise DataError(f"{path} holds its answers and image names itself; drop {key}: {value}")
-    if content is None:
-        table = read_table(path, text)
+    if table.header:
         _check_columns(path, table.header, columns)
-        found = _read_records(path, table.format, table.records, columns)
-        found.problems[:0] = table.problems
-        return found
-    kind, unit = ("LAVIS JSON", "row") if text.lstrip()[0] == "[" else ("JSONL", "line")
-    return _read_records(path, kind, ((f"{unit} {n}", record) for n, record in content), columns)
+    found = _read_records(path, table.format, table.records, columns)
+    found.problems[:0] = table.problems
+    return found
 
 
 def _is_official(content: dict) -> bool:
@@ -124,7 +115,7 @@ def _read_vqa(path, content: dict, annotations, image_name: str | None) -> Quest
             f"{path} holds questions without answers; give the annotations file too: [QUESTIONS, ANNOTATIONS], such as "
             "[v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json]"
         )
-    given = parse_json(annotations, read_text(annotations, "annotations file"), whole=_is_official)
+    given = read_rows(annotations, "annotations file", is_file=_is_official)
     if not isinstance(given, dict) or not isinstance(given.get("annotations"), list):
         raise DataError(f"{annotations} has no list `annotations`: it is not an annotations file of VQA")
     subset = str(content.get("data_subtype", "")).replace("test-dev", "test")
@@ -164,7 +155,7 @@ def _image_name(path, pattern: str, image_id) -> str:
         raise DataError(f"image_name={pattern} does not fit the image id {image_id!r} of {path} ({error})") from None
 
 
-def _read_records(path, kind: str, records: Iterable[tuple[str, dict]], columns: dict) -> QuestionsFile:
+def _read_records(path, kind: str, records: list[tuple[str, Any]], columns: dict) -> QuestionsFile:
     """Rows as dicts, from a table, a list or lines; the answer may be a list of answers, and be named `answers`."""
     found, seen = QuestionsFile(str(path), kind), {}
     name = {column: columns.get(column, column) for column in COLUMNS}

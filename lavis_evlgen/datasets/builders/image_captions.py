@@ -1,10 +1,12 @@
 """`image_captions`: a folder of pictures and a captions file, or one captions file per split."""
 
+from typing import Literal
+
 from lavis.common.registry import registry
 
 from lavis_evlgen.datasets.annotations import splits
 from lavis_evlgen.datasets.annotations.captions import CaptionRow, read_captions_file
-from lavis_evlgen.datasets.annotations.files import report_problems
+from lavis_evlgen.datasets.annotations.files import image_ids, report_problems
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
 from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLIT_COUNTS, SPLITS, CaptionDatasetBuilder
 from lavis_evlgen.datasets.builders.image_folder import ImageFolder, data_folder
@@ -24,7 +26,7 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
     """Builds splits of captioned image files; relative paths start at the current folder."""
 
     NAME = "image_captions"
-    THING = "image"  # what a row is about: its column in tables, and, as a plural, the key of the folder
+    media: Literal["image", "video"] = "image"  # its column in tables, and, as a plural, the key of the folder
     train_dataset_cls = eval_dataset_cls = ImageCaptionDataset
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_captions.yaml")}
     TEXTS = (*CaptionDatasetBuilder.TEXTS, "images", "captions")
@@ -41,13 +43,13 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
     }
 
     @property
-    def place(self) -> str:
+    def config_path(self) -> str:
         """The config's section."""
         return f"datasets.{self.NAME}"
 
     def build(self) -> dict[str, CaptionDataset]:
-        key = f"{self.THING}s"
-        folder = data_folder(self.config.get(key), self.place, key)
+        key = f"{self.media}s"
+        folder = data_folder(self.config.get(key), self.config_path, key)
         datasets = {}
         for split, items in self._items_by_split().items():
             datasets[split] = self.train_dataset_cls(
@@ -60,43 +62,35 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
         captions, annotations = self.config.get("captions"), self.config.get("annotations")
         if bool(captions) == bool(annotations):
             raise DataError(
-                f"{self.place} has {'both' if captions else 'neither'} of `captions` (one file, "
+                f"{self.config_path} has {'both' if captions else 'neither'} of `captions` (one file, "
                 "with `split`) and `annotations` (a file per split); give one of the two"
             )
         if captions:
-            return split_items(captions, self._read(captions), self.config.get("split"), self.place)
-        splits.check_split_names(f"{self.place}.annotations", annotations)
+            return split_items(captions, self._read(captions), self.config.get("split"), self.config_path)
+        splits.check_split_names(f"{self.config_path}.annotations", annotations)
         found = {split: group_by_image(annotations[split], self._read(annotations[split]))
                  for split in SPLITS if annotations.get(split)}
         splits.report_shared_images(found)
         return found
 
     def _read(self, path: str) -> list[CaptionRow]:
-        found = read_captions_file(path, self.config.get("columns"), self.THING, self.place)
-        report_problems(path, found, self.config.max_bad_fraction, self.place)
+        found = read_captions_file(path, self.config.get("columns"), self.media, self.config_path)
+        report_problems(path, found, self.config.max_bad_fraction, self.config_path)
         return found.rows
 
 
 def group_by_image(path: str, rows: list[CaptionRow]) -> list[CaptionedImage]:
-    """One item per image, in file order. The id is the file's, or else the image name. Raises DataError where
-    two ids name one image or one id two images."""
+    """One item per image, in file order. The id is the file's, or else the image name. Raises as image_ids."""
+    ids = image_ids(path, ((row.image, row.image_id) for row in rows))
     captions: dict[str, list[str]] = {}
-    ids: dict[str, int | str] = {}
     for row in rows:
         captions.setdefault(row.image, []).append(row.caption)
-        own_id = row.image if row.image_id is None else row.image_id
-        if ids.setdefault(row.image, own_id) != own_id:
-            raise DataError(f"{path} gives {row.image} two image ids: {ids[row.image]!r} and {own_id!r}")
-    owner: dict[int | str, str] = {}
-    for image, image_id in ids.items():
-        if owner.setdefault(image_id, image) != image:
-            raise DataError(f"{path} gives the id {image_id!r} to two images: {owner[image_id]} and {image}")
     sources = {row.image: row.source for row in rows}
     return [CaptionedImage(image, ids[image], tuple(texts), sources[image]) for image, texts in captions.items()]
 
 
 def split_items(
-    path: str, rows: list[CaptionRow], split, place: str = "datasets.image_captions"
+    path: str, rows: list[CaptionRow], split, config_path: str = "datasets.image_captions"
 ) -> dict[str, list[CaptionedImage]]:
     """The images of each split that has any. `split`: counts {train: N, …}, or "from_file"."""
-    return splits.split_items(path, place, rows, group_by_image(path, rows), split)
+    return splits.split_items(path, config_path, rows, group_by_image(path, rows), split)

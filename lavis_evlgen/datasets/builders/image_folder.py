@@ -48,14 +48,14 @@ def _file_names(folder: str) -> set[str]:
         raise DataError(f"the images folder {folder} cannot be read ({error.strerror}); see its permissions") from None
 
 
-def data_folder(folder, place: str, key: str = "images") -> str:
-    """`folder`, the value of `key` in the config's section `place`. Raises DataError where it is no folder."""
+def data_folder(folder, config_path: str, key: str = "images") -> str:
+    """`folder`, the value of `key` in the config's section `config_path`. Raises DataError where it is no folder."""
     if not folder:
-        raise DataError(f"the {key} folder is not given; set {place}.{key}=FOLDER")
+        raise DataError(f"the {key} folder is not given; set {config_path}.{key}=FOLDER")
     try:
         is_folder = Path(folder).is_dir()
     except OSError as error:  # no right to look, or a name that cannot be one
-        raise DataError(f"{place}.{key}={str(folder)[:300]} cannot be read ({error.strerror})") from None
+        raise DataError(f"{config_path}.{key}={str(folder)[:300]} cannot be read ({error.strerror})") from None
     if not is_folder:
-        raise DataError(f"{place}.{key}={folder} is not a folder here ({Path.cwd()}); {WHERE_FROM}")
+        raise DataError(f"{config_path}.{key}={folder} is not a folder here ({Path.cwd()}); {WHERE_FROM}")
     return str(folder)

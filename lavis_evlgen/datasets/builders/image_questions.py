@@ -34,12 +34,12 @@ class QuestionsBuilder(CaptionDatasetBuilder):
 
     def make(self, found: dict[str, list[AskedImage]], folder: str) -> dict[str, ImageQuestionDataset]:
         """The data sets of the splits found, cut to `pictures`."""
-        place = f"datasets.{self.NAME}.pictures"
+        config_path = f"datasets.{self.NAME}.pictures"
         wanted = self.config.get("pictures") or {}
-        splits.check_split_names(place, wanted)
+        splits.check_split_names(config_path, wanted)
         return {
             split: ImageQuestionDataset(
-                self.NAME, split, splits.spread(items, wanted.get(split), f"{place}.{split}"), images=folder,
+                self.NAME, split, splits.spread(items, wanted.get(split), f"{config_path}.{split}"), images=folder,
                 max_bad_fraction=self.config.max_bad_fraction, **self.processors(split),
             )
             for split, items in found.items()
@@ -51,7 +51,7 @@ class ImageQuestionsBuilder(QuestionsBuilder):
     """Builds splits of questions about image files; relative paths start at the current folder."""
 
     NAME = "image_questions"
-    PLACE = "datasets.image_questions"
+    config_path = "datasets.image_questions"
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_questions.yaml")}
     TEXTS = (*QuestionsBuilder.TEXTS, "images", "questions", "image_name")
     CHOICES = {"split": ("from_file",)}
@@ -76,20 +76,20 @@ class ImageQuestionsBuilder(QuestionsBuilder):
     }
 
     def build(self) -> dict[str, ImageQuestionDataset]:
-        folder = data_folder(self.config.get("images"), self.PLACE)
+        folder = data_folder(self.config.get("images"), self.config_path)
         return self.make(self._items_by_split(), folder)
 
     def _items_by_split(self) -> dict[str, list[AskedImage]]:
         questions, annotations = self.config.get("questions"), self.config.get("annotations")
         if bool(questions) == bool(annotations):
             raise DataError(
-                f"{self.PLACE} has {'both' if questions else 'neither'} of `questions` (one file, with `split`) and "
-                "`annotations` (a file per split); give one of the two"
+                f"{self.config_path} has {'both' if questions else 'neither'} of `questions` (one file, with `split`) "
+                "and `annotations` (a file per split); give one of the two"
             )
         if questions:
             rows, split = self._read([questions]), self.config.get("split")
-            return splits.split_items(questions, self.PLACE, rows, _grouped(questions, rows), split)
-        splits.check_split_names(f"{self.PLACE}.annotations", annotations)
+            return splits.split_items(questions, self.config_path, rows, _grouped(questions, rows), split)
+        splits.check_split_names(f"{self.config_path}.annotations", annotations)
         found = {}
         for split in SPLITS:
             if files := annotations.get(split):
@@ -100,10 +100,11 @@ class ImageQuestionsBuilder(QuestionsBuilder):
 
     def _read(self, files: list[str]) -> list[QuestionRow]:
         if len(files) > 2:
-            raise DataError(f"{self.PLACE}.annotations: {files} are too many; give FILE or [QUESTIONS, ANNOTATIONS]")
+            words = f"{self.config_path}.annotations: {files} are too many"
+            raise DataError(f"{words}; give FILE or [QUESTIONS, ANNOTATIONS]")
         answers = files[1] if len(files) == 2 else None
         found = read_questions_file(files[0], answers, self.config.get("columns"), self.config.get("image_name"))
-        report_problems(files[0], found, self.config.max_bad_fraction, self.PLACE)
+        report_problems(files[0], found, self.config.max_bad_fraction, self.config_path)
         return found.rows
 
 

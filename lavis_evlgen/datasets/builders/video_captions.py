@@ -9,14 +9,7 @@ from lavis.common.registry import registry
 from PIL import Image
 
 from lavis_evlgen.datasets.annotations.captions import CaptionRow, CaptionsFile
-from lavis_evlgen.datasets.annotations.files import (
-    looks_like_json,
-    parse_json,
-    quoted,
-    read_table,
-    read_text,
-    report_problems,
-)
+from lavis_evlgen.datasets.annotations.files import Table, quoted, read_rows, report_problems
 from lavis_evlgen.datasets.base import CaptionDataset
 from lavis_evlgen.datasets.builder import CONFIG_FOLDER
 from lavis_evlgen.datasets.builders.image_captions import ImageCaptionsBuilder
@@ -36,7 +29,7 @@ class Clips:
     A sample is that of CaptionDataset, with `image` (3, T, H, W).
     """
 
-    noun = "videos"
+    media = "video"
 
     def clip(self, index: int):
         """The clip of row `index`, opened (see lavis_evlgen/media/video.py). Raises UnreadableVideo."""
@@ -76,7 +69,7 @@ class VideoCaptionsBuilder(ImageCaptionsBuilder):
     Types `msrvtt` and `msvd` look where LAVIS keeps these data sets, below data/.
     """
 
-    NAME, THING = "video_captions", "video"
+    NAME, media = "video_captions", "video"
     train_dataset_cls = eval_dataset_cls = VideoCaptionDataset
     DATASET_CONFIG_DICT = {
         "default": str(CONFIG_FOLDER / "video_captions.yaml"),
@@ -110,24 +103,21 @@ class WebvidBuilder(VideoCaptionsBuilder):
     }
 
     def _read(self, path: str) -> list[CaptionRow]:
-        found = read_webvid_file(path, self.place)
-        report_problems(path, found, self.config.max_bad_fraction, self.place)
+        found = read_webvid_file(path, self.config_path)
+        report_problems(path, found, self.config.max_bad_fraction, self.config_path)
         return found.rows
 
 
-def read_webvid_file(path, place: str) -> CaptionsFile:
+def read_webvid_file(path, config_path: str) -> CaptionsFile:
     """WebVid's rows; a clip's file is page_dir/videoid.mp4 (videoid.mp4 where page_dir is empty). Raises DataError."""
-    found, text = CaptionsFile(str(path), "WebVid", thing="video", place=place), read_text(path, "WebVid table")
-    if looks_like_json(text):
-        content = parse_json(path, text, whole=lambda content: False)
-        content = [(1, content)] if isinstance(content, dict) else content
-        records: Iterable = ((f"row {number}", row) for number, row in content)
-    else:
-        table = read_table(path, text)
-        records, found.problems = table.records, table.problems
-        _check_webvid(found, table.header)
+    found = CaptionsFile(str(path), "WebVid", media="video", config_path=config_path)
+    table = read_rows(path, "WebVid table", is_file=lambda content: False)
+    if isinstance(table, dict):  # a single row
+        table = Table("", [], [("row 1", table)])
+    found.problems = table.problems
+    _check_webvid(found, table.header)
     seen: dict = {}
-    for where, row in found.dicts(records, seen):
+    for where, row in found.dicts(table.records, seen):
         number, folder = row.get("videoid"), row.get("page_dir")
         name = f"{number}.mp4" if number not in (None, "") else ""
         found.add(where, f"{folder}/{name}" if name and folder else name, row.get("name"), str(number))
