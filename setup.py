@@ -25,6 +25,7 @@ INSTALL = [
     "braceexpand>=0.1.7",
     "pillow>=10",
     "safetensors>=0.4",
+    "huggingface-hub>=0.24",
     "sentencepiece>=0.2",
     "pycocoevalcap>=1.2",
     "tensorboard>=2.16",

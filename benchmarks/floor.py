@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.reporting.run_card import provenance, write_run_card
+from lavis_evlgen.reporting.provenance import provenance
+from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.tools.cost.estimate import HARDWARE
 from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, backward, without_weights
 

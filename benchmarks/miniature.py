@@ -21,7 +21,8 @@ from miniature_tables import write_page
 from PIL import Image
 from training_runs import ROOT, scores, threads_of, together, train, training_seconds
 
-from lavis_evlgen.reporting.run_card import provenance, write_run_card
+from lavis_evlgen.reporting.provenance import provenance
+from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.tools.compare import read_runs
 
 CONFIG, STAGE1 = "projects/evlgen/flickr8k_mini.yaml", "projects/blip2/flickr8k_stage1.yaml"

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from result_pages import put_between, spread
 from training_runs import ROOT, log_of, scores, threads_of, together, train, training_seconds
 
-from lavis_evlgen.reporting.run_card import provenance, write_run_card
+from lavis_evlgen.reporting.provenance import provenance
+from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.tools.compare import duration
 from lavis_evlgen.tools.tables import markdown
 

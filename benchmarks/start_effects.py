@@ -13,7 +13,8 @@ from pathlib import Path
 
 from training_runs import ROOT, log_of, scores, train
 
-from lavis_evlgen.reporting.run_card import provenance, write_run_card
+from lavis_evlgen.reporting.provenance import provenance
+from lavis_evlgen.reporting.run_card import write_run_card
 
 ONE_RATE = [f"model.lr_scale.{part}=1" for part in ("ln_vision", "input_proj", "connector", "llm_proj")]
 RELEASED = ["model.prompt_scale=released", "model.bos=after", *ONE_RATE]

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from lavis_evlgen.reporting.run_card import provenance, write_run_card
+from lavis_evlgen.reporting.provenance import provenance
+from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.tools.cost.step_memory import Alive
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from lavis_evlgen.reporting.run_card import plain, read_json_lines
+from lavis_evlgen.reporting.json_lines import read_json_lines
+from lavis_evlgen.reporting.run_card import plain
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -19,7 +19,8 @@ from pathlib import Path
 from training_runs import ROOT, scores, threads_of, together, train, training_seconds, with_other_seeds
 from video_tables import PAGE, write_page
 
-from lavis_evlgen.reporting.run_card import provenance, write_run_card
+from lavis_evlgen.reporting.provenance import provenance
+from lavis_evlgen.reporting.run_card import write_run_card
 
 IMAGE, VIDEO = "projects/evlgen/quickstart.yaml", "projects/evlgen_video/moving_scenes.yaml"
 

@@ -1,1 +1,1 @@
-"""What a run leaves for people: run cards, plots."""
+"""What a run leaves for people: run cards, logs, plots."""

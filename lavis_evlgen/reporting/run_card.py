@@ -1,13 +1,9 @@
-"""Run cards: one JSON file that says what was measured, on what, with what; and the log lines beside it."""
+"""Run cards: one JSON file that says what was measured, on what, with what."""
 
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +11,8 @@ from typing import Any
 import numpy as np
 
 from lavis_evlgen.media.file_checks import writing
+from lavis_evlgen.reporting.provenance import provenance
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-_DISTRIBUTIONS = ("torch", "transformers", "salesforce-lavis", "lavis-evlgen", "numpy")
 _DATA_KEYS = ("name", "split", "size", "fingerprint")
 
 
@@ -57,12 +52,6 @@ def run_card(
     return plain({**card, **extra})
 
 
-def provenance() -> dict[str, Any]:
-    """What every figure is kept with: versions, commit, hardware and date (UTC)."""
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    return {"versions": versions(), "commit": commit(), "hardware": hardware(), "date": now}
-
-
 def write_run_card(path: str | os.PathLike, card: Mapping) -> Path:
     """Write `card` as sorted JSON under `path`, whole or not at all (temporary file, then rename)."""
     path = Path(path)
@@ -78,23 +67,6 @@ def write_run_card(path: str | os.PathLike, card: Mapping) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return path
-
-
-def read_json_lines(file: Path) -> list[dict]:
-    """The rows of a .jsonl file that a run appends to; a last line that a crash cut short is left out."""
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines[:-1]]
-    try:
-        return rows + [json.loads(line) for line in lines[-1:]]
-    except json.JSONDecodeError:
-        return rows
-
-
-def drop_rows_after(file: Path, step: int):
-    """Forget the rows of a .jsonl file after `step`: a resumed run makes them again (0: all, of an earlier run)."""
-    if file.exists():
-        kept = [row for row in read_json_lines(file) if row["step"] <= step]
-        file.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
 
 def plain(value: Any) -> Any:
@@ -132,63 +104,3 @@ def _omegaconf(value: Any) -> Any:
         return OmegaConf.to_container(value, resolve=True)
     except OmegaConfBaseException:  # an interpolation to nowhere: keep it as it was written
         return OmegaConf.to_container(value, resolve=False)
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of Python, of the packages a score depends on, and of the CUDA that torch was built for."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    try:
-        import torch
-
-        found["cuda"] = torch.version.cuda
-    except ImportError:
-        found["cuda"] = None
-    return found
-
-
-def hardware() -> dict[str, Any]:
-    """Processor count and architecture, and the GPU's name and count (None and 0 without one)."""
-    found: dict[str, Any] = {"cpu_count": os.cpu_count(), "machine": platform.machine()}
-    found.update(gpu=None, gpu_count=0)
-    try:
-        import torch
-
-        if torch.cuda.is_available():
-            found.update(gpu=torch.cuda.get_device_name(), gpu_count=torch.cuda.device_count())
-    except (ImportError, RuntimeError) as error:
-        found["gpu"] = f"unknown ({error})"
-    return found
-
-
-def commit(package: Path = _PACKAGE) -> dict[str, Any]:
-    """The code's identity: {"sha", "dirty"} if `package` is tracked in a git checkout, else {"version"}.
-
-    `dirty` means changed tracked files. A package installed inside another project's checkout is not tracked
-    there and reports its version. Never fails.
-    """
-    if _git(package, "ls-files", "--error-unmatch", "__init__.py") is not None:
-        sha = _git(package, "rev-parse", "HEAD")
-        changed = _git(package, "status", "--porcelain", "--untracked-files=no")
-        if sha:
-            return {"sha": sha, "dirty": None if changed is None else bool(changed)}
-    try:
-        return {"version": importlib.metadata.version("lavis-evlgen")}
-    except importlib.metadata.PackageNotFoundError:
-        return {"version": None}
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git prints, or None if it fails. GIT_* (set inside hooks) would point it at another repository."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=30
-        )
-    except (OSError, subprocess.SubprocessError, UnicodeError):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

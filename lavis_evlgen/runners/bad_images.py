@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lavis_evlgen import distributed
 from lavis_evlgen.datasets import ImageShards
-from lavis_evlgen.reporting.run_card import read_json_lines
+from lavis_evlgen.reporting.json_lines import read_json_lines
 
 
 class TooManyBadImages(RuntimeError):

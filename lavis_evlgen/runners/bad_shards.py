@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from lavis_evlgen import distributed
-from lavis_evlgen.reporting.run_card import drop_rows_after
+from lavis_evlgen.reporting.json_lines import drop_rows_after
 from lavis_evlgen.runners.bad_images import TooManyBadImages
 
 # shares are of at least this many: one bad sample among the first ten is not yet a tenth of the set

@@ -14,7 +14,7 @@ import torch
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.loading import eval_loader
-from lavis_evlgen.reporting.run_card import read_json_lines
+from lavis_evlgen.reporting.json_lines import read_json_lines
 from lavis_evlgen.runners.resume import MAY_CHANGE, flat
 from lavis_evlgen.weights.trainable import trainable_state
 

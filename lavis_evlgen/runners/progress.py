@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lavis_evlgen import distributed
+from lavis_evlgen.reporting.json_lines import drop_rows_after, read_json_lines
 from lavis_evlgen.reporting.plots import loss_plot
-from lavis_evlgen.reporting.run_card import drop_rows_after, read_json_lines
 
 SPOKEN = ("reward", "reward_greedy", "entropy", "length")  # of a task with a loss of its own, in the line of the log
 COUNTERS = ("skipped_steps",)  # values that count up over the run: a window shows the last, not the mean

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.reporting.run_card import read_json_lines
+from lavis_evlgen.reporting.json_lines import read_json_lines
 from lavis_evlgen.tools import tables
 from lavis_evlgen.tools.paper import paper_row
 

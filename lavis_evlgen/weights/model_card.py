@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 
-HEADER = """---
-library_name: lavis-evlgen
-pipeline_tag: image-to-text
-tags: [evlgen, lavis, image-captioning]
+from huggingface_hub import EvalResult, ModelCardData
+
+TASK = "image-text-to-text"
+TEXT = """---
+{metadata}
 ---
 
 # {title}
 
 Trained parts ({numbers:.1f}M numbers) of a vision-language model: a frozen vision encoder, a connector, a frozen
-language model. The frozen weights are not here; they come from where `config.json` says.
+language model. The frozen weights are not here; they come from where `config.json` says, under licences of their own.
 
 ```python
 import lavis_evlgen
@@ -22,6 +25,7 @@ model, vis, txt = load_model_and_preprocess("{arch}", "{name}", is_eval=True)
 model.generate({{"image": vis["eval"](picture)[None]}})
 ```
 """
+_HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
 SETTINGS = ("vit_model", "vit_layer", "image_size", "connector", "num_layers", "tome_r", "llm_model", "bos", "prompt")
 
 
@@ -31,8 +35,9 @@ def model_card(config: Mapping, numbers: int, card: Mapping | None = None, name:
     numbers: how many numbers were trained; name: the repository (default: the words "this folder").
     """
     model = config["model"]
-    lines = [HEADER.format(
-        title=name or f"{model['arch']}, trained parts", arch=model["arch"], name=name or "this/folder",
+    title = name or f"{model['arch']}, trained parts"
+    lines = [TEXT.format(
+        metadata=_metadata(model, title, card).to_yaml(), title=title, arch=model["arch"], name=name or "this/folder",
         numbers=numbers / 1e6,
     )]  # fmt: skip
     lines += ["## Settings", "", "| key | value |", "|---|---|"]
@@ -41,6 +46,23 @@ def model_card(config: Mapping, numbers: int, card: Mapping | None = None, name:
     if "source" in config:
         lines += ["", "## Origin", "", config["source"]]
     return "\n".join([*lines, "", f"Written by lavis_evlgen {config['lavis_evlgen']['version']}.", ""])
+
+
+def _metadata(model: Mapping, title: str, card: Mapping | None) -> ModelCardData:
+    """What the Hub reads of a README.md: frozen models that it has, and the metrics as a model index."""
+    sources = [str(model.get(key)) for key in ("llm_model", "vit_model")]
+    public = [source for source in sources if re.fullmatch(_HUB_ID, source) and not Path(source).exists()]
+    results = []
+    if card:
+        data, metrics = card["data"], card["metrics"].get("metrics", card["metrics"])
+        results = [
+            EvalResult(TASK, data["name"], data["name"], metric, value, dataset_split=data["split"])
+            for metric, value in _numbers(metrics)
+        ]
+    return ModelCardData(
+        library_name="lavis-evlgen", license="bsd-3-clause", base_model=public or None, pipeline_tag=TASK,
+        tags=["evlgen", "lavis", "image-captioning"], model_name=title, eval_results=results or None,
+    )  # fmt: skip
 
 
 def _measured(card: Mapping) -> list[str]:

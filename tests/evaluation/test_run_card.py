@@ -10,7 +10,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from lavis_evlgen.reporting.run_card import commit, plain, run_card, write_run_card
+from lavis_evlgen.reporting.provenance import commit
+from lavis_evlgen.reporting.run_card import plain, run_card, write_run_card
 
 DATA = {"name": "coco_caption", "split": "test", "size": 5000, "fingerprint": "sha256:ab"}
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from lavis.models import load_model_and_preprocess
 from omegaconf import OmegaConf
 from PIL import Image
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.weights import bundle
+from lavis_evlgen.weights.model_card import model_card
 from lavis_evlgen.weights.sources import WeightsError
 from lavis_evlgen.weights.trainable import trainable_state
 from tests.run_tools import redraw
@@ -161,6 +163,17 @@ def test_the_card_says_what_was_measured_and_no_path(saved):
                  "torch 2.0"):  # fmt: skip
         assert part in words, part
     assert "/home/someone" not in words
+
+
+def test_the_card_has_what_the_hub_reads(saved, trained, tmp_path):
+    card = ModelCard.load(saved / "README.md")
+    assert (card.data.license, card.data.pipeline_tag) == ("bsd-3-clause", "image-text-to-text")
+    (result,) = [result for result in card.data.eval_results if result.metric_type == "CIDEr"]
+    assert (result.dataset_name, result.dataset_split, result.metric_value) == ("scenes", "test", 0.5)
+    assert card.data.base_model is None  # frozen parts of this bundle are folders of this machine
+    content = json.loads((saved / "config.json").read_text())
+    named = ModelCard(model_card({**content, "model": {**content["model"], **PUBLIC}}, 10, name="me/captioner"))
+    assert named.data.base_model == [PUBLIC["llm_model"], PUBLIC["vit_model"]] and named.data.eval_results is None
 
 
 class Hub:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lavis_evlgen.reporting.run_card import read_json_lines
+from lavis_evlgen.reporting.json_lines import read_json_lines
 from lavis_evlgen.runners import checkpoints as state
 from lavis_evlgen.runners.bad_images import TooManyBadImages, check_unreadable
 from tests.run_tools import checkpoint, losses, same_tensors
