@@ -22,7 +22,7 @@ ScenesDataset("test", 2, kinds={"single": 1, "pair": 0, "count": 0}).pil_image(1
 cp "$made/scene_tokens.png" $images/tokens.png
 cp "$made/scene_layers.gif" $images/tokens_layers.gif
 if command -v chromium >/dev/null; then
-    .venv/bin/python benchmarks/demo_screenshot.py "$run" --scene 5
+    .venv/bin/python run_scripts/demo_screenshot.py "$run" --scene 5
 else
     echo "pictures: no chromium here, $images/demo.png stays as it is" >&2
 fi

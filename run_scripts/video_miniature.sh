@@ -7,4 +7,4 @@
 # --help shows the options; docs/results/video.md says what is compared.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec bash run_scripts/start.sh python benchmarks/video_scenes.py "$@"
+exec bash run_scripts/start.sh python -m benchmarks.experiments.video_scenes "$@"

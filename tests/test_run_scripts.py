@@ -155,8 +155,9 @@ def test_tables_take_r_from_the_checkpoint():
 )
 def test_miniatures_hand_their_options_on(words, benchmark, handed_on):
     done = script(words, DRY_RUN="1")
-    assert shlex.split(done.stdout) == ["python", f"benchmarks/{benchmark}.py", *handed_on.split()]
-    assert (ROOT / f"benchmarks/{benchmark}.py").is_file()
+    script_name = f"benchmarks.experiments.{benchmark}"
+    assert shlex.split(done.stdout) == ["python", "-m", script_name, *handed_on.split()]
+    assert (ROOT / f"benchmarks/experiments/{benchmark}.py").is_file()
 
 
 def test_several_nodes_meet_at_one_of_them():

@@ -160,7 +160,7 @@ def speed_of(gpu: str, precision: str, flops: float, results: Path, mfu: float) 
     if gpu == CPU:
         raise ConfigError(
             f"--gpu cpu: no step in {'float32' if precision == 'fp32' else 'half precision'} was measured on a "
-            f"processor in {results}; python benchmarks/step.py measures one"
+            f"processor in {results}; python -m benchmarks.speed.step measures one"
         )
     source = f"assumed: {mfu:.0%} of the data sheet's peak; no step on one {HARDWARE[gpu].name} is measured (--mfu)"
     return Speed(mfu * _peak(gpu, precision), source, False)
@@ -221,7 +221,7 @@ def add_command(commands):
                    "(default: max_txt_len, the longest)")  # fmt: skip
     p.add_argument("--mfu", type=float, default=ASSUMED, help="share of the data sheet's peak to assume where no step "
                    f"was measured on this hardware ({ASSUMED})")  # fmt: skip
-    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="files of benchmarks/step.py "
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="files of benchmarks/speed/step.py "
                    "(the project's benchmarks/results)")  # fmt: skip
     p.set_defaults(run_command=main)
 

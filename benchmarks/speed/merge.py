@@ -1,6 +1,6 @@
 """The sum of merged tokens: a product with the 0/1 map (ours on GPUs), index_add (ours on CPUs), and scatter_add.
 
-    python benchmarks/merge.py
+    python -m benchmarks.speed.merge
 
 Sums that a scatter makes run in any order on a GPU, and in bf16 they are rounded after every addition: beside the
 times stands how far each formulation is from the mean in float64.
@@ -11,9 +11,9 @@ from __future__ import annotations
 import itertools
 
 import torch
-from timing import DTYPES, alternate, backward_of, parser, write
 from torch import Tensor
 
+from benchmarks.common.timing import DTYPES, alternate, backward_of, parser, write
 from lavis_evlgen.nn.merging import MergeMap, match
 
 TOKENS = (65, 129, 257, 513, 1025)

@@ -1,7 +1,7 @@
 """Whole training steps of EVLGen and of BLIP-2's two stages, in turn, on the same frozen ViT and language model.
 
-    python benchmarks/blip2_step.py --scale opt-2.7b --batch 64          # on a GPU; also vicuna-7b
-    python benchmarks/blip2_step.py --scale quickstart --batch 4
+    python -m benchmarks.speed.blip2_step --scale opt-2.7b --batch 64          # on a GPU; also vicuna-7b
+    python -m benchmarks.speed.blip2_step --scale quickstart --batch 4
 
 Random weights of the given sizes, nothing is downloaded: TomeFormer, the second stage's Q-Former and the first stage's
 have the same BERT inside. The first stage needs no language model; contrast, matching and captioning are its losses.
@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 
 import torch
-from random_models import Scale, add_step_arguments, build, samples, scales
-from step import peak_gb
-from timing import alternate, parser, write
 from transformers import BertConfig, BertModel
 
+from benchmarks.common.random_models import Scale, add_step_arguments, build, samples, scales
+from benchmarks.common.timing import alternate, parser, write
+from benchmarks.speed.step import peak_gb
 from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
 from lavis_evlgen.models.connectors.qformer import QFormerConnector
 from lavis_evlgen.models.evlgen import EVLGen

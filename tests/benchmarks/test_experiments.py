@@ -1,28 +1,19 @@
-"""The tables that benchmarks write into the docs say what was measured."""
+"""The experiments: small runs of each, and the tables that they write into the docs."""
 
 import argparse
 import json
 import sys
-import threading
-import time
 import types
 
 import pytest
 
+from benchmarks.common import miniature_tables, video_tables
+from benchmarks.common.result_pages import END, START
+from benchmarks.experiments import ablations, miniature, scst_scenes, start_effects, video_scenes
 from lavis_evlgen import launch
+from lavis_evlgen.nn.merging import merge_schedule, tokens_after
+from lavis_evlgen.tools.sweeps import runs as sweep_runs
 from tests.run_tools import ROOT, log
-
-
-@pytest.fixture
-def benchmarks(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ROOT / "benchmarks"), *sys.path])
-
-
-@pytest.fixture
-def tables(benchmarks):
-    import miniature_tables
-
-    return miniature_tables
 
 
 def scored(right: float, shuffled: float, cider: float = 0.1) -> dict:
@@ -53,8 +44,8 @@ def rows(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
 
 
-def test_scores_are_mean_least_and_most_over_seeds(tables):
-    header, _, tome, _ = rows(tables.scores_table(FOUND))
+def test_scores_are_mean_least_and_most_over_seeds():
+    header, _, tome, _ = rows(miniature_tables.scores_table(FOUND))
     assert dict(zip(header, tome, strict=True)) == {
         "connector": "TomeFormer", "CIDEr": "0.200 (0.100 to 0.300)", "blind CIDEr": "0.050 (0.050 to 0.050)",
         "loss, right picture": "3.200 (3.100 to 3.300)", "loss, shuffled": "3.500 (3.500 to 3.500)",
@@ -62,11 +53,7 @@ def test_scores_are_mean_least_and_most_over_seeds(tables):
     }  # fmt: skip
 
 
-def test_an_ablation_has_a_row_for_each_value(benchmarks):
-    import ablations
-
-    from lavis_evlgen.nn.merging import merge_schedule, tokens_after
-
+def test_an_ablation_has_a_row_for_each_value():
     for left, r in ablations.TOKENS.items():  # the paper's 12 layers; at the last two r a layer's half is the limit
         assert tokens_after(257, merge_schedule(r, 12, 257)) == left
         assert tokens_after(257, merge_schedule({"target": left}, 6, 257)) == left
@@ -80,63 +67,15 @@ def test_an_ablation_has_a_row_for_each_value(benchmarks):
     assert third[3:] == ["3.250 (3.000 to 3.500)", "0.750 (0.500 to 1.000)", "3.25 min"]
 
 
-def test_costs_count_both_stages(tables):
-    _, _, one, two = rows(tables.costs_table(FOUND))
+def test_costs_count_both_stages():
+    _, _, one, two = rows(miniature_tables.costs_table(FOUND))
     assert one == ["TomeFormer", "11.2M", "240", "2 min", "200 T"]
     assert two == ["two stages", "0.0M", "224 + 72", "2 h", "1 T"]
 
 
-def test_the_rate_taken_is_the_one_in_bold(tables):
-    losses = {line[2]: line[5] for line in rows(tables.sweep_table(FOUND))[2:4]}
+def test_the_rate_taken_is_the_one_in_bold():
+    losses = {line[2]: line[5] for line in rows(miniature_tables.sweep_table(FOUND))[2:4]}
     assert losses == {"0.001": "3.500", "0.0025": "**3.400**"}
-
-
-def test_only_what_is_between_the_marks_is_written(tables, tmp_path, monkeypatch):
-    page = tmp_path / "page.md"
-    page.write_text(f"# Before\n\n{tables.START}\nold\n{tables.END}\n\nAfter.\n")
-    monkeypatch.setattr(tables, "PAGE", page)
-    monkeypatch.setattr(tables, "read_runs", lambda folders: [type("Run", (), {"rows": []})])
-    monkeypatch.setattr(tables, "comparison_plot", lambda *_: None)
-    for _ in range(2):
-        tables.write_page(FOUND, tmp_path)
-        text = page.read_text()
-        assert text.startswith("# Before\n") and text.endswith(f"{tables.END}\n\nAfter.\n") and "old" not in text
-        assert text.count("| TomeFormer |") == 4
-
-
-def test_calls_side_by_side_come_back_in_order_and_stop_at_a_failure(benchmarks, capsys):
-    from training_runs import together
-
-    both = threading.Barrier(2, timeout=30)
-    assert together("call", lambda n: (both.wait(), n)[1], [(n,) for n in range(4)], 2) == [0, 1, 2, 3]
-    assert "call 4 of 4 done, about 0 min left" in capsys.readouterr().out
-    begun = []
-
-    def fails(n):
-        begun.append(n)
-        if n:
-            time.sleep(0.2)  # so that the first one's failure is seen while the second runs
-        raise RuntimeError(f"call {n}")
-
-    with pytest.raises(RuntimeError, match="call 0"):
-        together("call", fails, [(n,) for n in range(50)], 1)
-    assert len(begun) < 50
-
-
-def test_runs_of_other_seeds_stay(benchmarks, tmp_path):
-    from training_runs import with_other_seeds
-
-    def run(seed, cider):
-        return {"seed": seed, "cider": cider}
-
-    found, setting, path = {"a": [run(1, 0.1)], "b": [run(2, 0.2)]}, {"steps": 80, "clips": (4, 2)}, tmp_path / "f.json"
-    assert with_other_seeds(found, path, setting) == found
-    before = {"a": [run(42, 0.3), run(1, 0.9)], "c": [run(42, 0.4)]}
-    path.write_text(json.dumps({**setting, "results": before}))
-    assert with_other_seeds(found, path, setting) == {
-        "a": [run(42, 0.3), run(1, 0.1)], "b": [run(2, 0.2)], "c": [run(42, 0.4)]}  # fmt: skip
-    assert with_other_seeds(found, path, {**setting, "steps": 81}) == found
-    assert found == {"a": [run(1, 0.1)], "b": [run(2, 0.2)]}
 
 
 def measured(order: float, cider: float, **more) -> dict:
@@ -144,9 +83,7 @@ def measured(order: float, cider: float, **more) -> dict:
             "loss_shuffled": 2.0, "order_accuracy": order, "seconds": 90.0, **more}  # fmt: skip
 
 
-def test_tables_of_clips(benchmarks, tmp_path):
-    import video_tables
-
+def test_tables_of_clips(tmp_path):
     kinds = {"order_accuracy left/right": 0.4, "order_accuracy up/down": 0.8}
     found = {"concat": [measured(0.6, 1.0, **kinds), measured(0.8, 2.0, **kinds)], "mean": [measured(0.5, 0.5)]}
     header, _, concat, mean = rows(video_tables.scores_table(found))
@@ -158,29 +95,29 @@ def test_tables_of_clips(benchmarks, tmp_path):
     assert rows(video_tables.costs_table(found))[2] == ["concat", "5.0M", "240", "1.5 min"]
     page = tmp_path / "docs" / "results" / "video.md"
     page.parent.mkdir(parents=True)
-    page.write_text(f"# Before\n\n{video_tables.START}\nold\n{video_tables.END}\n\nAfter.\n")
+    page.write_text(f"# Before\n\n{START}\nold\n{END}\n\nAfter.\n")
     for _ in range(2):
         video_tables.write_page(found, page)
         text = page.read_text()
-        assert text.startswith("# Before\n") and text.endswith(f"{video_tables.END}\n\nAfter.\n") and "old" not in text
+        assert text.startswith("# Before\n") and text.endswith(f"{END}\n\nAfter.\n") and "old" not in text
         assert text.count("| concat |") == 3
     assert (tmp_path / "docs/images/video_miniature.png").stat().st_size > 5000
 
 
 @pytest.fixture
-def in_this_process(benchmarks, monkeypatch):
+def in_this_process(monkeypatch):
     """train.py is not started but called; the names of the runs that were."""
-    import training_runs
-
     started = []
 
-    def run(command, **keys):
-        assert command[1] == str(ROOT / "train.py") and command[3].startswith(f"{ROOT}/projects/") and keys["check"]
+    def popen(command, **keys):
         options = command[command.index("--options") + 1 :]
+        cfg_path = command[command.index("--cfg-path") + 1]
+        assert cfg_path.startswith(f"{ROOT}/projects/")
         started.append(dict(option.split("=", 1) for option in options)["run.run_name"])
-        launch.run(argparse.Namespace(cfg_path=command[3], options=options), False)
+        launch.run(argparse.Namespace(cfg_path=cfg_path, options=options), False)
+        return types.SimpleNamespace(returncode=0, poll=lambda: 0)
 
-    monkeypatch.setattr(training_runs, "subprocess", types.SimpleNamespace(run=run))
+    monkeypatch.setattr(sweep_runs, "subprocess", types.SimpleNamespace(Popen=popen, DEVNULL=None, STDOUT=None))
     return started
 
 
@@ -197,16 +134,12 @@ def tiny(parts) -> list[str]:
 
 def test_clips_from_end_to_end_and_again(in_this_process, parts, tmp_path, monkeypatch):
     """Two ways to mix frames and SCST after one, two steps each on tiny parts; a second call finds all of it done."""
-    import video_scenes
-
     ways = {label: video_scenes.WAYS[label] for label in ("temporal Q-Former", video_scenes.SCST_FROM)}
     monkeypatch.setattr(video_scenes, "WAYS", ways)
-    # one after the other in this thread: a run takes the signals of the main one
-    monkeypatch.setattr(video_scenes, "together", lambda _, function, calls, jobs: [function(*call) for call in calls])
     page = tmp_path / "docs" / "results" / "video.md"
     page.parent.mkdir(parents=True)
     page.write_text((ROOT / "docs/results/video.md").read_text())
-    arguments = ["--steps", "2", "--seeds", "7", "--clips", "4", "4", "--jobs", "1", "--folder", str(tmp_path / "runs")]
+    arguments = ["--steps", "2", "--seeds", "7", "--clips", "4", "4", "--jobs", "1", "--folder", str(tmp_path / "made")]
     arguments += ["--out", str(tmp_path / "found.json"), "--page", str(page), "--set", *tiny(parts)]
     monkeypatch.setattr(sys, "argv", ["video_scenes.py", *arguments])
     video_scenes.main()
@@ -215,8 +148,8 @@ def test_clips_from_end_to_end_and_again(in_this_process, parts, tmp_path, monke
     found = json.loads((tmp_path / "found.json").read_text())["results"]
     assert set(found) == set(labels) and all(0 <= run["order_accuracy"] <= 1 for (run,) in found.values())
     assert all(run["clips"] == 4 for (run,) in found.values())
-    assert "reward" in log(tmp_path / "runs" / found[video_scenes.SCST][0]["name"])[0]
-    card = tmp_path / "runs" / found[video_scenes.SCST_FROM][0]["name"] / "run.json"
+    assert "reward" in log(tmp_path / "made" / "runs" / found[video_scenes.SCST][0]["name"])[0]
+    card = tmp_path / "made" / "runs" / found[video_scenes.SCST_FROM][0]["name"] / "run.json"
     model = json.loads(card.read_text())["config"]["model"]
     assert model["temporal_positions"] is True and model["residual"] == "convex"
     assert model["pretrained"].endswith("start_2_seed7/checkpoint_last.pth")
@@ -227,13 +160,10 @@ def test_clips_from_end_to_end_and_again(in_this_process, parts, tmp_path, monke
 
 
 def test_scst_beside_cross_entropy_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):
-    import scst_scenes
-
-    monkeypatch.setattr(scst_scenes, "together", lambda _, function, calls, jobs: [function(*call) for call in calls])
     page = tmp_path / "scst.md"
     page.write_text((ROOT / "docs/scst.md").read_text())
     arguments = ["--start", "3", "--steps", "2", "--seeds", "7", "8", "--jobs", "1", "--pictures", "4"]
-    arguments += ["--arms", "cross-entropy", "SCST, greedy", "--folder", str(tmp_path / "runs"), "--page", str(page)]
+    arguments += ["--arms", "cross-entropy", "SCST, greedy", "--folder", str(tmp_path / "made"), "--page", str(page)]
     arguments += ["--out", str(tmp_path / "found.json"), "--set", *tiny(parts)]
     monkeypatch.setattr(sys, "argv", ["scst_scenes.py", *arguments])
     scst_scenes.main()
@@ -243,10 +173,62 @@ def test_scst_beside_cross_entropy_from_end_to_end(in_this_process, parts, tmp_p
     assert [run["seed"] for run in found["SCST, greedy"]] == [7, 8]
     for run in found["SCST, greedy"]:
         assert [row["step"] for row in run["windows"]] == [1, 2] and "reward_greedy" in run["windows"][0]
-        card = json.loads((tmp_path / "runs" / run["name"] / "run.json").read_text())
+        card = json.loads((tmp_path / "made" / "runs" / run["name"] / "run.json").read_text())
         assert card["config"]["model"]["pretrained"].endswith("start_3/checkpoint_last.pth")
     assert not found["cross-entropy"][0]["windows"] and found["cross-entropy"][0]["words"] > 0
     header, _, start, _, scst = rows(page.read_text().split("<!-- tables -->")[1].split("\n\n")[1])
     assert header[:4] == ["weights", "CIDEr", "blind CIDEr", "words a caption"] and start[-2] == "3"
     assert scst[0] == "SCST, greedy" and " to " in scst[1]
     assert (tmp_path / "images/scst_scenes.png").stat().st_size > 5000
+
+
+def test_what_keys_of_the_start_do_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch, capsys):
+    small = [*tiny(parts), "datasets.scenes.sizes={train: 4, val: 4, test: 0}"]
+    monkeypatch.setattr(start_effects, "VARIANTS", {"quickstart": small, "other": [*small, "run.beta2=0.9"]})
+    arguments = ["--steps", "2", "--folder", str(tmp_path / "made"), "--out", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", ["start_effects.py", *arguments])
+    start_effects.main()
+    assert in_this_process == ["0_seed42_2", "1_seed42_2"]
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert 0 <= found["other"][0]["least_across_picture_share"] <= 1
+    assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if " | " in line][1:] == [
+        "| quickstart", "| other"]  # fmt: skip
+
+
+MACS = {"tomeformer": 10.0, "qformer": 16.0, "stage1": 5.0}
+
+
+def pretend(runs, folder, jobs):
+    """Files of runs whose loss is their learning rate, and whose MACs a step are those of MACS."""
+    for run in runs:
+        options = dict(option.split("=", 1) for option in run.options)
+        steps, out = int(options["run.max_iters"]), folder / "runs" / run.name
+        macs = MACS.get(options.get("model.connector", "stage1"), 1.0)
+        loss = float(options.get("run.init_lr", 1))
+        card = {
+            "metrics": {**scored(loss, loss), "metrics": {"CIDEr": 1}, "blind": {"CIDEr": 0}}, "data": {"split": "val"},
+            "model": {"trainable_parameters": 7}, "config": {"model": {}},
+        }  # fmt: skip
+        (out / "result").mkdir(parents=True)
+        for path in ("run.json", f"result/val_{steps}.card.json", f"result/test_{steps}.card.json"):
+            (out / path).write_text(json.dumps(card))
+        row = {"step": steps, "loss": 1.0, "seconds_per_step": 2.0, "images_per_s": 0.5, "flops_per_image": 2 * macs}
+        (out / "log.jsonl").write_text(json.dumps(row) + "\n")
+
+
+def test_the_miniature_takes_the_best_setting_and_two_stages_cost_what_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr(miniature, "train", pretend)
+    (tmp_path / "photos").mkdir()
+    args = argparse.Namespace(images=tmp_path / "photos", captions="c.txt", folder=tmp_path / "made", steps=330,
+                              sweep_steps=100, seeds=[42, 1], jobs=1)  # fmt: skip
+    found = miniature.Miniature(args).compare()
+    assert list(found) == list(miniature.CONNECTORS) and not found["linear"]["sweep"]
+    for label, rate in (("TomeFormer, one stage", 2.5e-3), (miniature.POOLING, 1e-3), ("linear", 1e-3)):
+        assert found[label]["setting"]["init_lr"] == rate and [run["seed"] for run in found[label]["runs"]] == [42, 1]
+    one, two = (found[label]["runs"][0] for label in ("TomeFormer, one stage", miniature.TWO_STAGES))
+    assert one["macs"] == 330 * 10 == pytest.approx(two["macs"], rel=0.01) and one["steps_ahead"] == 0
+    assert two["steps_ahead"] / two["steps"] == pytest.approx(250 / 80, rel=0.01)
+    assert two["seconds"] == 2 * (two["steps"] + two["steps_ahead"])
+    plan = miniature.Miniature(args).full(miniature.TWO_STAGES, miniature.STAGE1_BODY[0], 1).run
+    (start,) = [option for option in plan.options if option.startswith("model.connector_init=")]
+    assert start.endswith(f"runs/stage1_steps{two['steps_ahead']}_seed1/checkpoint_last.pth")

@@ -1,6 +1,6 @@
 """What each key of the start does: the quickstart, one key at a time put back to its released value.
 
-    python benchmarks/start_effects.py --steps 120 --seeds 42
+    python -m benchmarks.experiments.start_effects --steps 120 --seeds 42
 
 Trains each variant on the CPU or GPU with train.py, skips what an earlier call has finished, and writes a Markdown
 table and benchmarks/results/start_effects.json.
@@ -11,8 +11,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from training_runs import ROOT, log_of, scores, train
-
+from benchmarks.common.training_runs import ROOT, Run, last_card, log_of, scores, train
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
 
@@ -30,13 +29,17 @@ VARIANTS = {
 }
 
 
-def measure(number: int, options: list[str], seed: int, steps: int, folder: Path) -> dict:
-    """The last validation of one variant with one seed."""
-    name = f"{number}_seed{seed}_{steps}"
+def run_of(number: int, options: list[str], seed: int, steps: int) -> Run:
+    """The run of one variant with one seed, validated once at its end."""
     options = [*options, f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}", "run.test_splits=[]"]
-    card = train("projects/evlgen/quickstart.yaml", name, [*options, f"run.seed={seed}"], folder, "val")
-    shares = [row["across_picture_share"] for row in log_of(folder, name)]
-    return {"seed": seed, **scores(card), "least_across_picture_share": min(shares)}
+    name = f"{number}_seed{seed}_{steps}"
+    return Run("projects/evlgen/quickstart.yaml", name, [*options, f"run.seed={seed}"])
+
+
+def measured(run: Run, seed: int, folder: Path) -> dict:
+    """The last validation of a run."""
+    shares = [row["across_picture_share"] for row in log_of(folder, run.name)]
+    return {"seed": seed, **scores(last_card(folder, run.name, "val")), "least_across_picture_share": min(shares)}
 
 
 def table(results: dict[str, list[dict]]) -> str:
@@ -59,9 +62,15 @@ def main():
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/start_effects.json")
     args = parser.parse_args()
     folder = args.folder.absolute()
-    results = {}
-    for number, (name, options) in enumerate(VARIANTS.items()):
-        results[name] = [measure(number, options, seed, args.steps, folder) for seed in args.seeds]
+    runs = {
+        name: [run_of(number, options, seed, args.steps) for seed in args.seeds]
+        for number, (name, options) in enumerate(VARIANTS.items())
+    }
+    train([run for row in runs.values() for run in row], folder)
+    results = {
+        name: [measured(run, seed, folder) for run, seed in zip(row, args.seeds, strict=True)]
+        for name, row in runs.items()
+    }
     print(table(results))
     write_run_card(args.out, {"steps": args.steps, "results": results, "options": VARIANTS, **provenance()})
 

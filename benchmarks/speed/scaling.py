@@ -1,7 +1,7 @@
 """A training step against the size of the batch, the length of captions, what merging leaves, and frames.
 
-    python benchmarks/scaling.py                      # on a GPU opt-2.7b; on a CPU quickstart
-    python benchmarks/scaling.py --axes tokens_left frames
+    python -m benchmarks.speed.scaling                      # on a GPU opt-2.7b; on a CPU quickstart
+    python -m benchmarks.speed.scaling --axes tokens_left frames
 
 One of them changes at a time, the others stay (batch --batch, captions of 12 tokens, 29 tokens left, pictures). For
 each value: the time of a step, of one picture, the FLOPs a second that come of it, and what the step holds in memory
@@ -17,10 +17,10 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from random_models import build, samples, scales
-from step import peak_gb
-from timing import alternate, parser, write
 
+from benchmarks.common.random_models import build, samples, scales
+from benchmarks.common.timing import alternate, parser, write
+from benchmarks.speed.step import peak_gb
 from lavis_evlgen.models.precision import AMP
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.optim import adamw

@@ -1,13 +1,12 @@
-"""The tables and the picture of benchmarks/miniature.py, from what its runs found."""
+"""The tables and the picture of benchmarks/experiments/miniature.py, from what its runs found."""
 
 from __future__ import annotations
 
 import statistics
 from pathlib import Path
 
-from result_pages import END, START, put_between, spread  # noqa: F401  (the marks are the page's)
-from training_runs import ROOT
-
+from benchmarks.common.result_pages import put_between, spread
+from benchmarks.common.training_runs import ROOT, run_folder
 from lavis_evlgen.reporting.plots import comparison_plot
 from lavis_evlgen.tools.compare import duration, read_runs
 from lavis_evlgen.tools.tables import markdown
@@ -17,7 +16,8 @@ PAGE, PICTURE = ROOT / "docs/results/miniature.md", ROOT / "docs/images/miniatur
 
 def write_page(found: dict[str, dict], folder: Path):
     """Draw the first seed's runs of `folder`, and put the tables between the page's two marks."""
-    runs = {label: read_runs([folder / result["runs"][0]["name"]])[0].rows for label, result in found.items()}
+    first = {label: run_folder(folder, result["runs"][0]["name"]) for label, result in found.items()}
+    runs = {label: read_runs([run])[0].rows for label, run in first.items()}
     comparison_plot(PICTURE, runs)
     put_between(PAGE, [scores_table(found), costs_table(found), sweep_table(found)])
 

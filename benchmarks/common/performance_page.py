@@ -1,6 +1,6 @@
 """The tables of docs/performance.md, from benchmarks/results/NAME-HARDWARE.json: nothing there is typed by hand.
 
-    python benchmarks/performance_page.py
+    python -m benchmarks.common.performance_page
 
 Each benchmark has a place between two markers, <!-- NAME --> and <!-- /NAME -->; what stands between them is replaced.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lavis_evlgen.tools.tables import markdown
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE, RESULTS = ROOT / "docs/performance.md", ROOT / "benchmarks/results"
 NO_GPU = "Not yet run on a GPU."
 PHASES = ("vision encoder", "connector, forward", "language model, forward", "head and loss, both passes",

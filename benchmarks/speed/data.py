@@ -1,6 +1,6 @@
 """Training pictures a second and core: our files and shards against LAVIS's data sets and processors.
 
-    python benchmarks/data.py
+    python -m benchmarks.speed.data
 
 Photograph-like JPEGs are drawn into a temporary folder and read by both sides in one process without workers, from
 file to batch: reading, decoding, random crop and mirroring to 224 x 224, normalising, stacking. `blip2_image_train`
@@ -23,9 +23,9 @@ import numpy as np
 import torch
 import webdataset  # noqa: F401  (what LAVIS's shards need: asked for before anything is drawn)
 from PIL import Image
-from timing import alternate, parser, write
 from torch.utils.data import DataLoader
 
+from benchmarks.common.timing import alternate, parser, write
 from lavis_evlgen.datasets import ImageShards
 from lavis_evlgen.datasets.base import CaptionedImage
 from lavis_evlgen.datasets.builder import registry  # LAVIS's, with its processors in it

@@ -1,6 +1,6 @@
 """EVA-CLIP-g as LAVIS has it against fused attention, on random weights of full size.
 
-    python benchmarks/vision.py                    # on a GPU all 39 blocks; on a CPU 4
+    python -m benchmarks.speed.vision                    # on a GPU all 39 blocks; on a CPU 4
 
 Forward is what a frozen ViT does for pictures; forward+backward, with gradients to the input and none to a weight, what
 it does for clips with a temporal module between its blocks. Memory: what the pass holds beside the weights, counted
@@ -12,9 +12,9 @@ from __future__ import annotations
 import copy
 
 import torch
-from timing import DTYPES, alternate, held_gb, parser, write
 from torch import nn
 
+from benchmarks.common.timing import DTYPES, alternate, held_gb, parser, write
 from lavis_evlgen.models.vision.encoder import _cast_matrices, eva_clip_g
 from lavis_evlgen.models.vision.eva_attention import fuse_attention
 

@@ -1,6 +1,6 @@
 """The picture of the page in docs/demo.md: a trained run, one of the drawn scenes, Chromium.
 
-    python benchmarks/demo_screenshot.py RUN [OUT]
+    python run_scripts/demo_screenshot.py RUN [OUT]
 
 Needs the extra `demo`, playwright for Python, and Chromium on the PATH.
 """

@@ -1,4 +1,4 @@
-"""The savings of a training step, each as a context in which a step goes without it (benchmarks/step.py)."""
+"""The savings of a training step, each as a context in which a step goes without it (benchmarks/speed/step.py)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables and the picture of benchmarks/video_scenes.py, from what its runs found."""
+"""The tables and the picture of benchmarks/experiments/video_scenes.py, from what its runs found."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from result_pages import END, START, put_between, spread  # noqa: F401  (the marks are the page's)
-from training_runs import ROOT
 
+from benchmarks.common.result_pages import put_between, spread
+from benchmarks.common.training_runs import ROOT
 from lavis_evlgen.tools.compare import duration
 from lavis_evlgen.tools.tables import markdown
 

@@ -1,7 +1,7 @@
 """What SCST adds to a captioner of drawn scenes, beside as many more steps of cross-entropy.
 
-    python benchmarks/scst_scenes.py
-    python benchmarks/scst_scenes.py --start 120 --steps 100 --seeds 42 1 2 --jobs 2
+    python -m benchmarks.experiments.scst_scenes
+    python -m benchmarks.experiments.scst_scenes --start 120 --steps 100 --seeds 42 1 2 --jobs 2
 
 One captioner is trained (the quickstart, `--start` steps, left while its rate is still half the highest: after the last
 small steps it would say nearly the same words in every draw); from its weights, each seed trains SCST with either
@@ -18,9 +18,18 @@ import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
-from result_pages import put_between, spread
-from training_runs import ROOT, log_of, scores, threads_of, together, train, training_seconds
 
+from benchmarks.common.result_pages import put_between, spread
+from benchmarks.common.training_runs import (
+    ROOT,
+    Run,
+    last_card,
+    log_of,
+    run_folder,
+    scores,
+    train,
+    training_seconds,
+)
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.tools.compare import duration
@@ -44,38 +53,48 @@ class ScstScenes:
     """All runs of one comparison, in one folder."""
 
     def __init__(self, args):
-        self.args, self.folder, self.threads = args, args.folder.absolute(), threads_of(args.jobs)
+        self.args, self.folder = args, args.folder.absolute()
+        self.start = self._plan(QUICKSTART, f"start_{args.start}", args.start, START_RATES)
 
-    def _train(self, config: str, name: str, steps: int, options: list[str]) -> dict:
-        """Scores and mean words of the test captions after the last step of a run, and what the run cost."""
+    def _plan(self, config: str, name: str, steps: int, options: list[str]) -> Run:
         options = [*SMALL, *options, f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}"]
         options.append(f"datasets.scenes.sizes={{train: 4000, test: {self.args.pictures}}}")
-        card = train(config, name, [*options, *self.args.set], self.folder, "test", self.threads)
-        rows = json.loads((self.folder / name / "result" / f"test_{steps}.json").read_text())["rows"]
-        words = statistics.mean(len(row["caption"].split()) for row in rows)
-        cost = {"steps": steps, "seconds": training_seconds(self.folder, name, steps)}
-        return {"name": name, **scores(card), "words": words, **cost}
+        return Run(config, name, [*options, *self.args.set])
 
-    def start(self) -> dict:
-        return self._train(QUICKSTART, f"start_{self.args.start}", self.args.start, START_RATES)
-
-    def run(self, label: str, seed: int) -> dict:
-        """One arm with one seed, and the reward, entropy and length of its log windows."""
+    def arm(self, label: str, seed: int) -> Run:
+        """One arm with one seed, from the captioner's weights."""
         config, options = ARMS[label]
         name = f"{label.lower().replace(',', '').replace(' ', '_')}_{self.args.start}_{self.args.steps}_seed{seed}"
-        checkpoint = self.folder / f"start_{self.args.start}" / "checkpoint_last.pth"
+        checkpoint = run_folder(self.folder, self.start.name) / "checkpoint_last.pth"
         options = [*options, f"run.seed={seed}", f"model.pretrained={checkpoint}"]
-        found = self._train(config, name, self.args.steps, options)
+        return self._plan(config, name, self.args.steps, options)
+
+    def measured(self, run: Run, steps: int) -> dict:
+        """Scores and mean words of the test captions after the last step, and what the run cost."""
+        card = last_card(self.folder, run.name, "test")
+        result = run_folder(self.folder, run.name) / "result" / f"test_{steps}.json"
+        words = statistics.mean(len(row["caption"].split()) for row in json.loads(result.read_text())["rows"])
+        cost = {"steps": steps, "seconds": training_seconds(self.folder, run.name, steps)}
+        return {"name": run.name, **scores(card), "words": words, **cost}
+
+    def windows(self, run: Run) -> list[dict]:
+        """Reward, entropy and length of a run's log windows; [] without SCST."""
         shown = ("step", "reward", "reward_greedy", "entropy", "length")
-        windows = [{key: row[key] for key in shown if key in row} for row in log_of(self.folder, name)]
-        return {"seed": seed, **found, "windows": windows if "reward" in windows[0] else []}
+        windows = [{key: row[key] for key in shown if key in row} for row in log_of(self.folder, run.name)]
+        return windows if "reward" in windows[0] else []
 
     def compare(self) -> dict[str, list[dict]]:
         """label -> what its run of every seed found; the start first."""
-        found = {START: [self.start()]}
-        wanted = [(label, seed) for label in self.args.arms for seed in self.args.seeds]
-        for (label, _), run in zip(wanted, together("run", self.run, wanted, self.args.jobs), strict=True):
-            found.setdefault(label, []).append(run)
+        args = self.args
+        arms = {label: [self.arm(label, seed) for seed in args.seeds] for label in args.arms}
+        train([self.start], self.folder)
+        train([run for runs in arms.values() for run in runs], self.folder, args.jobs)
+        found = {START: [self.measured(self.start, args.start)]}
+        for label, runs in arms.items():
+            found[label] = [
+                {"seed": seed, **self.measured(run, args.steps), "windows": self.windows(run)}
+                for seed, run in zip(args.seeds, runs, strict=True)
+            ]
         return found
 
 

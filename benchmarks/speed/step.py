@@ -1,7 +1,7 @@
 """One training step: where its time goes, and what each way of not paying for frozen parts saves.
 
-    python benchmarks/step.py --scale opt-2.7b --batch 64          # on a GPU; also vicuna-7b
-    python benchmarks/step.py --scale quickstart --batch 8 --dtype fp32
+    python -m benchmarks.speed.step --scale opt-2.7b --batch 64          # on a GPU; also vicuna-7b
+    python -m benchmarks.speed.step --scale quickstart --batch 8 --dtype fp32
 
 Random weights of the given sizes, nothing is downloaded. Measured are the whole step of the runner (images/s, memory,
 MFU), its phases, and the step with one saving undone at a time, in turn: --full-logits (the head on every position),
@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from random_models import add_step_arguments, build, samples, scales
-from savings import COMPILED, TRADED, UNDONE, changed, full_logits_loss, loss_of
-from timing import alternate, held_gb, parser, spread, write
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common.random_models import add_step_arguments, build, samples, scales
+from benchmarks.common.timing import alternate, held_gb, parser, spread, write
+from benchmarks.speed.savings import COMPILED, TRADED, UNDONE, changed, full_logits_loss, loss_of
 from lavis_evlgen.models.compile import PARTS, compile_parts, eager
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
@@ -200,8 +200,7 @@ def head_and_loss(model: EVLGen, step: TrainingStep, batch: dict, args) -> dict:
 @contextlib.contextmanager
 def read_batches(args, scale) -> Iterator[Iterator[dict]]:
     """Batches that `args.workers` processes read from tar shards of 640 x 480 photographs."""
-    from data import photograph, write_shards
-
+    from benchmarks.speed.data import photograph, write_shards
     from lavis_evlgen.datasets import ImageShards
     from lavis_evlgen.datasets.loading import train_loader
     from lavis_evlgen.datasets.shards.names import shard_names

@@ -20,7 +20,7 @@ from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.tools.cost.step_memory import Alive
 
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "results"
 LEAST = 0.01  # seconds that one measurement lasts; what is shorter is repeated within it
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

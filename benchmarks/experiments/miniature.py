@@ -1,7 +1,7 @@
 """The paper's comparison in miniature, on real photos: one connector against another, all else equal.
 
     bash run_scripts/miniature.sh IMAGES CAPTIONS      # this script with its defaults
-    python benchmarks/miniature.py --images DIR --captions FILE --steps 160 --seeds 42 1 2
+    python -m benchmarks.experiments.miniature --images DIR --captions FILE --steps 160 --seeds 42 1 2
 
 Same vision encoder, language model, data, order, batch and steps. Each connector is tried with four settings
 (learning rates, and for a body what it starts from) on the first seed, in short runs, and the one with the lowest
@@ -17,10 +17,18 @@ import argparse
 from pathlib import Path
 from typing import NamedTuple
 
-from miniature_tables import write_page
 from PIL import Image
-from training_runs import ROOT, scores, threads_of, together, train, training_seconds
 
+from benchmarks.common.miniature_tables import write_page
+from benchmarks.common.training_runs import (
+    ROOT,
+    Run,
+    last_card,
+    run_folder,
+    scores,
+    train,
+    training_seconds,
+)
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.tools.compare import read_runs
@@ -65,100 +73,126 @@ CONNECTORS = {  # label: (connector, settings tried, or whose: the same part tra
 }
 
 
+class Plan(NamedTuple):
+    """A run of a connector, its steps, and the name and steps of the stage before it (None: no stage before it)."""
+
+    run: Run
+    steps: int
+    ahead: tuple[str, int] | None
+
+
 class Miniature:
     """All runs of one comparison, in one folder, `jobs` at a time."""
 
     def __init__(self, args):
         self.args, self.folder = args, args.folder.absolute()
-        self.threads = threads_of(args.jobs)
         self.grey = _grey(args.images, self.folder / "grey")
 
-    def data(self, label: str | None = None) -> list[str]:
+    def _data(self, label: str | None = None) -> list[str]:
         images = self.grey if label == BLIND else self.args.images
         files = {"images": Path(images).absolute(), "captions": Path(self.args.captions).absolute()}
         return [f"datasets.image_captions.{key}={path}" for key, path in files.items()]
 
-    def sweep(self, label: str, setting: Setting) -> dict:
-        """Validation after a short run on the first seed."""
-        name, options, steps, _ = self._plan(label, setting, self.args.seeds[0], self.args.sweep_steps)
-        options += ["run.test_splits=[]", f"run.iters_per_inner_epoch={steps}"]
-        card = train(CONFIG, f"sweep_{name}", options, self.folder, "val", self.threads)
-        return {**setting._asdict(), "steps": steps, "val": scores(card)}
+    def _train(self, runs: list[Run]):
+        train(runs, self.folder, self.args.jobs)
 
-    def full(self, label: str, setting: Setting, seed: int) -> dict:
-        """Test scores and what one run cost."""
-        name, options, steps, ahead = self._plan(label, setting, seed, self.args.steps)
-        options.append(f"run.iters_per_inner_epoch={-(-steps // 2)}")
-        test = train(CONFIG, name, options, self.folder, "test", self.threads)
-        val = train(CONFIG, name, options, self.folder, "val", self.threads)
-        cost = self._cost(name, steps)
-        if ahead:
-            cost = {key: cost[key] + first for key, first in self._cost(*ahead).items()}
-        return {
-            "name": name, "seed": seed, "steps": steps, "steps_ahead": ahead[1] if ahead else 0,
-            "test": scores(test), "val": scores(val), "trains": test["model"]["trainable_parameters"], **cost,
-        }  # fmt: skip
-
-    def _plan(self, label: str, setting: Setting, seed: int, steps: int) -> tuple[str, list[str], int, tuple | None]:
-        """(name, options, steps, (name, steps) of the stage before it) of a run."""
+    def plan(self, label: str, setting: Setting, seed: int, steps: int, options: list[str]) -> Plan:
         connector, _ = CONNECTORS[label]
-        options = [f"model.connector={connector}", *SAME, *setting.options(), *self.data(label)]
+        options = [f"model.connector={connector}", *SAME, *setting.options(), *self._data(label), *options]
         ahead = None
         if label == TWO_STAGES:
-            ahead, second = self.stage1(seed)
-            steps = round(second * steps / self.args.steps)
-            options.append(f"model.connector_init={self.folder / ahead[0] / 'checkpoint_last.pth'}")
+            first, second = self.stage_steps()
+            ahead, steps = (_stage1_name(first, seed), first), round(second * steps / self.args.steps)
+            options.append(f"model.connector_init={run_folder(self.folder, ahead[0]) / 'checkpoint_last.pth'}")
         name = f"{label.lower().replace(',', '').replace(' ', '_')}_{setting.name()}_steps{steps}_seed{seed}"
-        return name, [*options, f"run.max_iters={steps}", f"run.seed={seed}"], steps, ahead
+        return Plan(Run(CONFIG, name, [*options, f"run.max_iters={steps}", f"run.seed={seed}"]), steps, ahead)
 
-    def stage1(self, seed: int) -> tuple[tuple[str, int], int]:
-        """((name, steps) of stage 1, steps left for stage 2): together TomeFormer's MACs."""
-        whole = self.args.steps * self._macs_per_step(CONFIG, "tomeformer")
-        first, second = self._macs_per_step(STAGE1, None), self._macs_per_step(CONFIG, "qformer")
-        steps = whole / (STAGE1_SHARE * first + (1 - STAGE1_SHARE) * second)
-        ahead = round(STAGE1_SHARE * steps)
-        name = f"stage1_steps{ahead}_seed{seed}"
-        options = [f"run.max_iters={ahead}", f"run.iters_per_inner_epoch={ahead}", f"run.seed={seed}", *self.data()]
-        train(STAGE1, name, options, self.folder, "val", self.threads)
-        return (name, ahead), round((1 - STAGE1_SHARE) * steps)
+    def short(self, label: str, setting: Setting) -> Plan:
+        """A run on the first seed that is validated only, to choose a setting."""
+        plan = self.plan(label, setting, self.args.seeds[0], self.args.sweep_steps, ["run.test_splits=[]"])
+        plan.run.options.append(f"run.iters_per_inner_epoch={plan.steps}")
+        return plan._replace(run=plan.run._replace(name=f"sweep_{plan.run.name}"))
+
+    def full(self, label: str, setting: Setting, seed: int) -> Plan:
+        plan = self.plan(label, setting, seed, self.args.steps, [])
+        plan.run.options.append(f"run.iters_per_inner_epoch={-(-plan.steps // 2)}")
+        return plan
+
+    def count(self, config: str, connector: str | None = None) -> Run:
+        """A run of one step, which counts its MACs."""
+        options = ["run.max_iters=1", "run.iters_per_inner_epoch=1", "run.log_freq=1", "run.test_splits=[]"]
+        options += [f"model.connector={connector}", *SAME] if connector else []
+        return Run(config, f"count_{connector or 'stage1'}", [*options, *self._data()])
+
+    def stage1(self, seed: int) -> Run:
+        steps, _ = self.stage_steps()
+        options = [f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}", f"run.seed={seed}", *self._data()]
+        return Run(STAGE1, _stage1_name(steps, seed), options)
+
+    def stage_steps(self) -> tuple[int, int]:
+        """Steps of stage 1 and of stage 2, which together cost TomeFormer's MACs."""
+        whole, first, second = (self._macs(f"count_{name}") for name in ("tomeformer", "stage1", "qformer"))
+        steps = self.args.steps * whole / (STAGE1_SHARE * first + (1 - STAGE1_SHARE) * second)
+        return round(STAGE1_SHARE * steps), round((1 - STAGE1_SHARE) * steps)
+
+    def _macs(self, name: str) -> float:
+        return read_runs([run_folder(self.folder, name)])[0].rows[-1]["macs"]
 
     def _cost(self, name: str, steps: int) -> dict[str, float]:
         """MACs and training seconds."""
-        macs = read_runs([self.folder / name])[0].rows[-1]["macs"]
-        return {"seconds": training_seconds(self.folder, name, steps), "macs": macs}
+        return {"seconds": training_seconds(self.folder, name, steps), "macs": self._macs(name)}
 
-    def _macs_per_step(self, config: str, connector: str | None) -> float:
-        """Counted on a run of one step."""
-        name = f"count_{connector or 'stage1'}"
-        options = ["run.max_iters=1", "run.iters_per_inner_epoch=1", "run.log_freq=1", "run.test_splits=[]"]
-        options += [f"model.connector={connector}", *SAME] if connector else []
-        train(config, name, [*options, *self.data()], self.folder, "val", self.threads)
-        return read_runs([self.folder / name])[0].rows[-1]["macs"]
+    def measured(self, plan: Plan, seed: int) -> dict:
+        """Test scores and what one run cost, the stage before it included."""
+        name = plan.run.name
+        test, val = (last_card(self.folder, name, split) for split in ("test", "val"))
+        cost = self._cost(name, plan.steps)
+        if plan.ahead:
+            cost = {key: cost[key] + first for key, first in self._cost(*plan.ahead).items()}
+        return {
+            "name": name, "seed": seed, "steps": plan.steps, "steps_ahead": plan.ahead[1] if plan.ahead else 0,
+            "test": scores(test), "val": scores(val), "trains": test["model"]["trainable_parameters"], **cost,
+        }  # fmt: skip
+
+    def sweep(self) -> dict[str, list[dict]]:
+        """label -> validation of each of its settings, of the connectors that have settings of their own."""
+        own = {label: settings for label, (_, settings) in CONNECTORS.items() if settings not in CONNECTORS}
+        plans = {label: [self.short(label, setting) for setting in settings] for label, settings in own.items()}
+        self._train([plan.run for row in plans.values() for plan in row])
+        return {
+            label: [
+                {**setting._asdict(), "steps": plan.steps, "val": scores(last_card(self.folder, plan.run.name, "val"))}
+                for setting, plan in zip(own[label], row, strict=True)
+            ]
+            for label, row in plans.items()
+        }
 
     def compare(self) -> dict[str, dict]:
         """label -> {"sweep": runs on the first seed, "setting": the best of them, "runs": that one on every seed}."""
-        args, labels = self.args, list(CONNECTORS)
-        for connector in ("tomeformer", "qformer"):
-            self._macs_per_step(CONFIG, connector)
-        self.stage1(args.seeds[0])
-        together("stage 1", self.stage1, [(seed,) for seed in args.seeds[1:]], args.jobs)
-        own = [label for label in labels if CONNECTORS[label][1] not in CONNECTORS]
-        tried = [(label, setting) for label in own for setting in CONNECTORS[label][1]]
-        swept = together("sweep", self.sweep, tried, args.jobs)
-        found, chosen = {}, {}
-        for label in labels:
-            sweep = [one for (name, _), one in zip(tried, swept, strict=True) if name == label]
-            if sweep:
-                best = min(sweep, key=lambda one: one["val"]["loss_right"])
+        seeds = self.args.seeds
+        self._train([self.count(CONFIG, "tomeformer"), self.count(CONFIG, "qformer"), self.count(STAGE1)])
+        self._train([self.stage1(seed) for seed in seeds])
+        swept = self.sweep()
+        chosen = {}
+        for label, (_, settings) in CONNECTORS.items():
+            if label in swept:
+                best = min(swept[label], key=lambda one: one["val"]["loss_right"])
                 chosen[label] = Setting(*(best[key] for key in Setting._fields))
             else:
-                chosen[label] = chosen[CONNECTORS[label][1]]
-            found[label] = {"sweep": sweep, "setting": chosen[label]._asdict()}
-        wanted = [(label, chosen[label], seed) for label in labels for seed in args.seeds]
-        runs = together("run", self.full, wanted, args.jobs)
-        for label in labels:
-            found[label]["runs"] = [one for (name, *_), one in zip(wanted, runs, strict=True) if name == label]
-        return found
+                chosen[label] = chosen[settings]
+        plans = {label: [self.full(label, setting, seed) for seed in seeds] for label, setting in chosen.items()}
+        self._train([plan.run for row in plans.values() for plan in row])
+        return {
+            label: {
+                "sweep": swept.get(label, []), "setting": chosen[label]._asdict(),
+                "runs": [self.measured(plan, seed) for plan, seed in zip(row, seeds, strict=True)],
+            }
+            for label, row in plans.items()
+        }  # fmt: skip
+
+
+def _stage1_name(steps: int, seed: int) -> str:
+    return f"stage1_steps{steps}_seed{seed}"
 
 
 def _grey(images: str, folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Captions of every length under torch.compile: padded to few shapes, against one compilation for any length.
 
-    python benchmarks/lengths.py --scale opt-2.7b --batch 64          # on a GPU; also vicuna-7b
-    OMP_NUM_THREADS=1 python benchmarks/lengths.py --scale quickstart --batch 4
+    python -m benchmarks.speed.lengths --scale opt-2.7b --batch 64          # on a GPU; also vicuna-7b
+    OMP_NUM_THREADS=1 python -m benchmarks.speed.lengths --scale quickstart --batch 4
 
 Random weights of the given sizes, nothing is downloaded. A pass is one training step with captions of each of --tokens
 tokens. Either way of compiling the language model runs in turn with the same steps not compiled; its first pass, which
@@ -14,10 +14,10 @@ import itertools
 import time
 
 import torch
-from random_models import add_step_arguments, build, samples, scales
-from timing import alternate, parser, write
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.common.random_models import add_step_arguments, build, samples, scales
+from benchmarks.common.timing import alternate, parser, write
 from lavis_evlgen.models.compile import LENGTHS, compile_parts, eager, stack_of
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.runners.optim import adamw

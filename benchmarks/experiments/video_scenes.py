@@ -1,7 +1,7 @@
 """EVLGen-Video in miniature, on drawn clips whose captions only the order of frames tells: each way to mix frames.
 
     bash run_scripts/video_miniature.sh                # this script with its defaults
-    python benchmarks/video_scenes.py --steps 80 --seeds 42 1 2 --jobs 2
+    python -m benchmarks.experiments.video_scenes --steps 80 --seeds 42 1 2 --jobs 2
 
 For each seed an image model is trained on drawn scenes (the quickstart, twice the steps); every way to mix frames
 starts from it, on the same clips in the same order. SCST goes on from the way that SCST_FROM names. Nothing is chosen
@@ -16,9 +16,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from training_runs import ROOT, scores, threads_of, together, train, training_seconds, with_other_seeds
-from video_tables import PAGE, write_page
-
+from benchmarks.common.training_runs import (
+    ROOT,
+    Run,
+    last_card,
+    run_folder,
+    scores,
+    train,
+    training_seconds,
+    with_other_seeds,
+)
+from benchmarks.common.video_tables import PAGE, write_page
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
 
@@ -56,34 +64,37 @@ class VideoScenes:
 
     def __init__(self, args):
         self.args, self.folder = args, args.folder.absolute()
-        self.threads = threads_of(args.jobs)
 
-    def _train(self, config: str, name: str, steps: int, seed: int, options: list[str]) -> dict:
-        """The card of the run's test, trained first where it is not there."""
+    def _plan(self, config: str, name: str, steps: int, seed: int, options: list[str]) -> Run:
         train_clips, test_clips = self.args.clips
         data = "scenes" if config == IMAGE else "moving_scenes"
         sizes = f"{{train: {train_clips}, test: {test_clips}}}"
         options = [*SMALL, *options, f"datasets.{data}.sizes={sizes}", f"run.max_iters={steps}", f"run.seed={seed}"]
-        options += [f"run.iters_per_inner_epoch={steps}", *self.args.set]
-        return train(config, name, options, self.folder, "test", self.threads)
+        return Run(config, name, [*options, f"run.iters_per_inner_epoch={steps}", *self.args.set])
 
     def _name(self, label: str, seed: int) -> str:
         return f"{label.lower().replace(',', '').replace('+ ', '').replace(' ', '_')}_{self.args.steps}_seed{seed}"
 
     def _weights(self, label: str, seed: int) -> str:
-        return f"model.pretrained={self.folder / self._name(label, seed) / 'checkpoint_last.pth'}"
+        return f"model.pretrained={run_folder(self.folder, self._name(label, seed)) / 'checkpoint_last.pth'}"
 
-    def start(self, seed: int):
+    def start(self, seed: int) -> Run:
         """The image model that a seed's runs start from."""
-        self._train(IMAGE, self._name("start", seed), START * self.args.steps, seed, [])
+        return self._plan(IMAGE, self._name("start", seed), START * self.args.steps, seed, [])
 
-    def run(self, label: str, seed: int) -> dict:
-        """What one way to mix frames scores on the test clips, and what it cost."""
-        first = SCST_FROM if label == SCST else "start"
-        steps = -(-self.args.steps // 2) if label == SCST else self.args.steps
+    def steps(self, label: str) -> int:
+        return -(-self.args.steps // 2) if label == SCST else self.args.steps
+
+    def way(self, label: str, seed: int) -> Run:
+        """One way to mix frames, or SCST after one."""
         options = [*WAYS[SCST_FROM], *REWARDED] if label == SCST else WAYS[label]
-        name = self._name(label, seed)
-        card = self._train(VIDEO, name, steps, seed, [*options, self._weights(first, seed)])
+        weights = self._weights(SCST_FROM if label == SCST else "start", seed)
+        return self._plan(VIDEO, self._name(label, seed), self.steps(label), seed, [*options, weights])
+
+    def measured(self, label: str, seed: int) -> dict:
+        """What a run scores on the test clips, and what it cost."""
+        name, steps = self._name(label, seed), self.steps(label)
+        card = last_card(self.folder, name, "test")
         metrics = card["metrics"]
         return {
             "name": name, "seed": seed, "steps": steps, **scores(card), "clips": metrics["order_asked"],
@@ -95,15 +106,12 @@ class VideoScenes:
     def compare(self) -> dict[str, list[dict]]:
         """label -> what its run of every seed found."""
         args = self.args
-        together("image model", self.start, [(seed,) for seed in args.seeds], args.jobs)
-        wanted = [(label, seed) for seed in args.seeds for label in args.ways]
-        runs = together("run", self.run, wanted, args.jobs)
-        rewarded = [(SCST, seed) for seed in args.seeds if SCST_FROM in args.ways]
-        runs += together("SCST", self.run, rewarded, args.jobs)
-        found: dict[str, list[dict]] = {}
-        for (label, _), run in zip(wanted + rewarded, runs, strict=True):
-            found.setdefault(label, []).append(run)
-        return found
+        labels = [*args.ways, *([SCST] if SCST_FROM in args.ways else [])]
+        train([self.start(seed) for seed in args.seeds], self.folder, args.jobs)
+        train([self.way(label, seed) for seed in args.seeds for label in args.ways], self.folder, args.jobs)
+        if SCST in labels:
+            train([self.way(SCST, seed) for seed in args.seeds], self.folder, args.jobs)
+        return {label: [self.measured(label, seed) for seed in args.seeds] for label in labels}
 
 
 def main():

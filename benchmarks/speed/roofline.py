@@ -1,11 +1,11 @@
 """The floor of a training step: operations and bytes of each part, counted without a weight, and the time they need.
 
-    python benchmarks/floor.py                 # opt-2.7b and vicuna-7b, 64 pictures, on an H200
+    python -m benchmarks.speed.roofline                 # opt-2.7b and vicuna-7b, 64 pictures, on an H200
 
 The model's own code runs on tensors without numbers. Operations: FLOPs of matrix products, convolutions and attention.
 Bytes: what these read and write, which nothing can avoid; and what all operations read and write when each is a kernel
 of its own, the way torch runs code that is not compiled. A part takes no less than the longer of operations over the
-GPU's peak and bytes over its bandwidth. What is measured beside it: benchmarks/step.py.
+GPU's peak and bytes over its bandwidth. What is measured beside it: benchmarks/speed/step.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from random_models import build, scales
-from timing import RESULTS
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from benchmarks.common.random_models import build, scales
+from benchmarks.common.timing import RESULTS
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card

@@ -1,7 +1,7 @@
 """How many tokens are merged, and which layer of the ViT is read: the sweeps of the paper in miniature, on real photos.
 
     bash run_scripts/ablations.sh IMAGES CAPTIONS      # this script with its defaults
-    python benchmarks/ablations.py --images DIR --captions FILE --sweeps tokens --steps 160
+    python -m benchmarks.experiments.ablations --images DIR --captions FILE --sweeps tokens --steps 160
 
 Runs `evlgen ablate` on projects/evlgen/flickr8k_mini.yaml for each sweep: the tokens that the paper's values of r leave
 (figure 3), and hidden layers of the ViT. A sweep that was cut off goes on, a finished one is not run again. Writes
@@ -18,9 +18,8 @@ from itertools import groupby
 from pathlib import Path
 from statistics import mean
 
-from result_pages import put_between, spread
-from training_runs import ROOT, training_seconds
-
+from benchmarks.common.result_pages import put_between, spread
+from benchmarks.common.training_runs import ROOT, training_seconds
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.reporting.sweep_plot import sweep_plot
 from lavis_evlgen.tools.compare import duration
@@ -60,7 +59,7 @@ def sweep(name: str, args) -> list[dict]:
     del content["table"], content["options"]  # of other seconds, of this machine's folders
     for run in content["runs"]:
         del run["settings"]
-        run["seconds"] = training_seconds(out / "runs", run["name"], args.steps)
+        run["seconds"] = training_seconds(out, run["name"], args.steps)
     write_run_card(args.results / f"ablation-{name}.json", content)
     points = [
         (str(values[value][0]), gaps(runs), [run["seconds"] for run in runs])

@@ -1,6 +1,6 @@
 """Connectors at the paper's sizes: TomeFormer, LAVIS's Q-Former (stages 2 and 1) and Hugging Face's.
 
-    python benchmarks/connector.py
+    python -m benchmarks.speed.connector
 
 Random weights. (B, 257, 1408) visual tokens in; bert-base inside. `forward` is eval mode without gradients;
 `forward+backward` is training mode (dropout 0.1) with gradients of all weights and of the visual tokens, whose
@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 
 import torch
-from timing import DTYPES, alternate, backward_of, parser, write
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
+
+from benchmarks.common.timing import DTYPES, alternate, backward_of, parser, write
 
 # LAVIS's two classes by way of the package: its bridges must come before any import of LAVIS
 from lavis_evlgen.models.connectors.qformer import BertConfig, BertLMHeadModel, QFormerConnector

@@ -1,7 +1,7 @@
 """Captions a second: greedy and beam search, for several batch sizes, and what the picture's own part of it is.
 
-    python benchmarks/generate.py --scale opt-2.7b --batch 1 8 64       # on a GPU; also vicuna-7b
-    python benchmarks/generate.py --scale quickstart --batch 1 8        # on a CPU
+    python -m benchmarks.speed.generate --scale opt-2.7b --batch 1 8 64       # on a GPU; also vicuna-7b
+    python -m benchmarks.speed.generate --scale quickstart --batch 1 8        # on a CPU
 
 Random weights of the given sizes, nothing is downloaded. Every caption has exactly --tokens new tokens: random weights
 would end captions anywhere. Greedy, beam 5 and the visual prompt alone (ViT and connector) run in turn.
@@ -10,9 +10,9 @@ would end captions anywhere. Greedy, beam 5 and the visual prompt alone (ViT and
 from __future__ import annotations
 
 import torch
-from random_models import build, samples, scales
-from timing import DTYPES, alternate, parser, write
 
+from benchmarks.common.random_models import build, samples, scales
+from benchmarks.common.timing import DTYPES, alternate, parser, write
 from lavis_evlgen.models.evlgen import EVLGen
 
 SEARCHES = {"greedy": 1, "beam 5": 5}

@@ -1,44 +1,35 @@
 """The benchmark scripts: what they compare is the same thing, and docs/performance.md shows what they measured."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmarks.common import performance_page as page
+from benchmarks.common import random_models as models
+from benchmarks.common import timing
+from benchmarks.speed import blip2_step, connector, data, generate, lengths, merge, roofline, scaling, step
+from lavis_evlgen.tools.cost.macs import evlgen_cost
+
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Imports a script of benchmarks/ by name, as it is imported when it runs."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    before = set(sys.modules)
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(ROOT / "benchmarks")):
-            del sys.modules[name]
+def card_of(tmp_path, monkeypatch):
+    """Runs a script with these words; what it wrote into tmp_path/NAME-cpu.json."""
 
-
-@pytest.fixture
-def card_of(script, tmp_path, monkeypatch):
-    """Runs benchmark `name` with these words; what it wrote into tmp_path/NAME-cpu.json."""
-
-    def run(name: str, words: str) -> dict:
-        out = tmp_path / f"{name}-cpu.json"
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *words.split(), "--out", str(out)])
-        script(name).main()
+    def run(script, words: str) -> dict:
+        out = tmp_path / f"{script.__name__.rpartition('.')[2]}-cpu.json"
+        monkeypatch.setattr(sys, "argv", ["benchmark", *words.split(), "--out", str(out)])
+        script.main()
         return json.loads(out.read_text())
 
     return run
 
 
-def test_alternating_times_every_call_as_often(script):
-    timing = script("timing")
+def test_alternating_times_every_call_as_often():
     made, device = [], torch.device("cpu")
     calls = {name: lambda name=name: made.append(name) for name in "abc"}
     found = timing.alternate(calls, device, repetitions=4, least=0)
@@ -48,8 +39,7 @@ def test_alternating_times_every_call_as_often(script):
     assert timing.spread([3.0, 1.0, 2.0]) == {"median": 2.0, "low": 1.5, "high": 2.5, "repetitions": 3}
 
 
-def test_merges_compared_are_the_same_merge(script):
-    merge = script("merge")
+def test_merges_compared_are_the_same_merge():
     for dtype, atol in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         which, x = merge.example(33, batch=2, width=8, dtype=dtype, device="cpu")
         assert which.num_slots < 33
@@ -65,8 +55,7 @@ def test_merges_compared_are_the_same_merge(script):
     assert merge.largest_error(merge.product, which, x) < 1e-6
 
 
-def test_connectors_compared_have_the_same_shapes(script):
-    connector = script("connector")
+def test_connectors_compared_have_the_same_shapes():
     torch.manual_seed(0)
     models = connector.connectors(24, 33, 9, SIZES, layers=(4, 2))
     visual = torch.randn(2, 33, 24)
@@ -79,9 +68,8 @@ def test_connectors_compared_have_the_same_shapes(script):
     assert lavis == theirs  # two implementations of one architecture
 
 
-def test_a_benchmark_from_start_to_page(script, card_of, tmp_path):
-    page = script("performance_page")
-    card = card_of("merge", "--device cpu --repetitions 1 --batch 1 --width 4 --tokens 17")
+def test_a_benchmark_from_start_to_page(card_of, tmp_path):
+    card = card_of(merge, "--device cpu --repetitions 1 --batch 1 --width 4 --tokens 17")
     assert {"versions", "commit", "hardware", "date", "machine", "settings"} <= set(card)
     assert len(card["rows"]) == 4  # two precisions, forward and both passes
     text = page.section("merge", tmp_path)
@@ -92,10 +80,9 @@ def test_a_benchmark_from_start_to_page(script, card_of, tmp_path):
     assert page.NO_GPU not in text and text.startswith("**Some GPU**")
 
 
-def test_pictures_a_second_of_both_sides(script, card_of, tmp_path, monkeypatch):
-    data, page = script("data"), script("performance_page")
+def test_pictures_a_second_of_both_sides(card_of, tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SIZE", 32)
-    card = card_of("data", "--repetitions 1 --batch 2 --pictures 2 --sizes 160x128")
+    card = card_of(data, "--repetitions 1 --batch 2 --pictures 2 --sizes 160x128")
     assert [row["kind"] for row in card["rows"]] == ["files", "shards"]
     for row in card["rows"]:
         assert sorted(name.startswith("LAVIS") for name in row["seconds"]) == [False, False, True, True]
@@ -103,35 +90,34 @@ def test_pictures_a_second_of_both_sides(script, card_of, tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def tiny(script):
-    """(step.py, random_models.py, model, TrainingStep, batch) without dropout."""
-    step, models = script("step"), script("random_models")
+def tiny():
+    """(model, TrainingStep, batch) without dropout."""
     device = torch.device("cpu")
     model = models.build(models.scales()["tiny"], "fp32", device).eval()
     training = step.TrainingStep(model, step.adamw(model, 1e-3, 0.05, 0.999), device, {"max_grad_norm": 0})
-    return step, model, training, models.samples(models.scales()["tiny"], 3, device)
+    return model, training, models.samples(models.scales()["tiny"], 3, device)
 
 
 def gradients(model) -> dict:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_phases_are_the_step(tiny, script, monkeypatch):
-    step, model, training, batch = tiny
+def test_phases_are_the_step(tiny, monkeypatch):
+    model, training, batch = tiny
     model(batch)["loss"].backward()
     expected = gradients(model)
     model.zero_grad(set_to_none=True)
     found = {}
     monkeypatch.setattr(training, "_update", lambda: found.update(gradients(model)))
     seconds = step.in_phases(model, training, batch)
-    assert tuple(seconds) == script("performance_page").PHASES
+    assert tuple(seconds) == page.PHASES
     assert expected.keys() == found.keys() and expected
     for name in expected:
         assert torch.allclose(found[name], expected[name], atol=1e-6), name
 
 
 def test_savings_undone_change_no_loss_and_are_redone(tiny):
-    step, model, _, batch = tiny
+    model, _, batch = tiny
     loss = model(batch)["loss"]
     for name, undo in (step.UNDONE | step.TRADED).items():
         with undo(model):
@@ -148,9 +134,8 @@ def test_savings_undone_change_no_loss_and_are_redone(tiny):
     assert "forward" not in vars(model.visual_encoder)
 
 
-def test_a_step_measured(script, card_of, tmp_path):
-    step, page = script("step"), script("performance_page")
-    card = card_of("step", "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1")
+def test_a_step_measured(card_of, tmp_path):
+    card = card_of(step, "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1")
     row = card["rows"][0]
     assert set(row["seconds"]) == {"whole", *step.UNDONE, *step.TRADED} == set(row["memory_gb"])
     assert row["memory_gb"]["grad-checkpoint"] < row["memory_gb"]["whole"] < row["memory_gb"]["everything"]
@@ -166,8 +151,8 @@ def test_a_step_measured(script, card_of, tmp_path):
     assert "`tiny`" in text and "`--full-logits`" in text and "Head and loss alone" in text
 
 
-def test_a_compiled_step_against_the_same_without(script, card_of, tmp_path, monkeypatch):
-    compiler, page, compiled = torch.nn.Module.compile, script("performance_page"), []
+def test_a_compiled_step_against_the_same_without(card_of, tmp_path, monkeypatch):
+    compiler, compiled = torch.nn.Module.compile, []
 
     def plain(module, **how):
         compiled.append(type(module).__name__)
@@ -175,7 +160,7 @@ def test_a_compiled_step_against_the_same_without(script, card_of, tmp_path, mon
 
     monkeypatch.setattr(torch.nn.Module, "compile", plain)
     options = "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1"
-    card = card_of("step", f"{options} --compile vision connector")
+    card = card_of(step, f"{options} --compile vision connector")
     row = card["rows"][0]
     assert compiled[-1] == "TomeFormerConnector" and len(set(compiled)) == 2
     assert set(row["seconds"]) == {"whole", "compile"} and row["flops"]["whole"] == row["flops"]["compile"] > 0
@@ -183,8 +168,8 @@ def test_a_compiled_step_against_the_same_without(script, card_of, tmp_path, mon
     assert "compiled: vision and connector" in text and "| `--compile` | 1.00x |" in text
 
 
-def test_lengths_padded_against_one_compilation_for_any(script, card_of, tmp_path, monkeypatch):
-    compiler, page, how = torch.nn.Module.compile, script("performance_page"), []
+def test_lengths_padded_against_one_compilation_for_any(card_of, tmp_path, monkeypatch):
+    compiler, how = torch.nn.Module.compile, []
 
     def plain(module, dynamic):
         how.append(dynamic)
@@ -192,7 +177,7 @@ def test_lengths_padded_against_one_compilation_for_any(script, card_of, tmp_pat
 
     monkeypatch.setattr(torch.nn.Module, "compile", plain)
     options = "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --tokens 4 17"
-    padded, free = card_of("lengths", options)["rows"]
+    padded, free = card_of(lengths, options)["rows"]
     assert how == [False, False, True, True]  # two blocks
     # 9 visual tokens, 4 to 17 of text and its end: 14 lengths in 2 multiples of 8
     assert padded["steps"] == 14 and padded["graphs"] in (2, 3) and 1 <= free["graphs"] < 4
@@ -203,18 +188,18 @@ def test_lengths_padded_against_one_compilation_for_any(script, card_of, tmp_pat
     assert "captions of 4 to 17 tokens" in text and "| one compilation for any length |" in text
 
 
-def test_steps_of_blip2_beside_evlgens(script, card_of, tmp_path):
-    page, names = script("performance_page"), {"EVLGen", "BLIP-2, stage 2", "BLIP-2, stage 1"}
-    (row,) = card_of("blip2_step", "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1")["rows"]
+def test_steps_of_blip2_beside_evlgens(card_of, tmp_path):
+    names = {"EVLGen", "BLIP-2, stage 2", "BLIP-2, stage 1"}
+    (row,) = card_of(blip2_step, "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1")["rows"]
     assert set(row["seconds"]) == set(row["trains"]) == names and row["memory_gb"] == dict.fromkeys(names)
     assert row["trains"]["BLIP-2, stage 1"] > row["trains"]["BLIP-2, stage 2"] > 0  # words, heads of three losses
     (tmp_path / "blip2_step-cpu.json").rename(tmp_path / "blip2-tiny-cpu.json")
     assert "| BLIP-2, stage 1 |" in page.section("blip2", tmp_path)
 
 
-def test_blip2_stages_compared_share_what_is_frozen(script):
-    blip2, scale = script("blip2_step"), script("random_models").scales()["tiny"]
-    found = blip2.models(scale, "fp32", torch.device("cpu"))
+def test_blip2_stages_compared_share_what_is_frozen():
+    scale = models.scales()["tiny"]
+    found = blip2_step.models(scale, "fp32", torch.device("cpu"))
     evlgen, stage2, stage1 = found.values()
     assert evlgen.visual_encoder is stage2.visual_encoder is stage1.visual_encoder
     assert evlgen.language_model is stage2.language_model
@@ -225,12 +210,9 @@ def test_blip2_stages_compared_share_what_is_frozen(script):
         assert not any(p.requires_grad for p in model.visual_encoder.parameters())
 
 
-def test_the_floor_counts_what_macs_counts(script, tmp_path):
-    from lavis_evlgen.tools.cost.macs import evlgen_cost
-
-    floor, models, page = script("floor"), script("random_models"), script("performance_page")
+def test_the_floor_counts_what_macs_counts(tmp_path):
     scale, text = models.scales()["tiny"], 9
-    found = floor.parts_of(models.build(scale, "bf16", torch.device("meta")), 3, 28, text)
+    found = roofline.parts_of(models.build(scale, "bf16", torch.device("meta")), 3, 28, text)
     assert tuple(found) == page.PHASES
     assert all(0 < part["products"] <= part["all"] for part in found.values())
     cost = evlgen_cost(models.build(scale, "fp32", torch.device("meta")).eval(), 28, text)
@@ -251,15 +233,14 @@ def test_the_floor_counts_what_macs_counts(script, tmp_path):
 
 
 def test_a_step_on_data_that_is_read(tiny):
-    step, _, training, _ = tiny
+    _, training, _ = tiny
     args = SimpleNamespace(workers=0, batch=2, device="cpu", repetitions=1)
     found = step.with_data(training, args, SimpleNamespace(image_size=28))
     assert 0 < found["waited"] < found["seconds"]
 
 
-def test_a_step_against_its_sizes(script, card_of, tmp_path):
-    page = script("performance_page")
-    card = card_of("scaling", "--scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --device cpu")
+def test_a_step_against_its_sizes(card_of, tmp_path):
+    card = card_of(scaling, "--scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --device cpu")
     rows = {axis: [row for row in card["rows"] if row["axis"] == axis] for axis in page.AXES}
     assert [row["value"] for row in rows["batch"]] == [1, 2, 4, 8]
     assert [row["value"] for row in rows["tokens_left"]] == [6, 8, 17]
@@ -272,9 +253,8 @@ def test_a_step_against_its_sizes(script, card_of, tmp_path):
     assert "frames of a clip | 16 |" in page.section("scaling", tmp_path)
 
 
-def test_captions_a_second(script, card_of, tmp_path):
-    page = script("performance_page")
-    card = card_of("generate", "--device cpu --scale tiny --batch 1 2 --tokens 4 --repetitions 1 --seconds 1")
+def test_captions_a_second(card_of, tmp_path):
+    card = card_of(generate, "--device cpu --scale tiny --batch 1 2 --tokens 4 --repetitions 1 --seconds 1")
     for row, size in zip(card["rows"], (1, 2), strict=True):
         for name, rate in row["captions_per_s"].items():
             assert row["seconds"][name]["median"] * rate == pytest.approx(size)
@@ -282,9 +262,9 @@ def test_captions_a_second(script, card_of, tmp_path):
     assert "`tiny`, bf16, 4 new tokens each" in page.section("generate", tmp_path)
 
 
-def test_every_caption_timed_has_the_same_length(tiny, script, monkeypatch):
-    model, batch = tiny[1], tiny[3]
-    generate, llm, shapes = script("generate"), model.language_model.llm, []
+def test_every_caption_timed_has_the_same_length(tiny, monkeypatch):
+    model, _, batch = tiny
+    llm, shapes = model.language_model.llm, []
     says = llm.generate
 
     def spy(*args, **kwargs):
@@ -299,8 +279,7 @@ def test_every_caption_timed_has_the_same_length(tiny, script, monkeypatch):
     assert shapes == [(3, 5)] * 2
 
 
-def test_full_size_models_are_the_papers(script):
-    models = script("random_models")
+def test_full_size_models_are_the_papers():
     for name, parameters in (("opt-2.7b", 2.65e9), ("vicuna-7b", 6.74e9)):
         scale = models.scales()[name]
         with torch.device("meta"):
@@ -310,8 +289,7 @@ def test_full_size_models_are_the_papers(script):
     assert len(encoder("a" * 13, add_special_tokens=False).input_ids) == 13
 
 
-def test_the_page_is_what_the_results_make_it(script):
-    page = script("performance_page")
-    assert page.PAGE.read_text() == page.filled(page.PAGE.read_text()), "run python benchmarks/performance_page.py"
+def test_the_page_is_what_the_results_make_it():
+    assert page.PAGE.read_text() == page.filled(page.PAGE.read_text()), "python -m benchmarks.common.performance_page"
     with pytest.raises(ValueError, match="no place for"):
         page.filled("# Performance")

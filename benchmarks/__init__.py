@@ -1,0 +1,1 @@
+"""What a step costs (speed/), what a setting does (experiments/): README.md says which script answers what."""

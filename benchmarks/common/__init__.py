@@ -1,0 +1,1 @@
+"""What the scripts share: timing, training runs, models with random weights, tables of results."""

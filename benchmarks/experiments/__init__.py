@@ -1,0 +1,1 @@
+"""Scripts that train and compare models in miniature."""

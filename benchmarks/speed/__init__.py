@@ -1,0 +1,1 @@
+"""Scripts that time training steps, captions and their parts."""
