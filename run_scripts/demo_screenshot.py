@@ -47,7 +47,7 @@ def shot(address: str, scene: int) -> bytes:
         page = browser.new_page(viewport={"width": 1240, "height": 900})
         page.set_default_timeout(180_000)
         page.goto(address)
-        page.click(f"#picks button.thumbnail-item >> nth={scene - 1}")
+        page.click(f"#examples button.thumbnail-item >> nth={scene - 1}")
         page.wait_for_selector("#preview img")
         page.click("#say")
         page.wait_for_selector("#tokens img")

@@ -55,10 +55,10 @@ def draw(found: dict[str, list[dict]], path: Path):
     panels = figure.subplots(1, 2, sharey=True)
     words = {"order_accuracy": "order of events (dashed: chance)", "cider": "CIDEr (1.0 = 100 in papers)"}
     for panel, (key, title) in zip(panels, words.items(), strict=True):
-        for place, runs in enumerate(found.values()):
+        for row, runs in enumerate(found.values()):
             values = [run[key] for run in runs]
-            panel.plot(values, [place] * len(values), "o", color="#2563a8", markersize=5, alpha=0.7)
-            panel.plot([statistics.mean(values)], [place], "|", color="#1f2328", markersize=16)
+            panel.plot(values, [row] * len(values), "o", color="#2563a8", markersize=5, alpha=0.7)
+            panel.plot([statistics.mean(values)], [row], "|", color="#1f2328", markersize=16)
         panel.set_xlabel(title)
         panel.set_xlim(left=0)
         panel.spines[["top", "right"]].set_visible(False)

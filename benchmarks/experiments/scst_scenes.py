@@ -115,8 +115,8 @@ def draw(found: dict[str, list[dict]], path: Path):
     """CIDEr, a dot a seed; and reward, entropy and length of drawn captions over the steps, a line a seed."""
     figure = Figure(figsize=(12, 3.2), dpi=100, layout="constrained")
     first, *panels = figure.subplots(1, 4, width_ratios=[1.6, 1, 1, 1])
-    for place, runs in enumerate(found.values()):
-        first.plot([run["cider"] for run in runs], [place] * len(runs), "o", color="#2563a8", markersize=5, alpha=0.7)
+    for row, runs in enumerate(found.values()):
+        first.plot([run["cider"] for run in runs], [row] * len(runs), "o", color="#2563a8", markersize=5, alpha=0.7)
     first.set_yticks(range(len(found)), list(found))
     first.invert_yaxis()
     first.set_xlabel("CIDEr (1.0 = 100 in papers)")

@@ -1,4 +1,4 @@
-"""What can be picked on the page without an upload: the files of a folder, or drawn scenes."""
+"""Examples on the page: the files of a folder, or drawn scenes."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lavis_evlgen.demo.describing import Refused
 from lavis_evlgen.demo.uploads import Limits, preview, read
 from lavis_evlgen.media.video import takes_clips
 
-MOST = 24  # of a folder; names in order
-DRAWN = 6
+MOST = 24  # files of a folder, in the order of their names
+DRAWN = 6  # scenes
 _SEED, _SIDE, _FPS = 7, 224, 2.0
 
 
-def of_folder(source: Path, target: Path, processor, limits: Limits) -> list[Path]:
-    """Copies of the first files of `source` that the model can look at; the others are logged and left out."""
+def from_folder(source: Path, target: Path, processor, limits: Limits) -> list[Path]:
+    """Copies in `target` of the first files of `source` that the model can read; the others are logged and left out."""
     if not source.is_dir():
         raise Refused(f"--pictures: {source} is no folder")
-    files, picked = sorted(path for path in source.iterdir() if path.is_file()), []
+    files, examples = sorted(path for path in source.iterdir() if path.is_file()), []
     for path in files:
-        if len(picked) == MOST:
+        if len(examples) == MOST:
             logging.info("--pictures: the first %d of the files in %s can be picked", MOST, source)
             break
         try:
@@ -33,13 +33,13 @@ def of_folder(source: Path, target: Path, processor, limits: Limits) -> list[Pat
         except Refused as error:
             logging.warning("--pictures: left out: %s", error)
             continue
-        picked.append(Path(shutil.copy(path, target / path.name)))
-    if not picked:
+        examples.append(Path(shutil.copy(path, target / path.name)))
+    if not examples:
         raise Refused(f"--pictures: none of the {len(files)} files in {source} can be looked at")
-    return picked
+    return examples
 
 
-def drawn(target: Path, processor) -> list[Path]:
+def drawn_scenes(target: Path, processor) -> list[Path]:
     """Scenes of the test split, drawn into `target`: PNG; for a processor of clips AVI, as long as it takes frames."""
     if not takes_clips(processor):
         scenes = ScenesDataset("test", DRAWN, seed=_SEED, image_size=_SIDE)

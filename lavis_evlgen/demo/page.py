@@ -33,7 +33,7 @@ from lavis_evlgen.demo.describing import (
     largest_r,
     tokens_picture,
 )
-from lavis_evlgen.demo.examples import drawn, of_folder, thumbnails
+from lavis_evlgen.demo.examples import drawn_scenes, from_folder, thumbnails
 from lavis_evlgen.demo.own_requests import OwnRequestsOnly
 from lavis_evlgen.demo.uploads import Limits, preview, read
 from lavis_evlgen.media.video import takes_clips
@@ -77,14 +77,14 @@ def start(visitors: Visitors, host: str, port: int, pictures: Path | None = None
     """
     if block:
         end_on_signals()
-    chosen = Path(mkdtemp(prefix="pick_", dir=_uploads()))
+    chosen = Path(mkdtemp(prefix="examples_", dir=_uploads()))
     try:
-        picks = drawn(chosen, visitors.processor) if pictures is None else of_folder(
+        examples = drawn_scenes(chosen, visitors.processor) if pictures is None else from_folder(
             pictures, chosen, visitors.processor, visitors.limits
         )  # fmt: skip
     except Refused as error:
         raise ConfigError(str(error)) from None
-    page = build(visitors, picks)
+    page = build(visitors, examples)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # gradio asks its own server whether it is up
     try:
         _, address, _ = page.queue(max_size=QUEUE, default_concurrency_limit=1).launch(
@@ -120,7 +120,7 @@ def _uploads() -> str:
     return folder
 
 
-def build(visitors: Visitors, picks: list[Path]) -> gr.Blocks:
+def build(visitors: Visitors, examples: list[Path]) -> gr.Blocks:
     """The Blocks of the page."""
     model, limits = visitors.model, visitors.limits
     first = {"num_beams": 5, "min_length": 1, "max_length": 30, **visitors.decoding}
@@ -148,7 +148,7 @@ def build(visitors: Visitors, picks: list[Path]) -> gr.Blocks:
         return None if path is None else shown_errors(lambda: preview(path, limits))
 
     def pick(event: gr.SelectData):
-        return str(picks[event.index])
+        return str(examples[event.index])
 
     with gr.Blocks(title="EVLGen", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gr.Markdown(f"## EVLGen\nWhat the model says about a {thing}, and the visual tokens that it says it from.")
@@ -156,10 +156,10 @@ def build(visitors: Visitors, picks: list[Path]) -> gr.Blocks:
             with gr.Column():
                 file = gr.File(label=f"a {thing}, at most {limits.megabytes:g} MB", elem_id="file")
                 look = gr.Image(label="yours", interactive=False, height=260, elem_id="preview", buttons=[])
-                if picks:
+                if examples:
                     gallery = gr.Gallery(
-                        thumbnails(picks, limits), label="or pick one", columns=6, height=140, allow_preview=False,
-                        object_fit="contain", elem_id="picks", buttons=[], interactive=False,
+                        thumbnails(examples, limits), label="or pick one", columns=6, height=140, allow_preview=False,
+                        object_fit="contain", elem_id="examples", buttons=[], interactive=False,
                     )  # fmt: skip
                     gallery.select(pick, None, file, api_visibility="private", queue=False)
                 prompt = gr.Textbox(model.prompt, label="the caption begins with", max_length=MOST_LETTERS)

@@ -1,4 +1,4 @@
-"""Files from strangers: what is too large, or is no picture, is refused before it is decoded."""
+"""Checks of uploaded files: what is too large, or is no picture or clip, is refused before it is decoded."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 from lavis_evlgen.datasets import UnreadableImage
 from lavis_evlgen.demo.describing import Refused
-from lavis_evlgen.media.file_checks import EMPTY, head_of, looks_like
+from lavis_evlgen.media.file_checks import EMPTY, first_bytes, wrong_content
 from lavis_evlgen.media.images import open_image
 from lavis_evlgen.media.video import UnreadableVideo, VideoFile, takes_clips
 
-# Pillow knows more, some by starting other programs (EPS); these it decodes itself
+# formats that Pillow decodes itself; for some others (EPS) it starts a program
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-# (place, bytes) that mp4 and mov, mkv and webm, avi have
+# (offset, bytes) by which mp4 and mov, mkv and webm, avi are known
 CONTAINERS = ((4, b"ftyp"), (4, b"moov"), (4, b"mdat"), (4, b"wide"), (0, b"\x1aE\xdf\xa3"), (8, b"AVI "))
 _PREVIEW = 640  # pixels of the longer side
 
@@ -86,12 +86,12 @@ def check(path: str, limits: Limits) -> bool:
 
 
 def _check_clip(path: str, limits: Limits):
-    name, head = Path(path).name, head_of(path)
+    name, head = Path(path).name, first_bytes(path)
     if not head:
         raise Refused(f"{name}: {EMPTY}")
     # FFmpeg would also follow playlists, text files that name other files and addresses
     if not any(head[start : start + len(word)] == word for start, word in CONTAINERS):
-        what = looks_like(head, "picture") or "neither a picture nor a clip that can be read"
+        what = wrong_content(head, "picture") or "neither a picture nor a clip that can be read"
         raise Refused(f"{name}: {what}; give one of {', '.join(FORMATS)}, or a clip (mp4, mov, mkv, webm, avi)")
     header = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG)
     width, height = (int(header.get(key)) for key in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT))

@@ -1,13 +1,13 @@
-"""The two errors of the data room: a mistake in what was asked for, and a picture that cannot be read."""
+"""Errors of data: a mistake in what was asked for, and an image that cannot be read."""
 
 from lavis_evlgen.media.file_checks import Unreadable
 
 
 class DataError(ValueError):
-    """Data or a data config that cannot be used; the message names the thing, the place and the mend."""
+    """Data or a data config that cannot be used; the message names what is wrong, where, and the fix."""
 
 
 class UnreadableImage(Unreadable, DataError):
-    """One picture that cannot be read."""
+    """One image that cannot be read."""
 
-    THING = "image"
+    media = "image"

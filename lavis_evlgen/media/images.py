@@ -1,4 +1,4 @@
-"""Open one image, of a file or of bytes, completely, or say in one line why it cannot be opened."""
+"""Decode one image completely, of a file or of bytes, or say in one line why it cannot be read."""
 
 import io
 import warnings
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from lavis_evlgen.media.errors import UnreadableImage
-from lavis_evlgen.media.file_checks import EMPTY, head_of, looks_like, trouble_with
+from lavis_evlgen.media.file_checks import EMPTY, first_bytes, problem_with, wrong_content
 
 ORIENTATION = ExifTags.Base.Orientation
 # above every camera's own (100-megapixel backs give 102, phones 108); 360 MB once decoded, in each data worker
@@ -33,8 +33,8 @@ def open_image(path, processor=None) -> Image.Image | Tensor:
     its size where that is enough: most of the decoder's work is then not done. One that `takes_pixels` may get a
     picture's pixels, uint8 (3, H, W), the same that Pillow would give, in less time.
     """
-    if trouble := trouble_with(path):
-        raise UnreadableImage(path, trouble)
+    if problem := problem_with(path):
+        raise UnreadableImage(path, problem)
     return _decode(path, path, processor)
 
 
@@ -90,7 +90,8 @@ def _opened(source) -> Iterator[Image.Image]:
 
 def _is_plain_jpeg(image: Image.Image) -> bool:
     """Whether an opened picture is a JPEG whose pixels are upright RGB as they are stored."""
-    return image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1 and _torch_can()
+    upright_rgb = image.mode == "RGB" and image.getexif().get(ORIENTATION, 1) == 1
+    return image.format == "JPEG" and upright_rgb and _torch_decodes_jpeg()
 
 
 def _pixels_of_jpeg(source) -> Tensor:
@@ -99,12 +100,12 @@ def _pixels_of_jpeg(source) -> Tensor:
     try:
         return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
     except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition(", ")[2]  # behind the place in torchvision's source
+        reason = str(error).splitlines()[0].rpartition(", ")[2]  # behind the position in torchvision's source
         raise UnreadableImage("", f"broken or truncated ({reason})") from None
 
 
 @cache
-def _torch_can() -> bool:
+def _torch_decodes_jpeg() -> bool:
     """Whether this torchvision was built with a JPEG decoder, as all of its released wheels are."""
     content = io.BytesIO()
     Image.new("RGB", (8, 8)).save(content, "JPEG")
@@ -120,7 +121,7 @@ _PILLOW_SWITCH = Lock()
 
 @contextmanager
 def _whole_files_only() -> Iterator[None]:
-    """LAVIS tells Pillow, process-wide, to fill the rest of a truncated file with grey; not us."""
+    """LAVIS lets Pillow, process-wide, fill the rest of a truncated file with grey; here that is an error."""
     with _PILLOW_SWITCH:
         before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
         try:
@@ -143,5 +144,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _what_it_looks_like(source) -> str:
-    head = head_of(source.getvalue() if isinstance(source, io.BytesIO) else source)
-    return looks_like(head, "picture") or "not an image format that Pillow can read"
+    head = first_bytes(source.getvalue() if isinstance(source, io.BytesIO) else source)
+    return wrong_content(head, "picture") or "not an image format that Pillow can read"

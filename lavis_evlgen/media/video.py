@@ -14,15 +14,15 @@ import numpy as np
 import torch
 
 from lavis_evlgen.compat.environment import MEND, BrokenEnvironment
-from lavis_evlgen.media.file_checks import EMPTY, Unreadable, head_of, looks_like, trouble_with
+from lavis_evlgen.media.file_checks import EMPTY, Unreadable, first_bytes, problem_with, wrong_content
 
 MISSING = 0.1  # share of a clip's seconds, at least one second, that may be missing at its end
 
 
 class UnreadableVideo(Unreadable):
-    """One clip that cannot be read."""
+    """One video that cannot be read."""
 
-    THING = "video"
+    media = "video"
 
 
 def takes_clips(processor) -> bool:
@@ -36,9 +36,9 @@ class VideoFile:
     def __init__(self, source, name=None):
         """source: a path, or the content of a file (bytes), which then needs a `name` for the errors."""
         self.name = str(source if name is None else name)
-        trouble = (None if source else EMPTY) if isinstance(source, bytes) else trouble_with(source)
-        if trouble:
-            raise UnreadableVideo(self.name, trouble)
+        problem = (None if source else EMPTY) if isinstance(source, bytes) else problem_with(source)
+        if problem:
+            raise UnreadableVideo(self.name, problem)
         self._reader = self._open(source)
         self.fps = float(self._reader.get_avg_fps())
         if not isinstance(source, bytes):
@@ -54,11 +54,12 @@ class VideoFile:
         except MemoryError:
             raise
         except Exception as error:  # RuntimeError, AssertionError (no frames), DECORDError
-            what = looks_like(head_of(source), "video") or f"broken, truncated or without frames ({_words(error)})"
-            raise UnreadableVideo(self.name, what) from None
+            reason = wrong_content(first_bytes(source), "video")
+            reason = reason or f"broken, truncated or without frames ({_words(error)})"
+            raise UnreadableVideo(self.name, reason) from None
 
     def _check_whole(self, path: str):
-        """Matroska files that end early decode without a word; the header still tells how long they should be."""
+        """Truncated Matroska files decode without an error; the header still tells how long they should be."""
         import cv2
 
         header = cv2.VideoCapture(path)
@@ -132,7 +133,7 @@ def _drawn(start: int, end: int, count: int) -> list[int]:
     return sorted((start + torch.randperm(end - start)[:count]).tolist())
 
 
-SAMPLING = {"uniform": uniform, "headtail": headtail}
+FRAME_SAMPLING = {"uniform": uniform, "headtail": headtail}
 
 
 def opened(clip):
@@ -156,7 +157,7 @@ def _decord() -> ModuleType:
 
 
 def _words(error: Exception) -> str:
-    """The sentence of an error; decord's carries places in its source and a C++ stack trace."""
+    """The message of an error; decord adds positions in its source and a C++ stack trace."""
     line = (str(error).splitlines() or [""])[0]
     words = "cannot be opened" if line.startswith("Error reading") else line.rpartition(".cc:")[2].partition(": ")[2]
     return f"{type(error).__name__}: {words or line}"[:160]

@@ -6,7 +6,7 @@ They are the image processors on T frames at once: one crop and one mirroring fo
 import torch
 from lavis.common.registry import registry
 
-from lavis_evlgen.media.video import SAMPLING, opened
+from lavis_evlgen.media.video import FRAME_SAMPLING, opened
 from lavis_evlgen.processors.images import SHRINK_KEY, EvlgenImageEvalProcessor, EvlgenImageTrainProcessor
 
 _FRAMES = {"num_frames": (1, 10_000)}
@@ -26,8 +26,8 @@ class _OfFrames:
     def _take(self, num_frames: int, sampling: str):
         if isinstance(num_frames, bool) or not isinstance(num_frames, int) or num_frames < 1:
             raise ValueError(f"{self.NAME}: num_frames={num_frames} must be a whole number of at least 1")
-        if sampling not in SAMPLING:
-            raise ValueError(f"{self.NAME}: sampling={sampling} is not known; give {' or '.join(SAMPLING)}")
+        if sampling not in FRAME_SAMPLING:
+            raise ValueError(f"{self.NAME}: sampling={sampling} is not known; give {' or '.join(FRAME_SAMPLING)}")
         self.num_frames, self.sampling = num_frames, sampling
 
     def __call__(self, clip) -> torch.Tensor:
@@ -36,7 +36,7 @@ class _OfFrames:
         Raises UnreadableVideo for a file that cannot be read.
         """
         clip = opened(clip)
-        frames = clip.frames(SAMPLING[self.sampling](len(clip), self.num_frames))
+        frames = clip.frames(FRAME_SAMPLING[self.sampling](len(clip), self.num_frames))
         frames = self.transform(torch.from_numpy(frames).permute(0, 3, 1, 2))  # (T, H, W, 3) -> (T, 3, H', W')
         return frames.transpose(0, 1).contiguous()  # (3, T, H', W')
 
@@ -47,7 +47,7 @@ class EvlgenVideoTrainProcessor(_OfFrames, EvlgenImageTrainProcessor):
 
     NAME = "evlgen_video_train"
     NUMBERS = {**EvlgenImageTrainProcessor.NUMBERS, **_FRAMES}
-    CHOICES = {**EvlgenImageTrainProcessor.CHOICES, "sampling": tuple(SAMPLING)}
+    CHOICES = {**EvlgenImageTrainProcessor.CHOICES, "sampling": tuple(FRAME_SAMPLING)}
     OPTIONAL = (*EvlgenImageTrainProcessor.OPTIONAL, "sampling")
     CONFIG_KEYS = {
         **_keys(EvlgenImageTrainProcessor),

@@ -26,10 +26,10 @@ def sweep_plot(path: str | os.PathLike, key: str, curves: Mapping[str, Sequence[
     width = 0.7 / len(curves)
     for number, (name, points) in enumerate(curves.items()):
         color = _PALETTE[number % len(_PALETTE)]
-        place = np.array([names.index(value) for value, *_ in points]) + width * (number - (len(curves) - 1) / 2)
+        positions = np.array([names.index(value) for value, *_ in points]) + width * (number - (len(curves) - 1) / 2)
         means = [np.mean(seconds) / size if seconds else 0 for *_, seconds in points]
-        time_axes.bar(place, means, width=0.9 * width, color=color, alpha=0.18)
-        known = [(x, scores) for x, (_, scores, _) in zip(place, points, strict=True) if scores]
+        time_axes.bar(positions, means, width=0.9 * width, color=color, alpha=0.18)
+        known = [(x, scores) for x, (_, scores, _) in zip(positions, points, strict=True) if scores]
         if known:
             x, y, spread = zip(*((x, np.mean(scores), _spread(scores)) for x, scores in known), strict=True)
             axes.errorbar(x, y, yerr=spread, color=color, marker="o", markersize=4, capsize=3, label=name)

@@ -11,7 +11,7 @@ from lavis_evlgen.runners import checkpoints
 from lavis_evlgen.tasks.captioning import decoding_of
 from lavis_evlgen.weights.bundle import bundle_config, empty_model, write_bundle
 from lavis_evlgen.weights.trainable import check_trainable
-from lavis_evlgen.weights.untrusted import ONLY_BY_PERSONS
+from lavis_evlgen.weights.untrusted import USER_ONLY_KEYS
 
 
 def export_run(cfg: dict, checkpoint: Path, out: str, changes: dict) -> str:
@@ -22,7 +22,7 @@ def export_run(cfg: dict, checkpoint: Path, out: str, changes: dict) -> str:
     """
     content = checkpoints.read(checkpoint, "--checkpoint")
     # what a person says about code of others counts while its tokenizer is read, and is never written down
-    section = cfg["model"] | {key: changes[key] for key in ONLY_BY_PERSONS if key in changes}
+    section = cfg["model"] | {key: changes[key] for key in USER_ONLY_KEYS if key in changes}
     model = empty_model(registry.get_model_class(section["arch"]), section)
     check_trainable(model, content["model"], str(checkpoint))
     dataset = next(iter(cfg["datasets"].values()))

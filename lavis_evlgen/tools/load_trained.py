@@ -14,7 +14,7 @@ from lavis_evlgen.tasks.captioning import decoding_of
 from lavis_evlgen.weights.bundle import is_bundle, read_config
 from lavis_evlgen.weights.sources import WeightsError
 from lavis_evlgen.weights.trainable import shapes_of
-from lavis_evlgen.weights.untrusted import check_plain, checked_model, without_references
+from lavis_evlgen.weights.untrusted import check_plain, checked_model, without_interpolations
 
 
 def load(args):
@@ -47,8 +47,8 @@ def run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
         if not isinstance(sections.get(key), dict):
             raise WeightsError(f"{place} has no section {key!r}; give a checkpoint that train.py wrote")
     # of these, only what a model is built and pictures are read with may not be left out
-    config = config | {"run": without_references(config["run"], f"{place}: run"), "datasets": {
-        name: without_references(section, f"{place}: datasets.{name}") if isinstance(section, dict) else section
+    config = config | {"run": without_interpolations(config["run"], f"{place}: run"), "datasets": {
+        name: without_interpolations(section, f"{place}: datasets.{name}") if isinstance(section, dict) else section
         for name, section in config["datasets"].items()
     }}  # fmt: skip
     check_plain(config, place)

@@ -27,7 +27,7 @@ from lavis_evlgen.weights.model_card import model_card
 from lavis_evlgen.weights.sources import WeightsError, load_from_hub
 from lavis_evlgen.weights.trainable import config_of_checkpoint, trainable_state
 from lavis_evlgen.weights.untrusted import (
-    ONLY_BY_PERSONS,
+    USER_ONLY_KEYS,
     check_decoding,
     check_frozen_weights,
     check_plain,
@@ -180,11 +180,11 @@ def _check_class(cls, content: dict, folder):
     check_keys(cls, section, f"{folder}/{CONFIG}, written by lavis_evlgen {content['lavis_evlgen'].get('version')}")
 
 
-def check_keys(cls, section: dict, place: str):
+def check_keys(cls, section: dict, source: str):
     """Raises ConfigError for the first key of a model section that `cls` does not read."""
     unknown = next((key for key in section if key not in cls.CONFIG_KEYS), None)
     if unknown is not None:
-        raise ConfigError(f"{place}: unknown key {unknown}{nearest(unknown, cls.CONFIG_KEYS)}")
+        raise ConfigError(f"{source}: unknown key {unknown}{nearest(unknown, cls.CONFIG_KEYS)}")
 
 
 def bundle_config(model, preprocess=None, decoding=None, changes: dict | None = None) -> dict:
@@ -199,7 +199,7 @@ def bundle_config(model, preprocess=None, decoding=None, changes: dict | None = 
         section |= {"connector_init": None, "connector_sizes": sizes}
     check_keys(type(model), changes or {}, "save_pretrained")
     section |= changes or {}
-    section = {k: v for k, v in section.items() if k not in ONLY_BY_PERSONS}
+    section = {k: v for k, v in section.items() if k not in USER_ONLY_KEYS}
     if preprocess is None:
         preprocess = model.preprocess or default_preprocess(type(model), section.get("model_type"), section)
     decoding = model.decoding if decoding is None else decoding

@@ -45,8 +45,8 @@ def _identity_of(tensors: dict[str, Tensor]) -> dict:
     values = {}
     for name in names:
         flat = tensors[name].detach().flatten()
-        places = torch.linspace(0, len(flat) - 1, VALUES, dtype=torch.float64, device="cpu").long()
-        values[name] = flat[places.to(flat.device)].float().cpu().tolist()
+        indices = torch.linspace(0, len(flat) - 1, VALUES, dtype=torch.float64, device="cpu").long()
+        values[name] = flat[indices.to(flat.device)].float().cpu().tolist()
     # norms and embeddings of a ViT stay float32 whatever its precision: one tensor does not tell it
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()})
     return {"dtype": ", ".join(dtypes), "values": values}

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lavis_evlgen.compat.environment import missing_extra
-from lavis_evlgen.media.file_checks import head_of, looks_like
+from lavis_evlgen.media.file_checks import first_bytes, wrong_content
 from lavis_evlgen.weights.integrity import check_digest, read_torch
 
 # which extra installs the packages that our own configs name
@@ -48,7 +48,7 @@ def resolve(source: str, what: str) -> str:
         raise WeightsError(f"{what}: {source:.200} is no path ({_first_line(error)}); correct it") from None
     looks_local = source.startswith((".", "/", "~")) or path.suffix or source.count("/") > 1
     if looks_local and not _is_hub_id(source):
-        raise WeightsError(f"{what}: {source} does not exist (seen from {Path.cwd()}); mend the path in the config")
+        raise WeightsError(f"{what}: {source} does not exist (seen from {Path.cwd()}); fix the path in the config")
     return source
 
 
@@ -73,8 +73,8 @@ def package_folder(name: str) -> Path | None:
 
     Nothing is imported: importing runs a package's code. A folder that merely lies where one stands is not installed.
     """
-    places = [place for place in sys.path if place and Path(place).resolve() != Path.cwd()]
-    for found in metadata.distributions(path=places):
+    folders = [folder for folder in sys.path if folder and Path(folder).resolve() != Path.cwd()]
+    for found in metadata.distributions(path=folders):
         for root in (found.locate_file(""), *_editable_roots(found)):
             if (Path(root) / name).is_dir() and _holds(found, name):
                 return Path(root) / name
@@ -160,7 +160,7 @@ def why_unreadable(error: Exception, file=None) -> str:
         return _first_line(error)
     if isinstance(error, OSError):
         return f"it cannot be read ({_first_line(error)})"
-    if file is not None and (words := looks_like(head_of(file), "file of weights")):
+    if file is not None and (words := wrong_content(first_bytes(file), "file of weights")):
         return words
     if found := re.search(r"GLOBAL (\S+)|unrecognized function (\S+)|Can only (?:create|build)", str(error)):
         calls = f" (it calls {found[1] or found[2]})" if found[1] or found[2] else ""

@@ -1,7 +1,8 @@
-"""What a config may say that came with weights: a bundle's config.json, the config in a checkpoint.
+"""Checks of configs that came with weights: a bundle's config.json, the config in a checkpoint.
 
-Somebody else may have written it. It names public parts and gives plain values of a size that its weights bear out; it
-reads nothing of this machine, names no package but those of our extras, and switches no code on.
+Somebody else may have written them. Allowed are names of public models, and plain values of sizes that fit the weights;
+not interpolations, which could read this machine's environment, other packages than those of our extras, or keys that
+run code.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from safetensors import safe_open
 
 from lavis_evlgen.weights.sources import EXTRAS, WeightsError
 
-DEEPEST, MOST_VALUES = 32, 200_000
-# keys that a person sets, each time anew; a file that has one is read as if it had not
-ONLY_BY_PERSONS = ("trust_remote_code",)
-# what names a part or a way to build it: text, or nothing
+MAX_DEPTH, MAX_VALUES = 32, 200_000
+# keys that only the user sets, each time anew; in a file they are ignored
+USER_ONLY_KEYS = ("trust_remote_code",)
+# keys whose values are text or null
 TEXTS = (
     "arch", "model_type", "vit_model", "vit_path", "vit_precision", "connector", "connector_init", "llm_model",
     "opt_model", "llm_precision", "prompt", "bos", "bos_token", "merge_mean", "partition", "residual", "frame_pooling",
 )  # fmt: skip
 SOURCES = ("vit_model", "vit_path", "connector_init", "llm_model", "opt_model")
-# far above every model there is, and far below what takes this machine's memory or an hour to find out
-MOST = {
+# far above every existing model, far below what fills the memory or takes an hour to build
+LARGEST = {
     "num_layers": 1000, "num_hidden_layers": 1000, "hidden_size": 32_768, "intermediate_size": 262_144,
     "max_positions": 65_536, "max_position_embeddings": 65_536, "num_heads": 1024, "num_attention_heads": 1024,
     "image_size": 2048, "num_query_token": 4096, "num_frames": 1024, "n_frms": 1024, "embed_dim": 65_536,
@@ -36,11 +37,11 @@ MOST = {
 }  # fmt: skip
 # (least, most, whole)
 NUMBERS = {
-    "image_size": (14, MOST["image_size"], True), "num_layers": (1, MOST["num_layers"], True),
-    "num_query_token": (1, MOST["num_query_token"], True), "num_frames": (1, MOST["num_frames"], True),
-    "max_txt_len": (3, MOST["max_txt_len"], True), "vit_layer": (-1000, 1000, True), "dropout": (0, 0.99, False),
+    "image_size": (14, LARGEST["image_size"], True), "num_layers": (1, LARGEST["num_layers"], True),
+    "num_query_token": (1, LARGEST["num_query_token"], True), "num_frames": (1, LARGEST["num_frames"], True),
+    "max_txt_len": (3, LARGEST["max_txt_len"], True), "vit_layer": (-1000, 1000, True), "dropout": (0, 0.99, False),
 }  # fmt: skip
-LENGTHS = {"num_beams": 1, "num_captions": 1, "max_length": 1, "min_length": 0}  # of `decoding`: the least of each
+LENGTHS = {"num_beams": 1, "num_captions": 1, "max_length": 1, "min_length": 0}  # keys of `decoding`: their minimum
 LAYERED = ("tomeformer", "qformer")
 
 
@@ -56,128 +57,128 @@ def read_json(path, what: str):
     return content
 
 
-def check_plain(content, place: str):
-    """Raises WeightsError, with key and place, for what is no plain value: an interpolation (`${...}`, `???`), an
-    object, infinity, a size beyond all reason, nesting or length without end."""
-    _check_plain(content, place, "", DEEPEST, count())
+def check_plain(content, source: str):
+    """Raises WeightsError, with key and source, for what is no plain value: an interpolation (`${...}`, `???`), an
+    object, an infinity, a size that is too large, content that is too deep or too long."""
+    _check_plain(content, source, "", MAX_DEPTH, count())
 
 
-def without_references(section: dict, place: str) -> dict:
-    """A section without the values that refer to others (`${...}`), which older checkpoints of runs hold as they were
-    written. Nothing is read for them: whoever asks for one gets its default."""
+def without_interpolations(section: dict, source: str) -> dict:
+    """A section without its interpolations (`${...}`), which older checkpoints of runs hold unresolved. They are not
+    resolved here: their keys get the defaults."""
     left_out = [key for key, value in section.items() if isinstance(value, str) and "${" in value]
     if left_out:
-        logging.warning("%s: %s left out: what a file refers to is not read", place, ", ".join(map(str, left_out)))
+        logging.warning("%s: %s left out: what a file refers to is not read", source, ", ".join(map(str, left_out)))
     return {key: value for key, value in section.items() if key not in left_out}
 
 
-def _check_plain(value, place: str, key: str, depth: int, seen):
-    if depth < 0 or next(seen) > MOST_VALUES:  # values of a pickle may hold themselves, or one list many times
-        raise WeightsError(f"{place}: {key[:200]} is nested too deeply or too long to be a config")
+def _check_plain(value, source: str, key: str, depth: int, seen):
+    if depth < 0 or next(seen) > MAX_VALUES:  # values of a pickle may hold themselves, or one list many times
+        raise WeightsError(f"{source}: {key[:200]} is nested too deeply or too long to be a config")
     if isinstance(value, dict):
         for name, item in value.items():
-            _check_plain(item, place, f"{key}.{name}" if key else str(name), depth - 1, seen)
+            _check_plain(item, source, f"{key}.{name}" if key else str(name), depth - 1, seen)
     elif isinstance(value, list | tuple):
         for number, item in enumerate(value):
-            _check_plain(item, place, f"{key}[{number}]", depth - 1, seen)
+            _check_plain(item, source, f"{key}[{number}]", depth - 1, seen)
     elif isinstance(value, str):
         if "${" in value or value == "???":
             raise WeightsError(
-                f"{place}: {key}: {value[:100]!r} is an interpolation; a config that comes with weights holds plain "
+                f"{source}: {key}: {value[:100]!r} is an interpolation; a config that comes with weights holds plain "
                 "values, and nothing of this machine is read for it. Write the value itself there"
             )
     elif isinstance(value, float) and not math.isfinite(value):
-        raise WeightsError(f"{place}: {key}: {value} is no number to build a model with")
+        raise WeightsError(f"{source}: {key}: {value} is no number to build a model with")
     elif value is not None and not isinstance(value, bool | int | float):
-        raise WeightsError(f"{place}: {key}: a {type(value).__name__} is no plain value")
-    most = MOST.get(key.rpartition(".")[2])
+        raise WeightsError(f"{source}: {key}: a {type(value).__name__} is no plain value")
+    most = LARGEST.get(key.rpartition(".")[2])
     if most is None or value is None or isinstance(value, dict | list | tuple):
         return
-    _check_number(value, f"{place}: {key}", whole=True, most=float("inf"))
+    _check_number(value, f"{source}: {key}", whole=True, most=float("inf"))
     if value > most:
-        raise WeightsError(f"{place}: {key}={value:g} is beyond all reason: at most {most}")
+        raise WeightsError(f"{source}: {key}={value:g} is too large: at most {most}")
 
 
-def checked_model(section, place: str, shapes: dict[str, tuple] | None = None) -> dict:
+def checked_model(section, source: str, shapes: dict[str, tuple] | None = None) -> dict:
     """The `model` section of a config that came with weights, without what only a person may set.
 
-    place: the file, for messages. shapes: of the weights that it came with, to hold its sizes against.
+    source: the file, for messages. shapes: of the weights that it came with, to hold its sizes against.
     Raises WeightsError.
     """
     if not isinstance(section, dict):
-        raise WeightsError(f"{place}: model is no section of keys but {type(section).__name__}")
-    check_plain(section, f"{place}: model")
+        raise WeightsError(f"{source}: model is no section of keys but {type(section).__name__}")
+    check_plain(section, f"{source}: model")
     if section.get("trust_remote_code"):
-        logging.warning("%s: model.trust_remote_code is not taken from a file; set it yourself if you mean it", place)
-    section = {key: value for key, value in section.items() if key not in ONLY_BY_PERSONS}
+        logging.warning("%s: model.trust_remote_code is not taken from a file; set it yourself if you mean it", source)
+    section = {key: value for key, value in section.items() if key not in USER_ONLY_KEYS}
     for key in TEXTS:
         if not isinstance(section.get(key), str | None):
-            raise WeightsError(f"{place}: model.{key}: {section[key]!r:.80} is not text")
+            raise WeightsError(f"{source}: model.{key}: {section[key]!r:.80} is not text")
     for key in SOURCES:
-        _check_package(section.get(key) or "", f"{place}: model.{key}")
-    _check_numbers(section, place)
+        _check_package(section.get(key) or "", f"{source}: model.{key}")
+    _check_numbers(section, source)
     if shapes:
-        _check_sizes(section, shapes, place)
+        _check_sizes(section, shapes, source)
     return section
 
 
-def _check_package(source: str, place: str):
-    if not source.startswith("package:"):
+def _check_package(path: str, source: str):
+    if not path.startswith("package:"):
         return
-    name, _, inside = source.removeprefix("package:").partition("/")
+    name, _, inside = path.removeprefix("package:").partition("/")
     if ".." in inside.split("/"):
-        raise WeightsError(f"{place}: {source!r} leaves the folder of package {name}")
+        raise WeightsError(f"{source}: {path!r} leaves the folder of package {name}")
     if name not in EXTRAS:
         raise WeightsError(
-            f"{place}: {source!r} names a package, and a config that comes with weights may name these only: "
+            f"{source}: {path!r} names a package, and a config that comes with weights may name these only: "
             f"{', '.join(EXTRAS)}. Put the weights in a folder and give that yourself"
         )
 
 
-def _check_numbers(section: dict, place: str):
+def _check_numbers(section: dict, source: str):
     for key, limits in NUMBERS.items():
-        _check_number(section.get(key), f"{place}: model.{key}", *limits)
+        _check_number(section.get(key), f"{source}: model.{key}", *limits)
     if not isinstance(section.get("prompt_scale"), str | None):
-        _check_number(section["prompt_scale"], f"{place}: model.prompt_scale")
+        _check_number(section["prompt_scale"], f"{source}: model.prompt_scale")
     for key in ("connector_sizes", "lr_scale"):
         table = section.get(key)
         if not isinstance(table, dict | None):
-            raise WeightsError(f"{place}: model.{key}: {table!r:.80} is no section of keys")
+            raise WeightsError(f"{source}: model.{key}: {table!r:.80} is no section of keys")
         for name, value in (table or {}).items():
-            _check_number(value, f"{place}: model.{key}.{name}")
+            _check_number(value, f"{source}: model.{key}.{name}")
 
 
-def _check_number(value, place: str, least: float = 0, most: float = 1e6, whole: bool = False):
+def _check_number(value, source: str, least: float = 0, most: float = 1e6, whole: bool = False):
     if value is None:
         return
     kind = "a whole number" if whole else "a number"
     if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)):
-        raise WeightsError(f"{place}: {value!r:.80} is not {kind}")
+        raise WeightsError(f"{source}: {value!r:.80} is not {kind}")
     if value < least:
-        raise WeightsError(f"{place}: {value:g} is not {kind} of {least:g} or more")
+        raise WeightsError(f"{source}: {value:g} is not {kind} of {least:g} or more")
     if value > most:
-        raise WeightsError(f"{place}: {value:g} is not {kind} of at most {most:g}")
+        raise WeightsError(f"{source}: {value:g} is not {kind} of at most {most:g}")
 
 
-def _check_sizes(section: dict, shapes: dict[str, tuple], place: str):
-    """Sizes of a connector must be those of the weights beside them: what is built for them takes as much memory."""
+def _check_sizes(section: dict, shapes: dict[str, tuple], source: str):
+    """Sizes of a connector must be those of its weights: building it takes as much memory as they say."""
     if (section.get("connector") or "tomeformer") not in LAYERED:
         return
     largest = max((side for shape in shapes.values() for side in shape), default=0)
     random = (section.get("connector_init") or "random") == "random"  # a BERT has sizes of its own
     layers, sizes = section.get("num_layers") or 0, (section.get("connector_sizes") or {}) if random else {}
     if layers > len(shapes):
-        raise WeightsError(f"{place}: model.num_layers={layers}, but its weights are {len(shapes)} tensors")
+        raise WeightsError(f"{source}: model.num_layers={layers}, but its weights are {len(shapes)} tensors")
     for key in ("hidden_size", "intermediate_size", "max_positions"):
         if (sizes.get(key) or 0) > largest:
             raise WeightsError(
-                f"{place}: model.connector_sizes.{key}={sizes[key]}, but its weights are at most {largest} wide"
+                f"{source}: model.connector_sizes.{key}={sizes[key]}, but its weights are at most {largest} wide"
             )
     needed = layers * 4 * (sizes.get("hidden_size") or 0) ** 2  # of the attention alone
     held = sum(math.prod(shape) for shape in shapes.values())
     if needed > held:
         raise WeightsError(
-            f"{place}: model.num_layers={layers} of width {sizes['hidden_size']} are more than {needed} numbers, but "
+            f"{source}: model.num_layers={layers} of width {sizes['hidden_size']} are more than {needed} numbers, but "
             f"its weights are {held}"
         )
 
@@ -191,26 +192,26 @@ def shapes_in(file) -> dict[str, tuple]:
         raise WeightsError(f"{file} is not a file of plain tensors: it is broken ({error!s:.200})") from error
 
 
-def check_decoding(decoding, cls, place: str):
+def check_decoding(decoding, cls, source: str):
     """Raises WeightsError unless `decoding` has arguments of `cls.generate` only: others reach into transformers."""
     if not isinstance(decoding, dict | None):
-        raise WeightsError(f"{place}: decoding: {decoding!r:.80} is no section of keys")
+        raise WeightsError(f"{source}: decoding: {decoding!r:.80} is no section of keys")
     known = [*inspect.signature(cls.generate).parameters][2:]
     for key, value in (decoding or {}).items():
         if key not in known or key == "visual_prompt":
-            raise WeightsError(f"{place}: decoding.{key} is unknown; known: {', '.join(known)}")
+            raise WeightsError(f"{source}: decoding.{key} is unknown; known: {', '.join(known)}")
         if key in LENGTHS:
-            _check_number(value, f"{place}: decoding.{key}", LENGTHS[key], whole=True)
+            _check_number(value, f"{source}: decoding.{key}", LENGTHS[key], whole=True)
         elif not isinstance(value, bool):
-            _check_number(value, f"{place}: decoding.{key}", -1000, 1000)
+            _check_number(value, f"{source}: decoding.{key}", -1000, 1000)
 
 
-def check_frozen_weights(identity, place: str):
+def check_frozen_weights(identity, source: str):
     """Raises WeightsError unless it is {part: {"dtype": text, "values": {tensor: [numbers]}}}, or nothing."""
-    check_plain(identity, f"{place}: frozen_weights")
+    check_plain(identity, f"{source}: frozen_weights")
     parts = list(identity.values()) if isinstance(identity, dict) else [identity] * (identity is not None)
     for part in parts:
         values = part.get("values") if isinstance(part, dict) and isinstance(part.get("dtype"), str) else None
         rows = list(values.values()) if isinstance(values, dict) else [None]
         if not all(isinstance(row, list) and all(isinstance(x, int | float) for x in row) for row in rows):
-            raise WeightsError(f"{place}: frozen_weights are not values of tensors by part")
+            raise WeightsError(f"{source}: frozen_weights are not values of tensors by part")

@@ -58,11 +58,11 @@ def test_who_gets_pixels(tmp_path, monkeypatch):
         raise RuntimeError("decode_jpeg: torchvision not compiled with libjpeg support")
 
     monkeypatch.setattr(images, "decode_jpeg", not_built)
-    images._torch_can.cache_clear()
+    images._torch_decodes_jpeg.cache_clear()
     try:
         assert isinstance(open_image(tmp_path / "x.jpg", TAKES), Image.Image)
     finally:
-        images._torch_can.cache_clear()
+        images._torch_decodes_jpeg.cache_clear()
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.999])

@@ -52,13 +52,13 @@ def test_scenes_do_not_depend_on_order_global_randomness_or_size():
 
 
 def test_scenes_are_the_same_in_another_process():
-    paths = [str(Path(specs.__file__).parents[n]) for n in (1, 0)]
+    paths = [str(Path(specs.__file__).parents[n]) for n in (2, 1)]
     script = (  # empty packages, for LAVIS takes long to import and drawing does not need it
         "import hashlib, sys, types\n"
         f"for name, path in zip(('lavis_evlgen', 'lavis_evlgen.datasets'), {paths}):\n"
         "    sys.modules[name] = types.ModuleType(name)\n"
         "    sys.modules[name].__path__ = [path]\n"
-        "from lavis_evlgen.datasets import scene_specs, scene_drawing\n"
+        "from lavis_evlgen.datasets.synthetic import scene_specs, scene_drawing\n"
         f"scene = scene_specs.sample_scene(3, 'val', 5, {KINDS})\n"
         "drawn = scene_drawing.draw_scene(scene, 32).tobytes()\n"
         "print(hashlib.sha256(repr(scene).encode() + drawn).hexdigest())"

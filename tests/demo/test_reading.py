@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageFile
 
 from lavis_evlgen.demo.describing import Refused
-from lavis_evlgen.demo.examples import drawn, of_folder, thumbnails
+from lavis_evlgen.demo.examples import drawn_scenes, from_folder, thumbnails
 from lavis_evlgen.demo.uploads import Limits, check, preview, read
 from lavis_evlgen.processors.images import EvlgenImageEvalProcessor
 from lavis_evlgen.processors.videos import EvlgenVideoEvalProcessor
@@ -100,16 +100,16 @@ def test_lavis_processors_of_clips_read_no_pictures(picture):
 
 
 def test_picks_are_drawn_or_come_from_a_folder(tmp_path, picture, caplog):
-    scenes = drawn(tmp_path / "a", PICTURE) if (tmp_path / "a").mkdir() is None else []
+    scenes = drawn_scenes(tmp_path / "a", PICTURE) if (tmp_path / "a").mkdir() is None else []
     assert len({path.read_bytes() for path in scenes}) == 6
-    clips = drawn(tmp_path / "b", CLIP) if (tmp_path / "b").mkdir() is None else []
+    clips = drawn_scenes(tmp_path / "b", CLIP) if (tmp_path / "b").mkdir() is None else []
     assert [len(read(str(path), CLIP, Limits())[0, 0]) for path in clips] == [3] * 6
     assert [name for _, name in thumbnails(clips, Limits())] == [f"clip {n}" for n in range(1, 7)]
     (tmp_path / "note.jpg").write_text("no picture")
     (tmp_path / "c").mkdir()
-    assert [path.name for path in of_folder(tmp_path, tmp_path / "c", PICTURE, Limits())] == ["x.png"]
+    assert [path.name for path in from_folder(tmp_path, tmp_path / "c", PICTURE, Limits())] == ["x.png"]
     assert "left out: note.jpg: looks like text" in caplog.text
     for folder, says in ((tmp_path / "c" / "x.png", "is no folder"), (tmp_path / "d", "none of the 0 files")):
         (tmp_path / "d").mkdir(exist_ok=True)
         with pytest.raises(Refused, match=says):
-            of_folder(folder, tmp_path / "c", PICTURE, Limits())
+            from_folder(folder, tmp_path / "c", PICTURE, Limits())

@@ -20,11 +20,11 @@ from lavis_evlgen.media.errors import DataError, UnreadableImage
 from lavis_evlgen.media.images import decode_image
 from lavis_evlgen.media.video import VideoFile
 
-_LOOKED_AT = 256  # shards whose presence is checked before a run
+_CHECKED = 256  # shards whose presence is checked before a run
 
 
 class ImageShards:
-    """Training samples in tar shards. Its length is not known; stream.ShardStream reads it without end.
+    """Training samples in tar shards, read without end by stream.ShardStream. Its length is not known.
 
     Attributes: `name`, `split` ("train"), `shards` (file names), `caption_key`, `shuffle_window` (samples shuffled
     together, 1 or more), `max_bad_fraction` (share of samples, or of shards, that may be unusable), `description`.
@@ -95,7 +95,7 @@ class ImageShards:
     def looked_at(self) -> Iterator[str]:
         """A few hundred shards, evenly over the list, the first and the last among them."""
         last = len(self.shards) - 1
-        for index in sorted({last * n // (_LOOKED_AT - 1) for n in range(_LOOKED_AT)}):
+        for index in sorted({last * n // (_CHECKED - 1) for n in range(_CHECKED)}):
             yield self.shards[index]
 
 

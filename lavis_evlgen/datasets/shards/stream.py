@@ -17,7 +17,7 @@ from lavis_evlgen.datasets.shards.reader import ShardItem, read_shard
 from lavis_evlgen.media.errors import DataError, UnreadableImage
 from lavis_evlgen.media.file_checks import Unreadable
 
-# a stream that meets this much in a row without one usable sample gives up: the whole set is wrong
+# a stream gives up after this many in a row without one usable sample: something is wrong with the whole set
 MOST_SHARDS, MOST_ITEMS = 64, 10_000
 
 
@@ -46,7 +46,7 @@ class Bad(NamedTuple):
 
 @dataclass
 class Tally:
-    """What one batch has used up of a shard set, beside its samples."""
+    """How far one batch has moved its stream, and what it met on the way."""
 
     stream: int
     position: StreamPosition = START  # of its stream after this batch
@@ -79,18 +79,18 @@ class ShardStream:
 
         Python, numpy and torch are seeded for each sample and left so.
         """
-        samples, tally, dry = [], Tally(self.stream), 0
-        last = self.position.shards  # that gave a sample
+        samples, tally, unusable = [], Tally(self.stream), 0
+        last = self.position.shards  # the last shard that gave a sample
         while len(samples) < count:
             self.position, epoch, index, item = next(self._items)
-            if dry >= MOST_ITEMS or self.position.shards - last > MOST_SHARDS:
-                raise self._nothing_usable(tally, dry)
+            if unusable >= MOST_ITEMS or self.position.shards - last > MOST_SHARDS:
+                raise self._nothing_usable(tally, unusable)
             try:
                 seed_all(mix(self.seed, epoch, index, item.index))
                 samples.append(self._sample(tally, index, item))
-                last, dry = self.position.shards, 0
+                last, unusable = self.position.shards, 0
             except Unreadable as error:
-                dry += 1
+                unusable += 1
                 whole = item.problem is not None
                 tally.add(self.dataset.shards[index], whole, error.path, error.reason)
         tally.position, tally.opened, self._opened = self.position, self._opened, 0
@@ -102,13 +102,13 @@ class ShardStream:
         tally.met += 1
         return self.dataset.sample(index, item)
 
-    def _nothing_usable(self, tally: Tally, dry: int) -> DataError:
+    def _nothing_usable(self, tally: Tally, unusable: int) -> DataError:
         worst = max(tally.bad.values(), key=lambda bad: bad.count)
         reasons = Counter()
         for bad in tally.bad.values():
             reasons[bad.reason] += bad.count
         return DataError(
-            f"{self.dataset.name}: {dry} samples or shards in a row cannot be used, mostly for one reason: "
+            f"{self.dataset.name}: {unusable} samples or shards in a row cannot be used, mostly for one reason: "
             f"{reasons.most_common(1)[0][0]}; such as {worst.first}"
         )
 

@@ -55,7 +55,7 @@ def write_shards(out, images, captions, *, columns=None, split: str | None = Non
     items, problems = _items(captions, columns, split)
     if len(problems) > max_bad_fraction * (len(items) + len(problems)):
         words = f"{len(problems)} rows of {captions} cannot be used, such as {problems[0]}"
-        raise DataError(f"{words}; mend them, or raise --max-bad-fraction")
+        raise DataError(f"{words}; fix them, or raise --max-bad-fraction")
     count = -(-len(items) // per_shard)
     digits = max(5, len(str(count - 1)))
     temporary = out.with_name(f".{out.name}.unfinished")

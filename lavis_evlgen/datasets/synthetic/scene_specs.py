@@ -166,8 +166,8 @@ def _place_many(dice: Dice, look: tuple[str, str], count: int) -> tuple[Thing, .
     cell = (1 - 2 * MARGIN) / 3
     shift = (cell - side) / 2 - 0.005
     things = []
-    for place in dice.sample(range(9), count):
-        x = MARGIN + (place % 3 + 0.5) * cell + dice.uniform(-shift, shift)
-        y = MARGIN + (place // 3 + 0.5) * cell + dice.uniform(-shift, shift)
+    for cell_number in dice.sample(range(9), count):
+        x = MARGIN + (cell_number % 3 + 0.5) * cell + dice.uniform(-shift, shift)
+        y = MARGIN + (cell_number // 3 + 0.5) * cell + dice.uniform(-shift, shift)
         things.append(Thing(*look, "", x, y, side))
     return tuple(things)

@@ -45,16 +45,16 @@ class ScenesDataset(CaptionDataset):
         return draw_scene(sample_scene(self.seed, self.split, row["image"], self.kinds), self.image_size)
 
 
-def check_drawing(place: str, size: int, image_size: int, given: dict, kinds: dict[str, float]):
+def check_drawing(config_path: str, size: int, image_size: int, given: dict, kinds: dict[str, float]):
     """Raises DataError for kinds `given` that are not of `kinds`, weights that are none, and nothing to draw."""
     if unknown := set(given) - set(kinds):
-        raise DataError(f"{place}.kinds.{min(unknown)} is unknown; kinds are {', '.join(kinds)}")
+        raise DataError(f"{config_path}.kinds.{min(unknown)} is unknown; kinds are {', '.join(kinds)}")
     if min(kinds.values()) < 0 or sum(kinds.values()) <= 0:
-        raise DataError(f"{place}.kinds={kinds} must be weights, none below 0 and one above")
+        raise DataError(f"{config_path}.kinds={kinds} must be weights, none below 0 and one above")
     if image_size < 16:
-        raise DataError(f"{place}.image_size={image_size} is too small to draw in; give 16 or more")
+        raise DataError(f"{config_path}.image_size={image_size} is too small to draw in; give 16 or more")
     if size < 1:
-        raise DataError(f"{place}.sizes has a split of {size} pictures; give 1 or more")
+        raise DataError(f"{config_path}.sizes has a split of {size} pictures; give 1 or more")
 
 
 @registry.register_builder("scenes")
