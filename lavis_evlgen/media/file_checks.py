@@ -56,8 +56,8 @@ def first_bytes(source) -> bytes:
         return file.read(512)
 
 
-# errors of the operating system that a user can fix, and how; others are bugs and keep their traceback
-OS_ERROR_FIXES = {
+# what the system refuses and a user can change, and how; other errors of the system are bugs and keep their trace
+ADVICE = {
     errno.ENOSPC: "free space on that disk, or write to another one",
     errno.EDQUOT: "free space, or write to another disk",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f), or write to another disk",
@@ -77,31 +77,31 @@ OS_ERROR_FIXES = {
 
 
 def system_error(error: BaseException | None) -> OSError | None:
-    """The OSError (of OS_ERROR_FIXES) that `error` is, or that torch or safetensors report in their own words."""
+    """The refusal of the system (ADVICE) that `error` is, or that torch or safetensors tell of in their own words."""
     text = str(error)
     if isinstance(error, OSError) and error.errno is not None:
-        return error if error.errno in OS_ERROR_FIXES else None
+        return error if error.errno in ADVICE else None
     told = re.findall(r"\[Errno (\d+)\][^'\n]*(?:'(.*)')?|\(os error (\d+)\)", text)  # of a worker; of a Rust library
     if told and isinstance(error, OSError | RuntimeError) or type(error).__name__ == "SafetensorError" and told:
         number = int(told[-1][0] or told[-1][2])
-        return OSError(number, os.strerror(number), told[-1][1] or None) if number in OS_ERROR_FIXES else None
-    # torch.save onto a full disk raises a RuntimeError about its byte count, with the OSError as its context
+        return OSError(number, os.strerror(number), told[-1][1] or None) if number in ADVICE else None
+    # torch.save into a full disk stumbles over its own count of bytes
     while isinstance(error, RuntimeError) and error.__context__ is not None:
         error = error.__context__
         if isinstance(error, OSError):
-            return error if error.errno in OS_ERROR_FIXES else None
+            return error if error.errno in ADVICE else None
     return None
 
 
 def advice(error: OSError) -> str:
-    """One line for an error of OS_ERROR_FIXES: the path, what is wrong, what to do."""
+    """One line for a refusal of the system (ADVICE): the path, what is wrong, what to do."""
     where = f"{error.filename}: " if error.filename is not None else ""
-    return f"{where}{error.strerror}: {OS_ERROR_FIXES[error.errno]}"
+    return f"{where}{error.strerror}: {ADVICE[error.errno]}"
 
 
 @contextmanager
 def writing(path) -> Iterator[None]:
-    """An OSError inside names `path`: a disk that fills up while a file is written does not say which file."""
+    """Within it, what the system refuses names `path`: a disk that is full in mid-file does not say which file."""
     try:
         yield
     except Exception as error:

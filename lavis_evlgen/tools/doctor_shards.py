@@ -25,7 +25,7 @@ def check_shards(name: str, dataset: ImageShards, limit: int | None, say) -> Fin
     sizes, good, reasons = [], 0, Counter()
     for index in sorted({0, last // 2, last}):
         sizes.append(0)
-        for item in read_shard(dataset.shards[index], extensions=dataset.EXTENSIONS):
+        for item in read_shard(dataset.shards[index], extensions=dataset.extensions):
             sizes[-1] += item.problem is None
             if item.problem is None and sizes[-1] > limit:
                 continue

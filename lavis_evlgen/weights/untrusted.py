@@ -21,14 +21,14 @@ from lavis_evlgen.weights.sources import EXTRAS, WeightsError
 MAX_DEPTH, MAX_VALUES = 32, 200_000
 # keys that only the user sets, each time anew; in a file they are ignored
 USER_ONLY_KEYS = ("trust_remote_code",)
-# keys whose values are text or null
+# what names a part or a way to build it: text, or nothing
 TEXTS = (
     "arch", "model_type", "vit_model", "vit_path", "vit_precision", "connector", "connector_init", "llm_model",
     "opt_model", "llm_precision", "prompt", "bos", "bos_token", "merge_mean", "partition", "residual", "frame_pooling",
 )  # fmt: skip
 SOURCES = ("vit_model", "vit_path", "connector_init", "llm_model", "opt_model")
-# far above every existing model, far below what fills the memory or takes an hour to build
-LARGEST = {
+# far above every model there is, and far below what takes this machine's memory or an hour to find out
+MOST = {
     "num_layers": 1000, "num_hidden_layers": 1000, "hidden_size": 32_768, "intermediate_size": 262_144,
     "max_positions": 65_536, "max_position_embeddings": 65_536, "num_heads": 1024, "num_attention_heads": 1024,
     "image_size": 2048, "num_query_token": 4096, "num_frames": 1024, "n_frms": 1024, "embed_dim": 65_536,
@@ -37,9 +37,9 @@ LARGEST = {
 }  # fmt: skip
 # (least, most, whole)
 NUMBERS = {
-    "image_size": (14, LARGEST["image_size"], True), "num_layers": (1, LARGEST["num_layers"], True),
-    "num_query_token": (1, LARGEST["num_query_token"], True), "num_frames": (1, LARGEST["num_frames"], True),
-    "max_txt_len": (3, LARGEST["max_txt_len"], True), "vit_layer": (-1000, 1000, True), "dropout": (0, 0.99, False),
+    "image_size": (14, MOST["image_size"], True), "num_layers": (1, MOST["num_layers"], True),
+    "num_query_token": (1, MOST["num_query_token"], True), "num_frames": (1, MOST["num_frames"], True),
+    "max_txt_len": (3, MOST["max_txt_len"], True), "vit_layer": (-1000, 1000, True), "dropout": (0, 0.99, False),
 }  # fmt: skip
 LENGTHS = {"num_beams": 1, "num_captions": 1, "max_length": 1, "min_length": 0}  # keys of `decoding`: their minimum
 LAYERED = ("tomeformer", "qformer")
@@ -91,7 +91,7 @@ def _check_plain(value, source: str, key: str, depth: int, seen):
         raise WeightsError(f"{source}: {key}: {value} is no number to build a model with")
     elif value is not None and not isinstance(value, bool | int | float):
         raise WeightsError(f"{source}: {key}: a {type(value).__name__} is no plain value")
-    most = LARGEST.get(key.rpartition(".")[2])
+    most = MOST.get(key.rpartition(".")[2])
     if most is None or value is None or isinstance(value, dict | list | tuple):
         return
     _check_number(value, f"{source}: {key}", whole=True, most=float("inf"))

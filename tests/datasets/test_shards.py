@@ -101,8 +101,8 @@ BAD = {
     "list": (lambda key: {f"{key}.jpg": GOOD, f"{key}.json": b'["x"]'}, "its json has no key caption"),
     "nowords": (lambda key: sample(key, " - "), "its caption has no words"),
     "latin1": (lambda key: {f"{key}.jpg": GOOD, f"{key}.txt": b"caf\xe9"}, "its txt is not UTF-8"),
-    "lonely": (lambda key: {f"{key}.jpg": GOOD}, "no caption"),
-    "blind": (lambda key: {f"{key}.json": b'{"caption": "x"}'}, "no image"),
+    "lonely": (lambda key: {f"{key}.jpg": GOOD}, "an image without a caption"),
+    "blind": (lambda key: {f"{key}.json": b'{"caption": "x"}'}, "a caption without an image"),
 }
 
 
@@ -127,7 +127,7 @@ def bad_shards(folder) -> tuple[str, dict, list[str]]:
     (folder / "4.tar").write_bytes(whole[: whole.index(b"000002.json")])
     good += ["shard 0 number 0", "shard 0 number 1"]
     expected["3.tar", True, "it is not a tar file"] = expected["5.tar", True, "it is not there"] = 1
-    expected["4.tar", True, "it is cut short"] = expected["4.tar", False, "no caption"] = 1
+    expected["4.tar", True, "it is cut short"] = expected["4.tar", False, "an image without a caption"] = 1
     return f"{folder}/{{0..5}}.tar", expected, good
 
 

@@ -243,7 +243,7 @@ def test_clips_in_tar_shards(clips, tmp_path):
     assert dataset.collater(samples)["image"].shape == (COUNT, 3, 4, 16, 16)
     _, tally = ShardStream(dataset, 0, 0, 1).take(3 * COUNT)  # more than one epoch
     reasons = {bad.reason for bad in tally.bad.values()}
-    assert reasons == {"looks like text, not a video", "no video"}
+    assert reasons == {"looks like text, not a video", "a caption without a clip"}
 
 
 def test_clips_of_one_film_are_of_one_source(videos):

@@ -26,7 +26,7 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
     """Builds splits of captioned image files; relative paths start at the current folder."""
 
     NAME = "image_captions"
-    media: Literal["image", "video"] = "image"  # its column in tables, and, as a plural, the key of the folder
+    MEDIA: Literal["image", "video"] = "image"  # its column in tables; as a plural, the folder's key
     train_dataset_cls = eval_dataset_cls = ImageCaptionDataset
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_captions.yaml")}
     TEXTS = (*CaptionDatasetBuilder.TEXTS, "images", "captions")
@@ -48,7 +48,7 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
         return f"datasets.{self.NAME}"
 
     def build(self) -> dict[str, CaptionDataset]:
-        key = f"{self.media}s"
+        key = f"{self.MEDIA}s"
         folder = data_folder(self.config.get(key), self.config_path, key)
         datasets = {}
         for split, items in self._items_by_split().items():
@@ -74,7 +74,7 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
         return found
 
     def _read(self, path: str) -> list[CaptionRow]:
-        found = read_captions_file(path, self.config.get("columns"), self.media, self.config_path)
+        found = read_captions_file(path, self.config.get("columns"), self.MEDIA, self.config_path)
         report_problems(path, found, self.config.max_bad_fraction, self.config_path)
         return found.rows
 

@@ -69,7 +69,7 @@ class VideoCaptionsBuilder(ImageCaptionsBuilder):
     Types `msrvtt` and `msvd` look where LAVIS keeps these data sets, below data/.
     """
 
-    NAME, media = "video_captions", "video"
+    NAME, MEDIA = "video_captions", "video"
     train_dataset_cls = eval_dataset_cls = VideoCaptionDataset
     DATASET_CONFIG_DICT = {
         "default": str(CONFIG_FOLDER / "video_captions.yaml"),

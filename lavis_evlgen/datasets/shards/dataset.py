@@ -20,6 +20,7 @@ from lavis_evlgen.media.errors import DataError, UnreadableImage
 from lavis_evlgen.media.images import decode_image
 from lavis_evlgen.media.video import VideoFile
 
+_ONE = {"image": "an image", "video": "a clip"}  # in messages
 _CHECKED = 256  # shards whose presence is checked before a run
 
 
@@ -34,7 +35,7 @@ class ImageShards:
 
     split, is_train = "train", True
     media: Literal["image", "video"] = "image"
-    EXTENSIONS = IMAGES  # of the image or video of a sample
+    extensions: tuple[str, ...] = IMAGES  # of the files of images or videos
 
     def __init__(self, name: str, shards: Sequence[str], *, vis_processor, text_processor, caption_key: str = "caption",
                  shuffle_window: int = 256, max_bad_fraction: float = 0.01):
@@ -51,9 +52,10 @@ class ImageShards:
         """Item of shard `index` as a sample; draws from Python's and torch's generators. Raises UnreadableImage."""
         where = f"{self.shards[index]}:{item.key}"
         captions = self.captions(item, where)
-        content = next((item.files[kind] for kind in item.files if kind in self.EXTENSIONS), None)
+        content = next((item.files[kind] for kind in item.files if kind in self.extensions), None)
         if content is None:
-            raise UnreadableImage(where, f"no {self.media} ({', '.join(self.EXTENSIONS)}) beside the caption")
+            kinds = ", ".join(self.extensions)
+            raise UnreadableImage(where, f"a caption without {_ONE[self.media]} ({kinds}) beside it")
         caption = captions[0] if len(captions) == 1 else random.choice(captions)
         return {
             "image": self.vis_processor(self._open(content, where)),  # (3, H, W)
@@ -69,7 +71,8 @@ class ImageShards:
         """All captions of an item, at least one: of its json where there is one, else its txt."""
         content = item.files.get("json", item.files.get("txt"))
         if content is None:
-            raise UnreadableImage(where, f"no caption (json or txt of the same name) beside the {self.media}")
+            shown = _ONE[self.media]
+            raise UnreadableImage(where, f"{shown} without a caption (json or txt of the same name) beside it")
         found = self._of_json(content, where) if "json" in item.files else _text(content, where)
         captions = found if isinstance(found, list) and found else [found]
         if not all(has_words(caption) and encodes(caption) for caption in captions):
@@ -109,8 +112,7 @@ def _text(content: bytes, where: str) -> str:
 class VideoShards(ImageShards):
     """Captioned clips in tar shards; a sample's `image` is (3, T, H, W)."""
 
-    media = "video"
-    EXTENSIONS = ("mp4", "webm", "mkv", "avi", "mov")
+    media, extensions = "video", ("mp4", "webm", "mkv", "avi", "mov")
 
     def _open(self, content: bytes, where: str) -> VideoFile:
         return VideoFile(content, where)

@@ -127,7 +127,7 @@ class ShardStream:
         window = self.dataset.shuffle_window
         first = done - done % window  # of the block that `done` lies in, which is read again
         block: list[ShardItem] = []
-        for item in read_shard(self.dataset.shards[index], first, self.dataset.EXTENSIONS):
+        for item in read_shard(self.dataset.shards[index], first, self.dataset.extensions):
             block.append(item)
             if len(block) == window:
                 yield from self._shuffled(block, epoch, index, first, done)
