@@ -18,7 +18,7 @@ from lavis_evlgen.nn.losses import IGNORE
 
 
 def full_logits_loss(hidden: Tensor, labels: Tensor, head: Callable) -> tuple[Tensor, Tensor]:
-    """`prefix_lm_loss` the usual way: logits (B, T, V) of every position, most of which nobody asks for."""
+    """`prefix_lm_loss` the usual way: logits (B, T, V) of every position, most of which have no label."""
     logits, targets = head(hidden)[:, :-1].float(), labels[:, 1:]
     losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="none")
     return losses.view(targets.shape).sum(1), (targets != IGNORE).sum(1).float()
@@ -36,7 +36,7 @@ def loss_of(function: Callable) -> Iterator[None]:
 
 @contextlib.contextmanager
 def trained(module: torch.nn.Module) -> Iterator[None]:
-    """Weights get gradients, as if they were not frozen (nobody steps them)."""
+    """Weights get gradients, as if they were not frozen (no optimizer updates them)."""
     module.requires_grad_(True)
     try:
         yield

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.common.random_models import add_step_arguments, build, samples, scales
 from benchmarks.common.timing import alternate, held_gb, parser, spread, write
 from benchmarks.speed.savings import COMPILED, TRADED, UNDONE, changed, full_logits_loss, loss_of
-from lavis_evlgen.models.compile import PARTS, compile_parts, eager
+from lavis_evlgen.models.compile import PARTS as COMPILABLE_PARTS
+from lavis_evlgen.models.compile import compile_parts, eager
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 from lavis_evlgen.runners.cost import flops_per_image
@@ -86,7 +87,7 @@ def operations(model: EVLGen, step: TrainingStep, batch: dict, names: list[str])
 def loss_differences(model: EVLGen, step: TrainingStep, batch: dict, names: list[str]) -> dict[str, float]:
     """{name: how far the loss with each of `names` undone is from the step's own, as a share of it}."""
     losses = {}
-    model.eval()  # dropout would draw anew
+    model.eval()  # without dropout
     with torch.no_grad(), step.autocast():
         for name in ("whole", *names):
             with changed(model, name):
@@ -270,7 +271,8 @@ def main():
         args_of.add_argument(f"--{name}", dest="undo", action="append_const", const=name, help=f"{words}, alone")
     args_of.add_argument("--only-whole", action="store_true", help="no saving undone")
     args_of.add_argument("--fp32-frozen", action="store_true", help="frozen parts in float32")
-    args_of.add_argument("--compile", nargs="+", choices=PARTS, default=[], help="these parts under torch.compile")
+    args_of.add_argument("--compile", nargs="+", choices=COMPILABLE_PARTS, default=[],
+                         help="these parts under torch.compile")  # fmt: skip
     args_of.add_argument("--workers", type=int, default=0, help="also step on data that so many processes read")
     args = args_of.parse_args()
     row = measure(args)

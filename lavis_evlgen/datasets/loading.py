@@ -131,8 +131,8 @@ atexit.register(setattr, _EXITING, "value", 1)
 
 
 def _prepare_worker(exiting, _worker: int):
-    """Workers leave the cores to the model, and outlive SIGTERM while the main process works: schedulers and torch's
-    launcher send it to the whole process group, and the main process still has a checkpoint to write."""
+    """One thread each, and no end at SIGTERM before the main process: schedulers and torch's launcher send it to the
+    whole process group, and the main process still has a checkpoint to write."""
     torch.set_num_threads(1)
     # at exit with 0: torch raises an alarm in the main process at anything else
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0) if exiting.value else None)

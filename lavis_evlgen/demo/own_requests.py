@@ -1,7 +1,6 @@
-"""Which requests the page answers: those that were addressed to it, and from nobody's page but its own.
+"""Protection of the page against requests that other web sites make (DNS rebinding, cross-site requests).
 
-A name that its owner turns to 127.0.0.1, and a form on another site, both reach a page that is served to this machine
-alone; the browser tells them apart by the headers Host and Origin.
+They reach a page on 127.0.0.1 through the visitor's own browser, which names them in the headers Host and Origin.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ REFUSED = "this page answers requests that are addressed to it and come from its
 
 
 def hosts_of(host: str) -> frozenset[str]:
-    """The names that a page served on `host` goes by; on every address, this machine's name too."""
+    """Allowed Hosts of a page served on `host`; where it is served on every address, this machine's name too."""
     own = _name(host)
     return LOOPBACK | {own} | ({socket.gethostname().lower()} if _is_every_address(own) else set())
 
@@ -23,8 +22,8 @@ def hosts_of(host: str) -> frozenset[str]:
 class OwnRequestsOnly:
     """ASGI middleware: 403 for another Host than `host`'s names, and for another Origin than the Host.
 
-    The port is the visitor's own matter: a tunnel may have given the page another one. Where the page is served on
-    every address (0.0.0.0), any address is its name, for no stranger's name is one.
+    Ports are not compared: a tunnel may have changed the page's. Where the page is served on every address (0.0.0.0),
+    any IP address is accepted as Host: DNS rebinding needs a name.
     """
 
     def __init__(self, app, host: str):

@@ -39,14 +39,14 @@ from lavis_evlgen.demo.uploads import Limits, preview, read
 from lavis_evlgen.media.video import takes_clips
 from lavis_evlgen.tools.tokens.plots import STYLES
 
-QUEUE = 100  # requests that may wait; later ones are told that the queue is full
+QUEUE = 100  # requests that may wait; later ones are refused
 ANSWER_LENGTH = 10  # evlgen_vqa's
 FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "monospace"]}
 
 
 @dataclass
 class Visitors:
-    """The model that visitors share, one at a time: some of its parts keep what they are about while they run."""
+    """The model that visitors share, one at a time: some of its modules hold state during a call."""
 
     model: torch.nn.Module
     processor: object

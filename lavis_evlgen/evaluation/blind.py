@@ -1,7 +1,7 @@
 """Blind scores: what the captions would score if each belonged to another picture.
 
-A model that ignores its pictures scores the same right and blind. The gap between the two is what it sees,
-and the blind score itself is what the habits of the captions alone are worth.
+A model that ignores its pictures has equal right and blind scores. Their difference measures what it takes from the
+pictures; the blind score itself, what captions score by their style alone.
 """
 
 from collections.abc import Hashable, Mapping, Sequence

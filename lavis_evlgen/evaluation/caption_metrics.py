@@ -133,7 +133,7 @@ def score_tokenized(captions: TokenizedCaptions, metrics: Sequence[str] = METRIC
 
 
 def _add_meteor(captions: TokenizedCaptions, scores: dict, columns: dict, unscored: dict) -> None:
-    """METEOR into `scores` and `columns`, or why not into `unscored`: the others are worth keeping."""
+    """METEOR into `scores` and `columns`, or the reason into `unscored`: a failure must not lose the other metrics."""
     if captions.java is None:
         unscored["METEOR"] = f"Java was not found on PATH. {INSTALL_JAVA}"
         return

@@ -51,7 +51,7 @@ class Bundled:
         """Write a bundle; returns the folder.
 
         preprocess: LAVIS's section (default: the bundle's this model came from, else its model type's);
-        decoding: arguments of `generate`; card: a run card (dict), told in README.md; changes: keys of the model
+        decoding: arguments of `generate`; card: a run card (dict) for README.md; changes: keys of the model
         section that config.json should have otherwise, such as llm_model="facebook/opt-2.7b" for a local folder.
         """
         content = bundle_config(self, preprocess, decoding, changes)

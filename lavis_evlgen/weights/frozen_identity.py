@@ -53,7 +53,7 @@ def _identity_of(tensors: dict[str, Tensor]) -> dict:
 
 
 def other_parts(trained: Identity, here: Identity) -> list[str]:
-    """The parts whose frozen weights are not those that were trained with; parts that one side lacks are not told."""
+    """The parts whose frozen weights differ from those of training; parts that one side lacks are left out."""
     return [part for part in trained if part in here and _differ(trained[part], here[part])]
 
 
@@ -74,8 +74,8 @@ NAMED_BY = {"visual_encoder": ("vit_model", "vit_path"), "language_model": ("llm
 def check_identity(model: nn.Module, identity: Identity, trained: dict, config: dict, source: str):
     """Compare the model's frozen parts with those that the weights at `source` were trained with.
 
-    trained, config: the model sections of the weights and of this model. A part that `config` names otherwise is
-    somebody's choice, and is logged; one of the same name that holds other weights raises WeightsError.
+    trained, config: the model sections of the weights and of this model. A part that `config` gives
+    another name was chosen by the user, and is logged; one of the same name with other weights raises WeightsError.
     """
     for part in other_parts(identity, frozen_identity(model)):
         keys = NAMED_BY.get(part, ())

@@ -1,4 +1,4 @@
-"""Whether a file of weights still is what was written, and whether its numbers are numbers.
+"""Checksums of files of weights, and whether all of their numbers are finite.
 
 torch.save writes files in zip format with a CRC-32 of every member, which torch.load never looks at: a flipped bit
 loads silently. Safetensors files have no checksum; a bundle's config.json holds their SHA-256.
@@ -65,7 +65,7 @@ def check_digest(file: str | Path) -> None:
         return
     try:
         about = json.loads(config.read_text(encoding="utf-8")).get("lavis_evlgen")
-    except (OSError, ValueError, AttributeError, RecursionError):  # not a bundle's: whoever reads it says what is wrong
+    except (OSError, ValueError, AttributeError, RecursionError):  # no bundle: its reader reports why
         return
     digests = about.get(DIGESTS) if isinstance(about, dict) else None
     expected = digests.get(Path(file).name) if isinstance(digests, dict) else None

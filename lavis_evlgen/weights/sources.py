@@ -44,7 +44,7 @@ def resolve(source: str, what: str) -> str:
         path = Path(source).expanduser()
         if path.exists():
             return str(path)
-    except (OSError, RuntimeError) as error:  # a name too long for a file; ~USER of nobody
+    except (OSError, RuntimeError) as error:  # a name too long for a file; ~USER without such a user
         raise WeightsError(f"{what}: {source:.200} is no path ({_first_line(error)}); correct it") from None
     looks_local = source.startswith((".", "/", "~")) or path.suffix or source.count("/") > 1
     if looks_local and not _is_hub_id(source):
@@ -117,7 +117,7 @@ def load_from_hub(call, source: str, what: str, **kwargs):
 
     Calls of transformers get `trust_remote_code` as a bool: with None it would ask on the terminal.
     """
-    # transformers runs this file of a local folder whatever it is told of trust
+    # transformers runs this file of a local folder even with trust_remote_code=False
     if kwargs.get("trust_remote_code") is False and (Path(source) / "custom_generate").exists():
         raise _brings_code(source, what)
     try:
@@ -221,7 +221,7 @@ def _tensors_of(file: Path) -> dict[str, torch.Tensor]:
 def check_floating(state: dict, own: dict[str, torch.Tensor], source: str):
     """Raises WeightsError for an entry of `state` that is no dense floating-point tensor where `own` has one.
 
-    Whole numbers would load without a word, and be other weights: all of a layer's are between -1 and 1.
+    Integers would load without an error as wrong weights, whose true values are mostly between -1 and 1.
     """
     for name, value in state.items():
         if name not in own or not own[name].is_floating_point():

@@ -3,7 +3,7 @@
 A pair of clips is sampled together, the event forwards and backwards: moves left and right, up and down, appears and
 leaves, turns from one colour to another and back, collide and part. Both have the same set of frames, so nothing but
 their order tells the two captions apart. What the two captions tell is the pair's combination; every combination
-belongs to one split for good, as in scene_specs.
+always belongs to the same split, as in scene_specs.
 """
 
 from functools import cache

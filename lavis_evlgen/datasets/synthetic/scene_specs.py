@@ -2,7 +2,7 @@
 
 A scene is one object, two objects in a relation, or two to four of the same. What its caption has to tell (of
 one object everything; of two the shapes, colours and relation; of more the shape, colour and number) is its
-combination; every combination belongs to one split for good, whatever the seed, so that validation asks for
+combination; every combination always belongs to the same split, whatever the seed, so that validation asks for
 combinations that training never showed.
 """
 
