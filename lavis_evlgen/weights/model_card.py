@@ -49,7 +49,10 @@ def model_card(config: Mapping, numbers: int, card: Mapping | None = None, name:
 
 
 def _metadata(model: Mapping, title: str, card: Mapping | None) -> ModelCardData:
-    """What the Hub reads of a README.md: frozen models that it has, and the metrics as a model index."""
+    """What the Hub reads of a README.md: frozen models that it has, and the metrics as a model index.
+
+    license: other, for whoever trained the weights to fill in.
+    """
     sources = [str(model.get(key)) for key in ("llm_model", "vit_model")]
     public = [source for source in sources if re.fullmatch(_HUB_ID, source) and not Path(source).exists()]
     results = []
@@ -60,7 +63,7 @@ def _metadata(model: Mapping, title: str, card: Mapping | None) -> ModelCardData
             for metric, value in _numbers(metrics)
         ]
     return ModelCardData(
-        library_name="lavis-evlgen", license="bsd-3-clause", base_model=public or None, pipeline_tag=TASK,
+        library_name="lavis-evlgen", license="other", base_model=public or None, pipeline_tag=TASK,
         tags=["evlgen", "lavis", "image-captioning"], model_name=title, eval_results=results or None,
     )  # fmt: skip
 

@@ -167,7 +167,7 @@ def test_the_card_says_what_was_measured_and_no_path(saved):
 
 def test_the_card_has_what_the_hub_reads(saved, trained, tmp_path):
     card = ModelCard.load(saved / "README.md")
-    assert (card.data.license, card.data.pipeline_tag) == ("bsd-3-clause", "image-text-to-text")
+    assert (card.data.license, card.data.pipeline_tag) == ("other", "image-text-to-text")
     (result,) = [result for result in card.data.eval_results if result.metric_type == "CIDEr"]
     assert (result.dataset_name, result.dataset_split, result.metric_value) == ("scenes", "test", 0.5)
     assert card.data.base_model is None  # frozen parts of this bundle are folders of this machine
