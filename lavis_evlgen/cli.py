@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lavis_evlgen.demo import command as demo
 from lavis_evlgen.launch import config_errors, explanation, one_line
+from lavis_evlgen.tools import keys
 from lavis_evlgen.tools.cost import estimate, macs
 from lavis_evlgen.tools.load_trained import load, run_config
 from lavis_evlgen.tools.sweeps import ablate
@@ -117,9 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     s.add_argument("--max-bad-fraction", type=float, default=0.01, help="of images and rows (default: 0.01)")
     s.set_defaults(run_command=shards)
 
-    k = commands.add_parser("keys", help="every config key and what it does")
-    k.add_argument("section", nargs="?", choices=("run", "model", "datasets"), help="only this section")
-    k.set_defaults(run_command=keys)
+    keys.add_command(commands)
     return p
 
 
@@ -293,27 +292,3 @@ def compare(args) -> int:
     path = comparison_plot(args.out, {run.name: run.rows for run in runs})
     print(f"picture: {path}")
     return 0
-
-
-def keys(args) -> int:
-    """Print the keys that each registered class says it reads."""
-    from lavis.common.registry import registry
-
-    sections = {
-        "run": ("runner_name_mapping", "task_name_mapping"),
-        "model": ("model_name_mapping",),
-        "datasets": ("builder_name_mapping", "processor_name_mapping"),
-    }
-    for section in [args.section] if args.section else sections:
-        for mapping in sections[section]:
-            for name, cls in registry.mapping[mapping].items():
-                if hasattr(cls, "CONFIG_KEYS"):
-                    print(f"\n{section}: {name}")
-                    known = dict(cls.CONFIG_KEYS)
-                    if hasattr(cls, "DATASET_CONFIG_DICT"):  # LAVIS reads this one itself
-                        known["type"] = f"which defaults: {', '.join(cls.DATASET_CONFIG_DICT)}"
-                    for key, meaning in known.items():
-                        print(f"  {key:<24} {meaning}")
-    return 0
-
-

@@ -26,6 +26,7 @@ from lavis_evlgen.runners.bad_images import TooManyBadImages  # noqa: E402
 from lavis_evlgen.runners.determinism import be_deterministic  # noqa: E402
 from lavis_evlgen.runners.step import NonFinite  # noqa: E402
 from lavis_evlgen.runners.stopping import signals  # noqa: E402
+from lavis_evlgen.tasks.settings import SharedRunSettings  # noqa: E402
 from lavis_evlgen.weights.bundle import trained_section  # noqa: E402
 from lavis_evlgen.weights.sources import WeightsError  # noqa: E402
 
@@ -84,14 +85,15 @@ def run(args, evaluate: bool = False):
 
     cfg = EvlgenConfig(args, evaluate, trained_section)
     with config_errors():
-        device = distributed.start(cfg.run_cfg.get("device", "auto"))
-    if cfg.run_cfg.get("deterministic"):
+        settings = SharedRunSettings.read(cfg.run_cfg, "run.")
+        device = distributed.start(settings.device)
+    if settings.deterministic:
         be_deterministic(device)
     set_up_logging()
     if cfg.trained is not None and distributed.is_main():
         cfg.trained.log()
     # every rank builds the same weights; the runner then gives each rank its own dropout
-    torch.manual_seed(int(cfg.run_cfg.get("seed", 42)))
+    torch.manual_seed(settings.seed)
     job_id = distributed.from_main(time.strftime("%Y%m%d-%H%M%S"))
     runner_cls = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_evlgen"))
     with config_errors():

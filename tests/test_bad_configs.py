@@ -2,11 +2,13 @@
 
 import argparse
 import math
+from typing import get_args
 
 import pytest
 import yaml
 
 from lavis_evlgen.config import ConfigError, EvlgenConfig
+from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.config.run_config import registry
 from tests.run_tools import run_config, write_config
 from tests.test_config import PARTS, load
@@ -104,11 +106,11 @@ NONSENSE = [
     ("run.train_splits", ["foo"], "run.train_splits[0]: 'foo' is not one of train"),
     ("run.valid_splits", [1], "run.valid_splits[0]=1 must be text"),
     ("run.evaluate", "false", "run.evaluate: 'false' is not true or false"),
-    ("run.max_len", True, "run.max_len=true must be a whole number of at least 1 and at most 10000"),
+    ("run.max_len", True, "run.max_len=true must be a whole number of at least 1 and at most 65536"),
     ("model.load_pretrained", None, "model.load_pretrained=null must be true or false; leave it out for the default"),
     ("run.tensorboard", 1, "run.tensorboard: 1 is not true or false"),
     ("run.amp", 1, "run.amp: 1 is not one of false, bf16, fp16, true, auto, fp32"),
-    ("run.compile", ["vit"], "run.compile[0]: 'vit' is not one of connector, llm, vision"),
+    ("run.compile", ["vit"], "run.compile[0]: 'vit' is not one of vision, connector, llm"),
     ("run.lr_sched", "linear_warmup_step_lr", "run.lr_sched: 'linear_warmup_step_lr' is not one of linear_warmup_cos"),
     ("run.train_dataset_ratios", {"scenes": -1}, "run.train_dataset_ratios.scenes=-1 must be a number of at least 0"),
     ("run.train_dataset_ratios", {"scenes": math.nan}, "run.train_dataset_ratios.scenes=nan must be a number"),
@@ -242,10 +244,9 @@ def test_lengths_are_compared_with_the_default_of_the_task(tmp_path, config):
 
 
 def test_the_only_schedule_is_the_one_that_evlgen_keys_names():
-    runner = registry.get_runner_class("runner_evlgen")
-    assert set(runner.CHOICES["lr_sched"]) == {"linear_warmup_cosine_step_lr"}
-    assert runner.CONFIG_KEYS["lr_sched"].startswith("linear_warmup_cosine_step_lr: ")
-    assert "another" not in runner.CONFIG_KEYS["lr_sched"]
+    schedule = keys_of(registry.get_runner_class("runner_evlgen"))["lr_sched"]
+    assert get_args(schedule.kind) == (schedule.default,) == ("linear_warmup_cosine_step_lr",)
+    assert schedule.meaning.startswith("linear_warmup_cosine_step_lr: ") and "another" not in schedule.meaning
 
 
 def test_lavis_processors_are_checked_too(tmp_path, config):

@@ -212,8 +212,8 @@ def test_options_that_are_no_assignment(path, option):
 
 
 def test_the_number_of_frames_is_said_once(tmp_path, monkeypatch):
-    model = registry.get_model_class("evlgen")
-    monkeypatch.setattr(model, "CONFIG_KEYS", {**model.CONFIG_KEYS, "num_frames": "of a clip"})
+    video = registry.get_model_class("evlgen_video")
+    monkeypatch.setattr(registry.get_model_class("evlgen"), "Settings", video.Settings)
     config = run_config(PARTS, tmp_path / "output")
     config["datasets"] = {"moving_scenes": {}, "scenes": config["datasets"]["scenes"]}
     config["model"] |= {"num_frames": 7}

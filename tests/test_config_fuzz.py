@@ -3,13 +3,16 @@
 import copy
 import logging
 import math
+from dataclasses import MISSING
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.config.run_config import PROCESSORS, registry
-from lavis_evlgen.config.values import TABLES, tables_of
+from lavis_evlgen.config.values import taken
 from tests.run_tools import ROOT
 from tests.test_config import load
 
@@ -25,18 +28,18 @@ CONFIGS = (
 )  # fmt: skip
 
 
-def keys_of(config):
+def places_of(config):
     """(section, key) of every key that the classes of a config say they read; a section is its dotted place."""
     run, model = config.run, config.model
     for cls in (registry.get_runner_class(run.runner), registry.get_task_class(run.task)):
-        yield from (("run", key) for key in cls.CONFIG_KEYS)
-    yield from (("model", key) for key in registry.get_model_class(model.arch).CONFIG_KEYS)
+        yield from (("run", key) for key in keys_of(cls))
+    yield from (("model", key) for key in keys_of(registry.get_model_class(model.arch)))
     for name, section in config.datasets.items():
-        yield from ((f"datasets.{name}", key) for key in (*registry.get_builder_class(name).CONFIG_KEYS, "type"))
+        yield from ((f"datasets.{name}", key) for key in (*keys_of(registry.get_builder_class(name)), "type"))
         for kind in PROCESSORS:
             for stage, processor in section[kind].items():
                 found = registry.get_processor_class(processor.name)
-                keys = (*getattr(found, "CONFIG_KEYS", processor), "name")
+                keys = (*(keys_of(found) or processor), "name")
                 yield from ((f"datasets.{name}.{kind}.{stage}", key) for key in keys)
 
 
@@ -65,7 +68,7 @@ def outcomes():
     found, seen = {}, set()
     for name in CONFIGS:
         cfg = load(ROOT / f"projects/{name}.yaml")
-        for section, key in list(keys_of(cfg.config)):
+        for section, key in list(places_of(cfg.config)):
             if (kind := (section.split(".")[0], section.count("."), key)) in seen:
                 continue
             seen.add(kind)
@@ -113,12 +116,10 @@ def test_what_few_keys_take(outcomes):
 
 
 def test_every_key_of_ours_says_what_it_takes():
-    """A key in no table takes anything, and what it cannot use would end in a trace later."""
-    structure = {"arch", "model_type", "type", "task", "runner", *PROCESSORS}  # checked by name and shape
-    silent = []
+    """A key that takes anything would end in a trace later; a default that it does not take, too."""
     for mapping in ("runner", "task", "model", "builder", "processor"):
         for name, cls in registry.mapping[f"{mapping}_name_mapping"].items():
-            tables = tables_of(cls)
-            known = {key for table in TABLES for key in tables[table]} | structure
-            silent += [f"{name}: {key}" for key in getattr(cls, "CONFIG_KEYS", ()) if key not in known]
-    assert not silent, "add them to NUMBERS, SWITCHES, CHOICES, TEXTS, LISTS or MAPPINGS of their class"
+            for key in keys_of(cls).values():
+                assert key.kind is not Any and key.meaning, f"{name}: {key.name}"
+                if key.default is not MISSING and key.default is not None:
+                    taken(f"{name}: {key.name}", key.default, key.kind, key.limits)

@@ -6,16 +6,17 @@ import re
 import pytest
 
 from lavis_evlgen import plugin  # noqa: F401
+from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
-from lavis_evlgen.runners.run_keys import CONFIG_KEYS as RUN_KEYS
+from lavis_evlgen.runners.trainer import RunnerEvlgen
 from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 from lavis_evlgen.tasks.vqa import EvlgenVqaTask
 from tests.run_tools import ROOT
 
 PAGE = (ROOT / "docs" / "faithful.md").read_text(encoding="utf-8")
 KNOWN = {
-    "model": EVLGenVideo.CONFIG_KEYS,
-    "run": {**RUN_KEYS, **EvlgenCaptionTask.CONFIG_KEYS, **EvlgenVqaTask.CONFIG_KEYS},
+    "model": keys_of(EVLGenVideo),
+    "run": keys_of(RunnerEvlgen, EvlgenCaptionTask, EvlgenVqaTask),
 }
 
 

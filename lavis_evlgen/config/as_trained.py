@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lavis_evlgen.config.keys import Settings, key
+
 # where training started from: an evaluation does not repeat it, and a bundle's own weights take its place
 STARTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned")
 # no part of what was learnt: room for a text, number formats of frozen weights, where a file lies, whether code of
@@ -22,6 +24,19 @@ OF_THE_EVALUATION = ("max_txt_len", "vit_precision", "llm_precision", "vit_path"
 # frozen parts that may lie elsewhere on this machine; what they hold is checked when the weights are loaded
 SOURCES = ("vit_model", "llm_model", "opt_model", "connector_init")
 ALIASES = {"opt_model", "llm_model"}  # the same setting: both come from the same place
+
+
+@dataclass(kw_only=True)
+class StartSettings(Settings):
+    """Which model, and the weights that it starts from."""
+
+    arch: str | None = key("the model class in LAVIS's registry", None)
+    model_type: str | None = key("which default config", None)
+    load_pretrained: bool = key("LAVIS's switch; false: leave `pretrained` aside", True)
+    load_finetuned: bool = key("LAVIS's switch; load `finetuned` in place of `pretrained`", False)
+    pretrained: str | None = key(
+        "trainable weights to start from: a checkpoint, a .safetensors file or a bundle's folder; empty: none", None
+    )
 
 
 @dataclass
@@ -38,16 +53,16 @@ class AsTrained:
     def log(self):
         for note in self.notes:
             logging.warning("%s", note)
-        for key, values in self.changed.items():
+        for name, values in self.changed.items():
             logging.warning("model.%s=%s by --options; the weights were trained with %s",
-                            key, values["here"], values["trained"])  # fmt: skip
+                            name, values["here"], values["trained"])  # fmt: skip
 
 
 def weights_of(model: Mapping) -> str | None:
     """The path of the trained weights that a model section loads, None where it loads none."""
     if model.get("load_finetuned"):
         return model.get("finetuned")
-    return model.get("pretrained") if model.get("load_pretrained", True) else None
+    return model.get("pretrained") if model.get("load_pretrained", StartSettings.load_pretrained) else None
 
 
 def as_trained(trained: dict, merged: dict, given: dict, options: dict, keeps_arch: bool) -> AsTrained:
@@ -57,29 +72,29 @@ def as_trained(trained: dict, merged: dict, given: dict, options: dict, keeps_ar
     itself; options: what --options says. keeps_arch: weights of an image model are evaluated as a video model, whose
     own keys are not the weights'.
     """
-    trained = {key: value for key, value in trained.items() if key not in STARTS}
+    trained = {name: value for name, value in trained.items() if name not in STARTS}
     if keeps_arch:
-        trained = {key: value for key, value in trained.items() if key not in ("arch", "model_type", "lr_scale")}
-        others = {key: value for key, value in merged.items() if key not in ALIASES or not ALIASES & set(trained)}
+        trained = {name: value for name, value in trained.items() if name not in ("arch", "model_type", "lr_scale")}
+        others = {name: value for name, value in merged.items() if name not in ALIASES or not ALIASES & set(trained)}
     else:  # a key that they were trained without keeps the meaning that it had then: the class's own default
         # model_type only names defaults, and a model of none of its types has none
-        others = {key: merged[key] for key in (*STARTS, "model_type") if key in merged}
+        others = {name: merged[name] for name in (*STARTS, "model_type") if name in merged}
     found = AsTrained({**others, **trained})
-    for key in OF_THE_EVALUATION:
-        if given.get(key) is not None:
-            found.section[key] = given[key]
-    for key in SOURCES:
-        if _is_elsewhere(trained.get(key)) and merged.get(key) not in (None, trained[key]):
-            found.section[key] = merged[key]
-            found.notes.append(f"model.{key}: {trained[key]}, which it was trained with, is not here: {merged[key]}")
-    for key, value in options.items():
-        if key in trained and value != trained[key]:
-            found.changed[key] = {"trained": trained[key], "here": value}
-    for key, value in given.items():
-        if key in trained and key not in options and found.section[key] != value:
+    for name in OF_THE_EVALUATION:
+        if given.get(name) is not None:
+            found.section[name] = given[name]
+    for name in SOURCES:
+        if _is_elsewhere(trained.get(name)) and merged.get(name) not in (None, trained[name]):
+            found.section[name] = merged[name]
+            found.notes.append(f"model.{name}: {trained[name]}, which it was trained with, is not here: {merged[name]}")
+    for name, value in options.items():
+        if name in trained and value != trained[name]:
+            found.changed[name] = {"trained": trained[name], "here": value}
+    for name, value in given.items():
+        if name in trained and name not in options and found.section[name] != value:
             found.notes.append(
-                f"model.{key}={value} of the config is not used: the weights were trained with {found.section[key]} "
-                f"(--options model.{key}={value} evaluates them otherwise)"
+                f"model.{name}={value} of the config is not used: the weights were trained with {found.section[name]} "
+                f"(--options model.{name}={value} evaluates them otherwise)"
             )
     return found
 

@@ -1,4 +1,4 @@
-"""What keys of the run section must be to each other, and what no single table says."""
+"""What keys of the run section must be to each other, and what their types do not say."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from lavis_evlgen.config.values import Refused
 _LONGEST_NAME = 200  # characters; file systems take 255 bytes
 
 
-def check_run(run: DictConfig, meanings: dict[str, str]):
+def check_run(run: DictConfig):
     """run: values that are each of the right kind. Raises Refused; warns of what is strange but can be meant."""
-    if "output_dir" not in run:
-        raise Refused(f"run.output_dir is not set: {meanings['output_dir']}")
     _check_run_name(run)
     _check_ratios(run.get("train_dataset_ratios"))
     if os.environ.get("RANK", "0") == "0" and not run.get("evaluate"):

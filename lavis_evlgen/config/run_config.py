@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from lavis.common.config import Config
@@ -15,8 +16,10 @@ from omegaconf.errors import OmegaConfBaseException
 from lavis_evlgen.config import relations
 from lavis_evlgen.config.as_trained import AsTrained, as_trained, weights_of
 from lavis_evlgen.config.errors import ConfigError, nearest, one_line, shown
+from lavis_evlgen.config.keys import Settings, check_values, declares, drop_nulls, key, keys_of
+from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.config.parsing import read_file, read_options, resolve_references
-from lavis_evlgen.config.values import Refused, check_values, drop_nulls, tables_of
+from lavis_evlgen.config.values import Refused, refuse_unknown, takes_null
 
 SECTIONS = ("run", "model", "datasets")
 PROCESSORS = ("vis_processor", "text_processor")
@@ -30,14 +33,17 @@ LAVIS_CLIPS = {"msrvtt_caption": "video_captions.type=msrvtt", "msvd_caption": "
                "vatex_caption": "video_captions"}
 
 
-class LavisProcessor:
-    """What the keys of LAVIS's own processors take; they say nothing themselves."""
+@dataclass(kw_only=True)
+class LavisProcessorSettings(Settings):
+    """What keys of LAVIS's own processors take, which say nothing themselves; None: LAVIS's default."""
 
-    NUMBERS = {
-        "image_size": (1, 10_000), "min_scale": (1e-6, 1.0), "max_scale": (1e-6, 1.0), "max_words": (1, 10**6),
-        "num_frames": (1, 10_000), "n_frms": (1, 10_000),
-    }  # fmt: skip
-    TEXTS = ("prompt",)
+    image_size: int = key("side of the square picture", None, at_least=1, at_most=LARGEST["image_size"])
+    min_scale: float = key("smallest share of a crop", None, at_least=1e-6, at_most=1.0)
+    max_scale: float = key("largest share of a crop", None, at_least=1e-6, at_most=1.0)
+    max_words: int = key("cut the caption after this many words", None, at_least=1, at_most=10**6)
+    num_frames: int = key("frames of a clip", None, at_least=1, at_most=LARGEST["num_frames"])
+    n_frms: int = key("frames of a clip", None, at_least=1, at_most=LARGEST["num_frames"])
+    prompt: str = key("text in front of every caption", None)
 
 
 class EvlgenConfig(Config):
@@ -55,7 +61,7 @@ class EvlgenConfig(Config):
         with self._named():
             self._check_sections(config)
             # strict: an option may not invent a section
-            self._refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
+            refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
             self.config = self._merged(config, options)
         self.check()
 
@@ -84,8 +90,8 @@ class EvlgenConfig(Config):
         in_file, asked = (OmegaConf.create(layer) for layer in layers)
         given = [item for layer in layers for item in _as_written(layer) if item[0] in REPLACED]
         for layer in layers:
-            for key in set(REPLACED) & set(layer):
-                del layer[key]
+            for name in set(REPLACED) & set(layer):
+                del layer[name]
         config = self._laid_over(config, options)
         self._check_sections(config)
         self._check_names(config)
@@ -98,11 +104,11 @@ class EvlgenConfig(Config):
             merged.run.evaluate = True
         if merged.run.get("evaluate") and self.trained_section is not None:
             given = given if self._use_trained(merged, in_file, asked) is None else _as_written(asked)
-        for key, value in given:
-            merged.model[key] = _over(merged.model.get(key), value)
+        for name, value in given:
+            merged.model[name] = _over(merged.model.get(name), value)
         self._check_shapes(merged)
-        for key in SAID_ONCE:
-            self._said_once(key, merged, config)
+        for name in SAID_ONCE:
+            self._said_once(name, merged, config)
         return merged
 
     def _use_trained(self, merged: DictConfig, in_file: DictConfig, asked: DictConfig) -> AsTrained | None:
@@ -148,7 +154,7 @@ class EvlgenConfig(Config):
             if not config.get(section) or not isinstance(config[section], DictConfig):
                 known = ", ".join(SECTIONS)
                 raise ConfigError(f"{self.path}: section {section!r} is missing; a run config has {known}")
-        self._refuse_unknown(config, dict.fromkeys(SECTIONS, ""), "")
+        refuse_unknown(config, dict.fromkeys(SECTIONS, ""), "")
         self._check_shapes(config)
 
     def _check_shapes(self, config):
@@ -197,47 +203,43 @@ class EvlgenConfig(Config):
         drop_nulls(run)
         runner = registry.get_runner_class(run.get("runner", "runner_evlgen"))
         task = registry.get_task_class(run.task)
-        if hasattr(runner, "CONFIG_KEYS") and hasattr(task, "CONFIG_KEYS"):
-            self._refuse_unknown(run, {**runner.CONFIG_KEYS, **task.CONFIG_KEYS}, "run.")
+        keys = keys_of(runner, task)
+        if declares(runner) and declares(task):
+            refuse_unknown(run, keys, "run.")
         model_cls = registry.get_model_class(model.arch)
-        if hasattr(model_cls, "CONFIG_KEYS"):
-            self._refuse_unknown(model, model_cls.CONFIG_KEYS, "model.")
-        check_values(run, "run.", tables_of(runner, task))
-        if hasattr(runner, "CONFIG_KEYS"):
-            relations.check_run(run, runner.CONFIG_KEYS)
-        check_values(model, "model.", tables_of(model_cls))
+        if declares(model_cls):
+            refuse_unknown(model, keys_of(model_cls), "model.")
+        check_values(run, keys, "run.")
+        if declares(runner):
+            relations.check_run(run)
+        check_values(model, keys_of(model_cls), "model.")
         for name, section in self.config.datasets.items():
             builder = registry.get_builder_class(name)
-            if keys := getattr(builder, "CONFIG_KEYS", None):
-                self._refuse_unknown(section, {**keys, "type": ""}, f"datasets.{name}.")
-            check_values(section, f"datasets.{name}.", tables_of(builder))
+            if declares(builder):
+                refuse_unknown(section, {**keys_of(builder), "type": ""}, f"datasets.{name}.")
+            check_values(section, keys_of(builder), f"datasets.{name}.")
             self._check_processors(name, section)
 
     def _check_processors(self, dataset: str, section):
         for kind in PROCESSORS:
             stages = section.get(kind) or {}
-            self._refuse_unknown(stages, {"train": "", "eval": ""}, f"datasets.{dataset}.{kind}.")
+            refuse_unknown(stages, {"train": "", "eval": ""}, f"datasets.{dataset}.{kind}.")
             for stage, processor in stages.items():
                 if processor is not None:
                     self._check_processor(f"datasets.{dataset}.{kind}.{stage}", processor)
 
     def _check_processor(self, place: str, processor):
         found = self._registered(f"{place}.name", processor.get("name"), "processor_name_mapping")
-        tables = tables_of(found if hasattr(found, "CONFIG_KEYS") else LavisProcessor)
-        if hasattr(found, "CONFIG_KEYS"):
-            self._refuse_unknown(processor, {**found.CONFIG_KEYS, "name": ""}, f"{place}.")
-        drop_nulls(processor, tables["NUMBERS"])
-        check_values(processor, f"{place}.", tables)
-        for key in SAID_ONCE:
-            given, wanted = processor.get(key), self.config.model.get(key)
+        keys = keys_of(found if declares(found) else LavisProcessorSettings)
+        if declares(found):
+            refuse_unknown(processor, {**keys, "name": ""}, f"{place}.")
+        drop_nulls(processor, [name for name in processor if name not in keys or takes_null(keys[name].kind)])
+        check_values(processor, keys, f"{place}.")
+        for name in SAID_ONCE:
+            given, wanted = processor.get(name), self.config.model.get(name)
             if given is not None and wanted is not None and given != wanted:
-                words = f"{place}.{key}={given}, but model.{key}={wanted}; leave it out"
+                words = f"{place}.{name}={given}, but model.{name}={wanted}; leave it out"
                 raise ConfigError(f"{self.path}: {words}")
-
-    def _refuse_unknown(self, section, known: dict, prefix: str):
-        for key in section:
-            if key not in known:
-                raise ConfigError(f"{self.path}: unknown key {prefix}{key}{nearest(str(key), known)}")
 
 
 def _over(under, value):

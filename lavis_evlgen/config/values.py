@@ -1,113 +1,163 @@
-"""What the values of a section may be, by the tables of the class that reads them.
+"""What an annotation says a value may be: the value as a class gets it, or a sentence that says why it is refused.
 
-A class says what its keys take in tables of plain data; a key that is in several of them takes any of those:
-
-    NUMBERS   {key: limits}          limits (least, most): a number; a whole one where the least is an int
-    SWITCHES  (key, ...)             true or false
-    CHOICES   {key: (value, ...)}    one of these
-    TEXTS     (key, ...)             text
-    LISTS     {key: item}            a list
-    MAPPINGS  {key: {name: item}}    a mapping of these names; {key: item}: of any names
-    OPTIONAL  (key, ...)             may also be null
-    AT_MOST   {key: (other, value)}  no larger than the other key, or than `value` where the other is not given
-
-An item is `str` (text), `list` (text, or a list of texts), a set (one of these words), or limits; limits of three,
-(least, most, None), may be null. Keys in no table take anything.
+Annotations: int (whole floats become ints), float, bool, str, Literal[...], list[...], dict[str, ...],
+dict[Literal[names], ...], a TypedDict, and unions of those; `Annotated[int, Range(...)]` is a number with limits of its
+own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints, is_typeddict
 
-from omegaconf import DictConfig, OmegaConf
-
-from lavis_evlgen.config.errors import nearest, shown
-
-TABLES = ("NUMBERS", "SWITCHES", "CHOICES", "TEXTS", "LISTS", "MAPPINGS")
+from lavis_evlgen.config.errors import ConfigError, nearest, shown
 
 
-class Refused(ValueError):
+class Refused(ConfigError):
     """A value that its key does not take; the message begins with the key."""
 
 
-def tables_of(*classes) -> dict[str, dict]:
-    """The tables of several classes that read one section, as one."""
-    found = {}
-    for name in (*TABLES, "OPTIONAL", "AT_MOST"):
-        tables = [getattr(cls, name, {}) for cls in classes]
-        found[name] = {key: (t[key] if isinstance(t, dict) else True) for t in tables for key in t}
-    return found
+class Range(NamedTuple):
+    """Limits of a number, both included."""
+
+    at_least: float = -math.inf
+    at_most: float = math.inf
 
 
-def drop_nulls(section: DictConfig, keys=None):
-    """null means not given: the class's own default holds. keys: only of these."""
-    for key in [key for key in section if section[key] is None and (keys is None or key in keys)]:
-        del section[key]
+def refuse_unknown(section: Iterable, known: Iterable, prefix: str):
+    """Raises Refused for a name that is none of `known`, with the nearest of those. prefix: "run.", or "file: "."""
+    file, separator, place = prefix.rpartition(": ")
+    for name in section:
+        if name not in known:
+            raise Refused(f"{file}{separator}unknown key {place}{name}{nearest(str(name), known)}")
 
 
-def check_values(section: DictConfig, prefix: str, tables: dict[str, dict]):
-    """Raises Refused for the first value that its key does not take. Whole floats become the ints that are meant."""
-    for key in section:
-        place, node = f"{prefix}{key}", section[key]
-        value = OmegaConf.to_container(node) if OmegaConf.is_config(node) else node
-        if not any(key in tables[name] for name in TABLES) or (value is None and key in tables["OPTIONAL"]):
-            continue
-        taken = _taken(place, value, {name: tables[name].get(key) for name in TABLES})
-        if repr(taken) != repr(value):
-            section[key] = taken
-    for key, (other, default) in tables["AT_MOST"].items():
-        value, most = section.get(key), section.get(other, default)
-        if value is not None and most is not None and value > most:
-            raise Refused(f"{prefix}{key}={value} must be at most {prefix}{other}={most}")
+def forms_of(kind) -> list:
+    """The alternatives of an annotation, NoneType among them."""
+    return list(get_args(kind)) if get_origin(kind) in (Union, UnionType) else [kind]
 
 
-def _taken(place: str, value, kinds: dict):
-    """`value` as the class gets it. kinds: what its key has in each of TABLES, None where it is not there."""
-    choices = kinds["CHOICES"] or ()
-    if any(type(choice) is type(value) and choice == value for choice in choices):
+def takes_null(kind) -> bool:
+    return NoneType in forms_of(kind)
+
+
+def limits_of(form, limits: Range) -> tuple[Any, Range]:
+    """An alternative without Annotated, and its limits: its own, else those of the key."""
+    if get_origin(form) is not Annotated:
+        return form, limits
+    inner, own = get_args(form)
+    return inner, own
+
+
+def names_of(form) -> dict[str, Any] | None:
+    """{name: annotation} of a mapping of known names, None for any names."""
+    if is_typeddict(form):
+        return get_type_hints(form, include_extras=True)
+    name, value = get_args(form) or (str, Any)
+    return dict.fromkeys(get_args(name), value) if get_origin(name) is Literal else None
+
+
+def origin_of(form) -> Any:
+    """bool, int, float, str, list, dict or Literal."""
+    return dict if is_typeddict(form) else get_origin(form) or form
+
+
+def taken(place: str, value, kind, limits: Range):
+    """`value` as the class gets it. Raises Refused."""
+    forms = forms_of(kind)
+    if kind is Any or (value is None and NoneType in forms):
         return value
-    if isinstance(value, bool):
-        if kinds["SWITCHES"]:
-            return value
-    elif isinstance(value, int | float):
-        if kinds["NUMBERS"]:
-            return _number(place, value, kinds["NUMBERS"])
-    elif isinstance(value, str):
-        if kinds["TEXTS"]:
-            return _text(place, value)
-    elif isinstance(value, list):
-        if kinds["LISTS"]:
-            return [_item(f"{place}[{n}]", item, kinds["LISTS"]) for n, item in enumerate(value)]
-    elif isinstance(value, dict) and kinds["MAPPINGS"]:
-        return _mapping(place, value, kinds["MAPPINGS"])
-    raise Refused(_words(place, value, kinds))
+    for form in forms:
+        form, own_limits = limits_of(form, limits)
+        origin = origin_of(form)
+        if origin is Literal:
+            if any(type(choice) is type(value) and choice == value for choice in get_args(form)):
+                return value
+        elif (origin is bool) == isinstance(value, bool) and isinstance(value, _TYPES.get(origin, ())):
+            return _READ[origin](place, value, form, own_limits)
+    raise Refused(_words(place, value, [form for form in forms if form is not NoneType], limits))
 
 
-def _words(place: str, value, kinds: dict) -> str:
+def _number(place: str, value: int | float, form, limits: Range):
+    whole = form is int
+    finite = isinstance(value, int) or math.isfinite(value)
+    if not finite or (whole and value != int(value)) or not limits.at_least <= value <= limits.at_most:
+        raise Refused(f"{place}={shown(value)} must be {number_words(whole, limits)}")
+    return int(value) if whole else value
+
+
+def _text(place: str, value: str, form, limits: Range) -> str:
+    if "\0" in value:
+        raise Refused(f"{place}={shown(repr(value))} holds a null character; it must be plain text")
+    return value
+
+
+def _mapping(place: str, value: dict, form, limits: Range) -> dict:
+    known = names_of(form)
+    if known is not None:
+        refuse_unknown(value, known, f"{place}.")
+    for name in value:
+        if not isinstance(name, str):
+            raise Refused(f"{place}: the name {name!r} is not text; write it in quotes")
+    kinds = dict.fromkeys(value, (get_args(form) or (Any,))[-1]) if known is None else known
+    return {name: taken(f"{place}.{name}", one, *limits_of(kinds[name], limits)) for name, one in value.items()}
+
+
+def _list(place: str, value: list, form, limits: Range) -> list:
+    return [taken(f"{place}[{n}]", one, get_args(form)[0], limits) for n, one in enumerate(value)]
+
+
+# by origin: the Python types of a value, and what makes of it what the class gets
+_TYPES = {bool: bool, int: (int, float), float: (int, float), str: str, list: (list, tuple), dict: dict}
+_READ = {bool: lambda place, value, *_: value, int: _number, float: _number, str: _text, list: _list, dict: _mapping}
+
+
+def _words(place: str, value, forms: list, limits: Range) -> str:
     """The sentence for a value of another kind than its key takes."""
-    given = {name for name in TABLES if kinds[name]} if value is not None else set()
-    if given == {"NUMBERS"} and isinstance(value, str):
-        hint = f"; write it without quotes: {value.strip()}" if _reads_as_number(value) else ""
-        return f"{place}: {shown(repr(value))} is not a number{hint}"
-    if given == {"LISTS"}:
-        return f"{place}={shown(value)} is not a list; write [{shown(value)}]"
-    if given == {"SWITCHES"}:
-        return f"{place}: {shown(repr(value))} is not true or false"
-    if given == {"CHOICES"}:
-        near = nearest(str(value), kinds["CHOICES"])
-        near = near if "did you mean" in near else ""  # the list is in the message already
-        return f"{place}: {shown(repr(value))} is not one of {_listed(kinds['CHOICES'])}{near}"
-    words = {
-        "SWITCHES": lambda _: "true or false",
-        "CHOICES": _listed,
-        "TEXTS": lambda _: "text",
-        "NUMBERS": _limits,
-        "LISTS": lambda item: f"a list of {_plural(item)}",
-        "MAPPINGS": _mapping_words,
-    }
-    known = " or ".join(words[name](kinds[name]) for name in words if kinds[name])
+    origins = [origin_of(form) for form in forms]
+    if value is not None and len(forms) == 1:
+        if origins[0] in (int, float) and isinstance(value, str):
+            hint = f"; write it without quotes: {value.strip()}" if _reads_as_number(value) else ""
+            return f"{place}: {shown(repr(value))} is not a number{hint}"
+        if origins[0] is list:
+            return f"{place}={shown(value)} is not a list; write [{shown(value)}]"
+        if origins[0] is bool:
+            return f"{place}: {shown(repr(value))} is not true or false"
+        if origins[0] is Literal:
+            near = nearest(str(value), get_args(forms[0]))
+            near = near if "did you mean" in near else ""  # the list is in the message already
+            return f"{place}: {shown(repr(value))} is not one of {listed(get_args(forms[0]))}{near}"
+    known = " or ".join(words_of(form, limits) for form in forms)
     return f"{place}={shown(value)} must be {known}" + "; leave it out for the default" * (value is None)
+
+
+def words_of(form, limits: Range) -> str:
+    """What an alternative of an annotation takes, in words."""
+    form, limits = limits_of(form, limits)
+    origin = origin_of(form)
+    if origin is dict:
+        return f"a mapping {{{', '.join(f'{name}: ...' for name in names_of(form) or ('name',))}}}"
+    if origin is list:
+        (item,) = get_args(form)
+        if get_origin(item) is Literal:
+            return f"a list of the words {listed(get_args(item))}"
+        return f"a list of {'numbers' if item in (int, float) else 'texts'}"
+    if origin is Literal:
+        return listed(get_args(form))
+    return {bool: "true or false", str: "text"}.get(origin) or number_words(origin is int, limits)
+
+
+def number_words(whole: bool, limits: Range) -> str:
+    ends = [f"at {word} {limit if whole else f'{limit:g}'}"
+            for word, limit in zip(("least", "most"), limits, strict=True) if math.isfinite(limit)]  # fmt: skip
+    return ("a whole number" if whole else "a number") + f" of {' and '.join(ends)}" * bool(ends)
+
+
+def listed(choices: Iterable) -> str:
+    plain_words = {True: "true", False: "false"}
+    return ", ".join(plain_words[c] if isinstance(c, bool) else str(c) for c in choices)
 
 
 def _reads_as_number(text: str) -> bool:
@@ -115,60 +165,3 @@ def _reads_as_number(text: str) -> bool:
         return math.isfinite(float(text))
     except ValueError:
         return False
-
-
-def _number(place: str, value: int | float, limits: Sequence):
-    least, most = limits[:2]
-    whole = isinstance(least, int)
-    finite = isinstance(value, int) or math.isfinite(value)
-    if not finite or (whole and value != int(value)) or not least <= value <= most:
-        raise Refused(f"{place}={shown(value)} must be {_limits(limits)}")
-    return int(value) if whole else value
-
-
-def _text(place: str, value: str) -> str:
-    if "\0" in value:
-        raise Refused(f"{place}={shown(repr(value))} holds a null character; it must be plain text")
-    return value
-
-
-def _item(place: str, value, item):
-    """A value of a list or mapping."""
-    if value is None and (item in (str, list) or (isinstance(item, tuple) and len(item) == 3)):
-        return None
-    if isinstance(item, tuple):
-        return _taken(place, value, dict.fromkeys(TABLES) | {"NUMBERS": item})
-    if isinstance(item, set):
-        return _taken(place, value, dict.fromkeys(TABLES) | {"CHOICES": sorted(item)})
-    return _taken(place, value, dict.fromkeys(TABLES) | {"TEXTS": True, "LISTS": str if item is list else None})
-
-
-def _mapping(place: str, value: dict, items) -> dict:
-    for name in value:
-        if isinstance(items, dict) and name not in items:
-            raise Refused(f"unknown key {place}.{name}{nearest(str(name), items)}")
-        if not isinstance(name, str):
-            raise Refused(f"{place}: the name {name!r} is not text; write it in quotes")
-    return {name: _item(f"{place}.{name}", v, items[name] if isinstance(items, dict) else items)
-            for name, v in value.items()}  # fmt: skip
-
-
-def _listed(choices) -> str:
-    plain = {True: "true", False: "false"}
-    return ", ".join(plain[c] if isinstance(c, bool) else str(c) for c in choices)
-
-
-def _limits(limits: Sequence) -> str:
-    least, most = (f"{limit:g}" if isinstance(limit, float) else str(limit) for limit in limits[:2])
-    kind = "a whole number" if isinstance(limits[0], int) else "a number"
-    return f"{kind} of at least {least} and at most {most}"
-
-
-def _plural(item) -> str:
-    if isinstance(item, tuple):
-        return "numbers"
-    return f"the words {_listed(sorted(item))}" if isinstance(item, set) else "texts"
-
-
-def _mapping_words(items) -> str:
-    return f"a mapping {{{', '.join(f'{name}: ...' for name in (items if isinstance(items, dict) else ('name',)))}}}"

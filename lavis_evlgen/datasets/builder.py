@@ -1,34 +1,53 @@
 """What our dataset builders share: no downloads, processors by name, clear errors."""
 
 import logging
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import lavis.processors  # noqa: F401  (registers LAVIS's own processors, which our configs may name)
 from lavis.common.registry import registry
 from lavis.datasets.builders.base_dataset_builder import BaseDatasetBuilder
 
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.keys import Settings, key
 from lavis_evlgen.media.errors import DataError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs" / "datasets"
 SPLITS = ("train", "val", "test")
-SPLIT_COUNTS = dict.fromkeys(SPLITS, (0, 10**10, None))  # in MAPPINGS: how many of a split
+MOST_PICTURES = 10**10  # of a split
 
-COMMON_KEYS = {
-    "data_type": "images (LAVIS asks for it)",
-    "max_bad_fraction": "stop when more than this share of the data cannot be used, 0 to 1",
-    "vis_processor": "{train: {name: …}, eval: {name: …}}: image processors and their keys",
-    "text_processor": "{train: {name: …}, eval: {name: …}}: caption processors and their keys",
-}
+
+@dataclass(kw_only=True)
+class BuilderSettings(Settings):
+    """Keys of every data set. Those without a default have one in the YAML of each data set, which LAVIS reads."""
+
+    data_type: str = key("images or videos (LAVIS asks for it)")
+    max_bad_fraction: float = key(
+        "stop when more than this share of the data cannot be used", at_least=0.0, at_most=1.0
+    )
+    vis_processor: dict | None = key(
+        "{train: {name: …}, eval: {name: …}}: image processors (of clips: video processors) and their keys", None
+    )
+    text_processor: dict | None = key(
+        "{train: {name: …}, eval: {name: …}}: caption processors (of questions: question processors) and their keys",
+        None,
+    )
 
 
 class CaptionDatasetBuilder(BaseDatasetBuilder):
     """Builds {"train", "val", "test"} of CaptionDatasets from data that is here; downloads nothing."""
 
     NAME = ""
-    CONFIG_KEYS: dict[str, str] = COMMON_KEYS
-    # what the values may be: lavis_evlgen/config/values.py says how these tables are read
-    NUMBERS: dict[str, tuple] = {"max_bad_fraction": (0.0, 1.0)}
-    TEXTS: tuple[str, ...] = ("data_type",)
+    Settings: type[BuilderSettings] = BuilderSettings
+
+    @cached_property
+    def settings(self) -> BuilderSettings:
+        """The section of this data set. Raises DataError."""
+        try:
+            return self.Settings.read(self.config, f"datasets.{self.NAME}.")
+        except ConfigError as error:
+            raise DataError(str(error)) from None
 
     def build_datasets(self) -> dict:
         datasets = self.build()

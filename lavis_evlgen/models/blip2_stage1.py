@@ -7,6 +7,7 @@ The losses (contrastive, matching, captioning), generation and features are LAVI
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,10 +20,12 @@ from transformers import BertTokenizer
 
 from lavis_evlgen.compat.lavis_bridge import on_this_rank_alone
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.as_trained import StartSettings, weights_of
+from lavis_evlgen.config.keys import key, keys_of
+from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.connectors.base import bert_config, bert_folder, bert_state, is_random
 from lavis_evlgen.models.connectors.qformer import NUM_QUERY_TOKEN
-from lavis_evlgen.models.model_values import VisionValues
-from lavis_evlgen.models.vision.encoder import VISION_KEYS, vision_of
+from lavis_evlgen.models.vision.encoder import VisionSettings, vision_of
 from lavis_evlgen.weights.sources import WeightsError, check_floating, load_from_hub, on_meta
 from lavis_evlgen.weights.trainable import load_checkpoint_file
 
@@ -30,27 +33,30 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 LOSSES = ("loss", "loss_itc", "loss_itm", "loss_lm")
 
 
+@dataclass(kw_only=True)
+class Blip2Stage1Settings(VisionSettings, StartSettings):
+    """The model section of `arch: evlgen_blip2`."""
+
+    load_finetuned: bool = key("accepted from LAVIS configs; must be false: use pretrained", False)
+    connector_init: str = key(
+        "BERT that the Q-Former starts from and whose tokenizer reads the captions (id or folder)", "random"
+    )
+    num_query_token: int | None = key(
+        "learned queries", NUM_QUERY_TOKEN, at_least=1, at_most=LARGEST["num_query_token"]
+    )
+    embed_dim: int = key("width of the contrastive space", 256, at_least=1, at_most=LARGEST["embed_dim"])
+    max_txt_len: int = key("tokens of a caption; longer ones are cut", 32, at_least=3, at_most=LARGEST["max_txt_len"])
+    dropout: float | None = key("dropout of the Q-Former; left out: the BERT's", None, at_least=0.0, at_most=0.99)
+
+
 @registry.register_model("evlgen_blip2")
-class Blip2Stage1(VisionValues, Blip2Qformer):
+class Blip2Stage1(Blip2Qformer):
     """BLIP-2's first stage (Li et al. 2023, section 3.2). Types: pretrain, quickstart."""
 
     PRETRAINED_MODEL_CONFIG_DICT = {
         name: str(CONFIGS / f"blip2_stage1_{name}.yaml") for name in ("pretrain", "quickstart")
     }
-    NUMBERS = {**VisionValues.NUMBERS, "embed_dim": (1, 100_000)}
-    CONFIG_KEYS = {
-        "arch": "the model class in LAVIS's registry: evlgen_blip2",
-        "model_type": "which default config: pretrain, quickstart",
-        "load_pretrained": "LAVIS's switch; false: leave `pretrained` aside (true)",
-        "load_finetuned": "accepted from LAVIS configs; must be false: use pretrained",
-        "pretrained": "checkpoint of this stage to start from; empty: connector_init",
-        **VISION_KEYS,
-        "connector_init": "BERT that the Q-Former starts from and whose tokenizer reads the captions (id or folder)",
-        "num_query_token": "learned queries (32)",
-        "embed_dim": "width of the contrastive space (256)",
-        "max_txt_len": "tokens of a caption; longer ones are cut (32)",
-        "dropout": "dropout of the Q-Former (the BERT's)",
-    }
+    Settings = Blip2Stage1Settings
 
     def __init__(self, vision: nn.Module, bert: str, dropout: float | None = None, **kwargs):
         """vision: a VisionEncoder; bert: folder of a BERT with vocab.txt; kwargs: num_query_token, embed_dim, …"""
@@ -125,24 +131,25 @@ class Blip2Stage1(VisionValues, Blip2Qformer):
 
     @classmethod
     def from_config(cls, cfg) -> Blip2Stage1:
-        """Build from a LAVIS model config (keys: CONFIG_KEYS) and load `pretrained` where given."""
-        for key, needed in (("freeze_vit", True), ("load_finetuned", False)):
-            if cfg.get(key, needed) != needed:
-                raise ValueError(f"{key}: {cfg.get(key)} asked; {cls.CONFIG_KEYS[key]}")
-        if is_random(cfg.get("connector_init")):
+        """Build from a LAVIS model config (keys: Settings) and load `pretrained` where given."""
+        settings = cls.Settings.read(cfg)
+        for name, needed in (("freeze_vit", True), ("load_finetuned", False)):
+            if getattr(settings, name) != needed:
+                raise ValueError(f"{name}: {getattr(settings, name)} asked; {keys_of(cls)[name].meaning}")
+        if is_random(settings.connector_init):
             raise ValueError("connector_init: BLIP-2's first stage needs a BERT, whose tokenizer reads the captions")
         model = cls(
             vision_of(cfg),
-            bert_folder(cfg["connector_init"]),
-            cfg.get("dropout"),
-            num_query_token=int(cfg.get("num_query_token") or NUM_QUERY_TOKEN),
-            embed_dim=int(cfg.get("embed_dim", 256)),
-            max_txt_len=int(cfg.get("max_txt_len", 32)),
+            bert_folder(settings.connector_init),
+            settings.dropout,
+            num_query_token=settings.num_query_token,
+            embed_dim=settings.embed_dim,
+            max_txt_len=settings.max_txt_len,
         )
-        if cfg.get("pretrained") and cfg.get("load_pretrained", True):
-            model.load_checkpoint(cfg["pretrained"])
+        if path := weights_of(cfg):
+            model.load_checkpoint(path)
         else:
-            logging.info("no model.pretrained: the Q-Former starts from %s", cfg["connector_init"])
+            logging.info("no model.pretrained: the Q-Former starts from %s", settings.connector_init)
         return model
 
 

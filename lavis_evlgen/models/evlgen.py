@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from lavis.common.registry import registry
@@ -11,23 +13,71 @@ from lavis.models.base_model import BaseModel
 from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
-from lavis_evlgen.models.connectors import CONNECTORS, SIZES, VisualPrompt, build_connector
+from lavis_evlgen.config.as_trained import StartSettings, weights_of
+from lavis_evlgen.config.keys import Settings, key, keys_of, plain
+from lavis_evlgen.config.limits import LARGEST
+from lavis_evlgen.models.connectors import ConnectorSettings, VisualPrompt, build_connector
 from lavis_evlgen.models.generation import Generates
 from lavis_evlgen.models.language.model import LanguageModel, load_language_model
-from lavis_evlgen.models.model_values import EvlgenValues, lr_scales
-from lavis_evlgen.models.precision import check_precision
-from lavis_evlgen.models.vision.encoder import VISION_KEYS, vision_of
+from lavis_evlgen.models.precision import PRECISIONS, check_precision
+from lavis_evlgen.models.vision.encoder import VisionSettings, vision_of
 from lavis_evlgen.nn import across_picture_share
 from lavis_evlgen.weights.bundle import Bundled, check_frozen, differences, read_config
 from lavis_evlgen.weights.frozen_identity import check_identity
-from lavis_evlgen.weights.sources import trusts_remote_code
 from lavis_evlgen.weights.trainable import facts_of_checkpoint, load_checkpoint_file, model_section
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
+PARTS = ("ln_vision", "input_proj", "connector", "llm_proj", "soft_prompt")
+
+
+@dataclass(kw_only=True)
+class LanguageSettings(Settings):
+    """Keys of a model config that choose the language model and how texts are put to it."""
+
+    llm_model: str | None = key("any Hugging Face causal language model: id, folder or .gguf file", None)
+    opt_model: str | None = key("the released name of llm_model in OPT configs; give one of the two", None)
+    llm_precision: Literal[PRECISIONS] = key("fp32, fp16, bf16 or auto, as vit_precision", "fp16")
+    prompt: str | None = key("text put before every caption", "")
+    max_txt_len: int = key(
+        "longest text in tokens, BOS and end token counted", 32, at_least=3, at_most=LARGEST["max_txt_len"]
+    )
+    bos: Literal["before", "after"] = key(
+        "after (released): BOS between visual prompt and text; before: in front of the visual prompt", "after"
+    )
+    bos_token: str | None = key(
+        "the token that stands as BOS; empty: the tokenizer's own (OPT: </s>). </s>: Vicuna as released", None
+    )
+    label_bos: bool | None = key(
+        "whether captions without a prompt also teach the BOS behind the visual prompt; empty: as released (OPT true, "
+        "others false)", None,
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class EvlgenSettings(LanguageSettings, ConnectorSettings, VisionSettings, StartSettings):
+    """The model section of `arch: evlgen`."""
+
+    finetuned: str | None = key("checkpoint loaded when load_finetuned is true", None)
+    drop_path_rate: float = key(
+        "accepted from LAVIS configs; a frozen ViT has none, so it must be 0", 0.0, at_least=0.0, at_most=1.0
+    )
+    use_grad_checkpoint: bool = key(
+        "accepted from LAVIS configs; a frozen ViT has no gradients, so it must be false", False
+    )
+    prompt_scale: Literal["released", "embedding"] | float = key(
+        "released: plain nn.Linear at the LLM; embedding: output starts at the size of the LLM's embedding table; a "
+        "number: that many times it", "released", at_least=1e-6, at_most=1e6,
+    )  # fmt: skip
+    soft_prompt: bool = key(
+        "true: a learned vector, zero at first, is added at each place of the visual prompt (as released: false)", False
+    )
+    lr_scale: dict[Literal[PARTS], float] | None = key(
+        f"learning-rate factor of each part: {', '.join(PARTS)}; left out: 1", {}, at_least=0.0, at_most=1e6
+    )
 
 
 @registry.register_model("evlgen")
-class EVLGen(Generates, Bundled, EvlgenValues, BaseModel):
+class EVLGen(Generates, Bundled, BaseModel):
     """EVLGen-Image (EVLGen, section 3.2). Types: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart.
 
     >>> model, vis, txt = load_model_and_preprocess("evlgen", "quickstart", is_eval=True)
@@ -38,46 +88,7 @@ class EVLGen(Generates, Bundled, EvlgenValues, BaseModel):
         name: str(CONFIGS / f"evlgen_{name}.yaml")
         for name in ("opt2.7b", "opt6.7b", "vicuna7b", "vicuna13b", "quickstart")
     }
-    PARTS = ("ln_vision", "input_proj", "connector", "llm_proj", "soft_prompt")
-    MAPPINGS = {**EvlgenValues.MAPPINGS, "lr_scale": lr_scales(PARTS)}
-    CONFIG_KEYS = {
-        "arch": "the model class in LAVIS's registry: evlgen",
-        "model_type": "which default config: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart",
-        "load_pretrained": "LAVIS's switch; false: leave `pretrained` aside (true)",
-        "load_finetuned": "LAVIS's switch; load `finetuned` in place of `pretrained`",
-        "pretrained": "trainable weights to start from: a checkpoint, a .safetensors file or a bundle's folder; "
-        "empty: an untrained connector",
-        "finetuned": "checkpoint loaded when load_finetuned is true",
-        **VISION_KEYS,
-        "drop_path_rate": "accepted from LAVIS configs; a frozen ViT has none, so it must be 0",
-        "use_grad_checkpoint": "accepted from LAVIS configs; a frozen ViT has no gradients, so it must be false",
-        "connector": f"the connector: {', '.join(CONNECTORS)}",
-        "connector_init": "BERT to start from (id or folder), or random; qformer also a checkpoint of LAVIS's blip2 or "
-        "blip2_opt",
-        "connector_sizes": f"sizes of a connector that starts at random: {', '.join(SIZES)} (bert-base's); a BERT or a "
-        "checkpoint has its own",
-        "num_layers": "layers of the TomeFormer or Q-Former (12)",
-        "num_query_token": "tokens that qformer (32) or avgpool (29) leaves",
-        "tome_r": "merges per layer: 19, a list, {r, inflection} or {target}",
-        "merge_mean": "plain (released) or size (weighted by patches)",
-        "partition": "alternate (released) or random",
-        "proportional_attention": "add log(token size) to the attention logits",
-        "dropout": "dropout of the TomeFormer or Q-Former",
-        "llm_model": "any Hugging Face causal language model: id, folder or .gguf file",
-        "opt_model": "the released name of llm_model in OPT configs; give one of the two",
-        "llm_precision": "fp32, fp16, bf16 or auto, as vit_precision",
-        "prompt": "text put before every caption",
-        "max_txt_len": "longest text in tokens, BOS and end token counted",
-        "bos": "after (released): BOS between visual prompt and text; before: in front of the visual prompt",
-        "bos_token": "the token that stands as BOS; empty: the tokenizer's own (OPT: </s>). </s>: Vicuna as released",
-        "label_bos": "whether captions without a prompt also teach the BOS behind the visual prompt; empty: as "
-        "released (OPT true, others false)",
-        "prompt_scale": "released: plain nn.Linear at the LLM; embedding: output starts at the size of the LLM's "
-        "embedding table; a number: that many times it",
-        "soft_prompt": "true: a learned vector, zero at first, is added at each place of the visual prompt (false, as "
-        "released)",
-        "lr_scale": f"learning-rate factor of each part: {', '.join(PARTS)}",
-    }
+    PARTS, Settings = PARTS, EvlgenSettings
 
     def __init__(
         self,
@@ -205,12 +216,9 @@ class EVLGen(Generates, Bundled, EvlgenValues, BaseModel):
             logging.warning("%s: not as it was trained: %s", url_or_filename, difference)
 
     def load_checkpoint_from_config(self, cfg, **kwargs):
-        if cfg.get("load_finetuned", False):
-            path = cfg.get("finetuned")
-            if not path:
-                raise ValueError("load_finetuned is true, but finetuned names no checkpoint")
-        else:
-            path = cfg.get("pretrained") if cfg.get("load_pretrained", True) else None
+        path = weights_of(cfg)
+        if not path and self.Settings.read(cfg).load_finetuned:
+            raise ValueError("load_finetuned is true, but finetuned names no checkpoint")
         if path:
             self.load_checkpoint(path)
         else:
@@ -225,9 +233,9 @@ class EVLGen(Generates, Bundled, EvlgenValues, BaseModel):
 
     @classmethod
     def from_config(cls, cfg) -> EVLGen:
-        """Build from a LAVIS model config (keys: CONFIG_KEYS) and load `pretrained` where given."""
+        """Build from a LAVIS model config (keys: Settings) and load `pretrained` where given."""
         model = cls.build(cfg)
-        model.config = _plain(cfg)
+        model.config = plain(cfg)
         model.load_checkpoint_from_config(cfg)
         return model
 
@@ -237,35 +245,23 @@ def build_evlgen(cls, cfg, vision_of=vision_of, **more) -> EVLGen:
 
     more: further arguments of `cls`.
     """
-    for key, needed in (("freeze_vit", True), ("drop_path_rate", 0), ("use_grad_checkpoint", False)):
-        if cfg.get(key, needed) != needed:
-            raise ValueError(f"{key}: {cfg.get(key)} asked; {cls.CONFIG_KEYS[key]}")
-    if cfg.get("llm_model") and cfg.get("opt_model") and cfg.llm_model != cfg.opt_model:
-        raise ValueError(f"llm_model {cfg.llm_model} and opt_model {cfg.opt_model} differ; give one")
-    if not (cfg.get("llm_model") or cfg.get("opt_model")):
-        raise ValueError(f"llm_model is not set; give {cls.CONFIG_KEYS['llm_model']}")
+    settings = cls.Settings.read(cfg)
+    for name, needed in (("freeze_vit", True), ("drop_path_rate", 0), ("use_grad_checkpoint", False)):
+        if getattr(settings, name) != needed:
+            raise ValueError(f"{name}: {getattr(settings, name)} asked; {keys_of(cls)[name].meaning}")
+    llm, opt = settings.llm_model, settings.opt_model
+    if llm and opt and llm != opt:
+        raise ValueError(f"llm_model {llm} and opt_model {opt} differ; give one")
+    if not (llm or opt):
+        raise ValueError(f"llm_model is not set; give {keys_of(cls)['llm_model'].meaning}")
     vision = vision_of(cfg)
-    connector = build_connector(vision, _plain(cfg))  # before the language model, which may take minutes to load
-    precision = check_precision(cfg.get("llm_precision", "fp16"), "llm_precision")
-    source = cfg.get("llm_model") or cfg.get("opt_model")
-    llm, tokenizer = load_language_model(source, precision, trusts_remote_code(cfg))
+    connector = build_connector(vision, plain(cfg))  # before the language model, which may take minutes to load
+    precision = check_precision(settings.llm_precision, "llm_precision")
+    language_model = LanguageModel(
+        *load_language_model(llm or opt, precision, settings.trust_remote_code), settings.bos, settings.max_txt_len,
+        settings.bos_token, settings.label_bos,
+    )  # fmt: skip
     return cls(
-        vision,
-        connector,
-        LanguageModel(
-            llm, tokenizer, cfg.get("bos", "after"), cfg.get("max_txt_len", 32), cfg.get("bos_token"),
-            cfg.get("label_bos"),
-        ),
-        cfg.get("prompt", ""),
-        cfg.get("prompt_scale", "released"),
-        _plain(cfg.get("lr_scale")),
-        cfg.get("soft_prompt", False),
-        **more,
-    )
-
-
-def _plain(value):
-    """An OmegaConf node as plain Python."""
-    from omegaconf import OmegaConf
-
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        vision, connector, language_model, settings.prompt, settings.prompt_scale, settings.lr_scale,
+        settings.soft_prompt, **more,
+    )  # fmt: skip

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 from lavis.common.registry import registry
 from torch import Tensor
 
+from lavis_evlgen.config.keys import key
 from lavis_evlgen.models.connectors import VisualPrompt
 from lavis_evlgen.models.connectors.frame_pooling import (
     POOLINGS,
@@ -13,10 +17,22 @@ from lavis_evlgen.models.connectors.frame_pooling import (
     averaged,
     concatenated,
 )
-from lavis_evlgen.models.evlgen import CONFIGS, EVLGen, build_evlgen
-from lavis_evlgen.models.model_values import lr_scales
-from lavis_evlgen.models.vision.temporal import TEMPORAL_KEYS, TemporalVision, temporal_vision_of
-from lavis_evlgen.nn.temporal import RESIDUALS
+from lavis_evlgen.models.evlgen import CONFIGS, EVLGen, EvlgenSettings, build_evlgen
+from lavis_evlgen.models.vision.temporal import TemporalSettings, TemporalVision, temporal_vision_of
+
+PARTS = (*EVLGen.PARTS, "temporal")
+
+
+@dataclass(kw_only=True)
+class EvlgenVideoSettings(TemporalSettings, EvlgenSettings):
+    """The model section of `arch: evlgen_video`."""
+
+    frame_pooling: Literal[tuple(POOLINGS)] = key(
+        "; ".join(f"{name}: {meaning}" for name, meaning in POOLINGS.items()), "mean"
+    )
+    lr_scale: dict[Literal[PARTS], float] | None = key(
+        f"learning-rate factor of each part: {', '.join(PARTS)}; left out: 1", {}, at_least=0.0, at_most=1e6
+    )
 
 
 @registry.register_model("evlgen_video")
@@ -33,24 +49,15 @@ class EVLGenVideo(EVLGen):
 
     TYPES = ("opt2.7b", "vicuna7b", "quickstart")
     PRETRAINED_MODEL_CONFIG_DICT = {name: str(CONFIGS / f"evlgen_video_{name}.yaml") for name in TYPES}
-    PARTS = (*EVLGen.PARTS, "temporal")
-    NUMBERS = {**EVLGen.NUMBERS, "num_frames": (1, 10_000)}
-    SWITCHES = (*EVLGen.SWITCHES, "temporal", "temporal_positions")
-    CHOICES = {**EVLGen.CHOICES, "residual": RESIDUALS, "frame_pooling": tuple(POOLINGS)}
-    MAPPINGS = {**EVLGen.MAPPINGS, "lr_scale": lr_scales(PARTS)}
-    OPTIONAL = (*EVLGen.OPTIONAL, "residual")
-    CONFIG_KEYS = {
-        **EVLGen.CONFIG_KEYS,
-        "arch": "the model class in LAVIS's registry: evlgen_video",
-        "model_type": f"which default config: {', '.join(TYPES)}",
-        **TEMPORAL_KEYS,
-        "num_frames": "frames of a clip (4), as many as the video processors take. Pictures are clips of one frame",
-        "frame_pooling": "; ".join(f"{name}: {meaning}" for name, meaning in POOLINGS.items()),
-        "lr_scale": f"learning-rate factor of each part: {', '.join(PARTS)}",
-    }
+    PARTS, Settings = PARTS, EvlgenVideoSettings
 
     def __init__(
-        self, *parts, num_frames: int = 4, frame_pooling: str = "mean", dropout: float | None = None, **settings
+        self,
+        *parts,
+        num_frames: int = TemporalSettings.num_frames,
+        frame_pooling: str = EvlgenVideoSettings.frame_pooling,
+        dropout: float | None = None,
+        **settings,
     ):
         """dropout: of the module that frame_pooling trains, where it trains one (None: BERT's 0.1)."""
         super().__init__(*parts, **settings)
@@ -67,8 +74,11 @@ class EVLGenVideo(EVLGen):
 
     @classmethod
     def build(cls, cfg) -> EVLGenVideo:
-        frames = {"num_frames": cfg.get("num_frames", 4), "frame_pooling": cfg.get("frame_pooling", "mean")}
-        return build_evlgen(cls, cfg, temporal_vision_of, dropout=cfg.get("dropout"), **frames)
+        settings = cls.Settings.read(cfg)
+        return build_evlgen(
+            cls, cfg, temporal_vision_of, dropout=settings.dropout, num_frames=settings.num_frames,
+            frame_pooling=settings.frame_pooling,
+        )  # fmt: skip
 
     def part_of(self, name: str) -> str:
         temporal = name.startswith(("visual_encoder.temporal.", "frame_pool."))

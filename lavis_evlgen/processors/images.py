@@ -6,20 +6,23 @@ Pillow, to the same pixels as LAVIS's processors. The two round differently: of 
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from lavis.common.registry import registry
-from lavis.processors.base_processor import BaseProcessor
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as transforms
 from torchvision.transforms.functional import InterpolationMode
 
-from lavis_evlgen.processors.config import read_config
+from lavis_evlgen.config.keys import Settings, key
+from lavis_evlgen.config.limits import LARGEST
+from lavis_evlgen.processors.base import EvlgenProcessor
 
 # Per-channel (mean, std) of pixels in 0..1, by the name of the training that used them.
 STATISTICS = {
@@ -28,22 +31,48 @@ STATISTICS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
 }
 RATIO = (3 / 4, 4 / 3)  # least and most width over height of a crop, torchvision's
-SIZE_KEYS = {
-    "image_size": "side of the square tensor in pixels",
-    "mean": "clip, imagenet, half, or three numbers (pixels in 0..1)",
-    "std": "as mean; left away, it follows the name given as mean",
-}
-SHRINK_KEY = {
-    "shrink_on_load": "decode large JPEGs at 1/2, 1/4 or 1/8 of their size where nothing is enlarged by it afterwards "
-    "(training true, evaluation false: docs/training.md says what it changes)",
-}
+
+
+@dataclass(kw_only=True)
+class ImageSettings(Settings):
+    """Keys of all processors of pictures and clips."""
+
+    image_size: int = key("side of the square tensor in pixels", 224, at_least=1, at_most=LARGEST["image_size"])
+    mean: Literal[tuple(STATISTICS)] | list[float] | None = key(
+        "clip, imagenet, half, or three numbers (pixels in 0..1)", "imagenet", at_least=-1000, at_most=1000
+    )
+    std: Literal[tuple(STATISTICS)] | list[float] | None = key(
+        "as mean; left away, it follows the name given as mean", None, at_least=-1000, at_most=1000
+    )
+
+
+@dataclass(kw_only=True)
+class CropSettings(ImageSettings):
+    """Keys of all training processors."""
+
+    min_scale: float = key(
+        "smallest share of the picture's area that a crop keeps, above 0 up to 1 (1: no crop)", 0.5, at_least=1e-6,
+        at_most=1.0,
+    )  # fmt: skip
+    flip: bool | None = key("mirror half of the pictures left to right (not where captions say left or right)", True)
+
+
+_SHRINK = ("decode large JPEGs at 1/2, 1/4 or 1/8 of their size where nothing is enlarged by it afterwards "
+           "(docs/training.md says what it changes)")  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class ImageTrainSettings(CropSettings):
+    shrink_on_load: bool | None = key(_SHRINK, True)
+
+
+@dataclass(kw_only=True)
+class ImageEvalSettings(ImageSettings):
+    shrink_on_load: bool | None = key(_SHRINK, False)
 
 
 def _statistic(processor: str, key: str, value) -> list[float]:
     if isinstance(value, str):
-        if value not in STATISTICS:
-            known = ", ".join(STATISTICS)
-            raise ValueError(f"{processor}: {key}={value} is not known; give {known} or three numbers")
         return list(STATISTICS[value][key == "std"])
     numbers = [float(number) for number in value]
     if len(numbers) != 3 or (key == "std" and min(numbers) <= 0):
@@ -51,22 +80,13 @@ def _statistic(processor: str, key: str, value) -> list[float]:
     return numbers
 
 
-class _ImageProcessor(BaseProcessor):
-    NAME = ""
-    CONFIG_KEYS: dict[str, str] = SIZE_KEYS
-    # what the values may be: lavis_evlgen/config/values.py says how these tables are read
-    NUMBERS: dict[str, tuple] = {"image_size": (1, 10_000)}
-    SWITCHES: tuple[str, ...] = ("shrink_on_load",)
-    CHOICES: dict[str, tuple] = dict.fromkeys(("mean", "std"), tuple(STATISTICS))
-    LISTS = dict.fromkeys(("mean", "std"), (-1000.0, 1000.0))
-    OPTIONAL = ("mean", "std", "shrink_on_load")
+class _ImageProcessor(EvlgenProcessor):
     takes_pixels = False  # whether a picture may come as uint8 (3, H, W) too
     # (width, height) of a picture -> the least width and height that it may be decoded at; None: its own
     least_size: Callable[[int, int], tuple[int, int]] | None = None
 
-    def _build(self, image_size: int, mean, std, steps: list):
-        if image_size < 1:
-            raise ValueError(f"{self.NAME}: image_size={image_size} must be at least 1")
+    def _build(self, steps: list):
+        mean, std = self.settings.mean, self.settings.std
         if std is None:
             if not isinstance(mean, str):
                 raise ValueError(f"{self.NAME}: mean is given in numbers, so std must be too")
@@ -74,10 +94,6 @@ class _ImageProcessor(BaseProcessor):
         mean, std = _statistic(self.NAME, "mean", mean), _statistic(self.NAME, "std", std)
         self.statistics = torch.tensor([mean, std])  # (2, 3) of pixels in 0..1
         self.transform = transforms.Compose([*steps, pixels, partial(normalized, self.statistics)])
-
-    @classmethod
-    def from_config(cls, cfg=None):
-        return cls(**read_config(cls, cfg))
 
 
 def pixels(picture: Image.Image | Tensor) -> Tensor:
@@ -130,23 +146,15 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
 
     NAME = "evlgen_image_train"
     takes_pixels = True
-    NUMBERS = {**_ImageProcessor.NUMBERS, "min_scale": (1e-6, 1.0)}
-    SWITCHES = (*_ImageProcessor.SWITCHES, "flip")
-    OPTIONAL = (*_ImageProcessor.OPTIONAL, "flip")
-    CONFIG_KEYS = {
-        **SIZE_KEYS,
-        **SHRINK_KEY,
-        "min_scale": "smallest share of the picture's area that a crop keeps, above 0 up to 1 (1: no crop)",
-        "flip": "mirror half of the pictures left to right (not where captions say left or right)",
-    }
+    Settings = ImageTrainSettings
 
-    def __init__(self, image_size: int = 224, mean="imagenet", std=None, min_scale: float = 0.5,
-                 flip: bool = True, shrink_on_load: bool = True):
-        if not 0 < min_scale <= 1:
-            raise ValueError(f"{self.NAME}: min_scale={min_scale} must be above 0 and at most 1")
-        self._build(image_size, mean, std, [pixels, partial(cropped, image_size, min_scale, flip)])
-        if shrink_on_load:
-            self.least_size = partial(least_for_crops, image_size, min_scale)
+    def __init__(self, image_size: int | None = None, **keys):
+        """`keys`: the others of `Settings`."""
+        super().__init__(image_size=image_size, **keys)
+        size, min_scale = self.settings.image_size, self.settings.min_scale
+        self._build([pixels, partial(cropped, size, min_scale, self.settings.flip)])
+        if self.settings.shrink_on_load:
+            self.least_size = partial(least_for_crops, size, min_scale)
 
 
 @registry.register_processor("evlgen_image_eval")
@@ -154,9 +162,11 @@ class EvlgenImageEvalProcessor(_ImageProcessor):
     """The whole picture, resized bicubically to a square."""
 
     NAME = "evlgen_image_eval"
-    CONFIG_KEYS = {**SIZE_KEYS, **SHRINK_KEY}
+    Settings = ImageEvalSettings
 
-    def __init__(self, image_size: int = 224, mean="imagenet", std=None, shrink_on_load: bool = False):
-        self._build(image_size, mean, std, [_resize(image_size)])
-        if shrink_on_load:
-            self.least_size = partial(least_for_crops, image_size, 1.0)
+    def __init__(self, image_size: int | None = None, **keys):
+        """`keys`: the others of `Settings`."""
+        super().__init__(image_size=image_size, **keys)
+        self._build([_resize(self.settings.image_size)])
+        if self.settings.shrink_on_load:
+            self.least_size = partial(least_for_crops, self.settings.image_size, 1.0)

@@ -20,7 +20,7 @@ from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.compile import check_parts, compile_parts, eager
 from lavis_evlgen.models.precision import check_halves, check_precision
-from lavis_evlgen.runners import checkpoints, run_keys
+from lavis_evlgen.runners import checkpoints
 from lavis_evlgen.runners.bad_images import BadImages, check_unreadable
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.evaluation_resume import KeepsRows
@@ -30,6 +30,7 @@ from lavis_evlgen.runners.preflight import check_evaluation, check_splits, check
 from lavis_evlgen.runners.progress import Progress, startup_table
 from lavis_evlgen.runners.report import Reporter
 from lavis_evlgen.runners.resume import Resumable
+from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.runners.shard_progress import ShardProgress
 from lavis_evlgen.runners.step import TrainingStep, amp_of
 from lavis_evlgen.runners.stopping import Lookout, save_every, signals
@@ -40,9 +41,7 @@ from lavis_evlgen.weights.trainable import frozen_names
 class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
     """Trains for `max_iters` optimizer steps; every `iters_per_inner_epoch` it evaluates and saves."""
 
-    CONFIG_KEYS, NUMBERS, SWITCHES = run_keys.CONFIG_KEYS, run_keys.NUMBERS, run_keys.SWITCHES
-    CHOICES, TEXTS, LISTS = run_keys.CHOICES, run_keys.TEXTS, run_keys.LISTS
-    MAPPINGS, AT_MOST = run_keys.MAPPINGS, run_keys.AT_MOST
+    Settings = RunSettings
 
     def __init__(self, cfg, task, model, datasets, job_id):
         run = cfg.run_cfg
@@ -50,7 +49,7 @@ class RunnerEvlgen(Resumable, KeepsRows, RunnerIter):
         if run.get("evaluate"):
             check_evaluation(run, cfg.model_cfg)
         else:
-            check_training(run, self.CONFIG_KEYS)
+            check_training(run, RunSettings.meanings())
             check_halves(amp_of(run), check_precision(cfg.model_cfg.get("llm_precision") or "fp32", "llm_precision"))
             recompute_llm(model, run.get("llm_grad_checkpoint"))
             compile_parts(model, self.compiled)

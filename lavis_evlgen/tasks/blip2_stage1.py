@@ -10,6 +10,7 @@ from lavis.tasks.base_task import BaseTask
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.keys import Settings
 from lavis_evlgen.datasets import DataError
 
 
@@ -20,7 +21,7 @@ class Blip2Stage1Task(BaseTask):
     The first two are told from the other pictures of a batch, so they depend on run.batch_size_eval.
     """
 
-    CONFIG_KEYS: dict[str, str] = {}
+    Settings = Settings
 
     @classmethod
     def setup_task(cls, cfg, **kwargs):

@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.evaluation import caption_metrics, order_accuracy
 from lavis_evlgen.evaluation.blind import score_with_blind
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
+from lavis_evlgen.tasks.settings import DecodingSettings
 from lavis_evlgen.tasks.watching import watched
 
 
 def decoding_of(run) -> dict:
     """Arguments of `EVLGen.generate` that the run section of a config asks for."""
+    return _decoding(DecodingSettings.read(run, "run."))
+
+
+def _decoding(settings: DecodingSettings) -> dict:
     return {
-        "num_beams": int(run.get("num_beams", 5)),
-        "max_length": int(run.get("max_len", 30)),
-        "min_length": int(run.get("min_len", 1)),
-        "length_penalty": float(run.get("length_penalty", 1.0)),
-        "repetition_penalty": float(run.get("repetition_penalty", 1.0)),
+        "num_beams": settings.num_beams,
+        "max_length": settings.max_len,
+        "min_length": settings.min_len,
+        "length_penalty": settings.length_penalty,
+        "repetition_penalty": settings.repetition_penalty,
     }
+
+
+@dataclass(kw_only=True)
+class CaptionTaskSettings(DecodingSettings):
+    metrics: list[str] = key(
+        f"what to compute: any of {', '.join(caption_metrics.METRICS)}", list(caption_metrics.METRICS)
+    )
+    tokenizer: str = key("auto (ptb where Java is found), ptb, simple", "auto")
+    blind_shuffles: int = key("shuffles that the blind scores are averaged over", 5, at_least=1, at_most=10_000)
+    agg_metric: str = key("which metric chooses the best checkpoint", "CIDEr")
 
 
 @registry.register_task("evlgen_captioning")
@@ -34,24 +52,8 @@ class EvlgenCaptionTask(BaseTask):
     `order_captions`, also the share of captions that tell what happened in the right order.
     """
 
-    NUMBERS = {
-        "num_beams": (1, 1000), "max_len": (1, 10_000), "min_len": (0, 10_000), "length_penalty": (-10.0, 100.0),
-        "repetition_penalty": (0.01, 100.0), "blind_shuffles": (1, 10_000),
-    }  # fmt: skip
-    LISTS, TEXTS = {"metrics": str}, ("tokenizer", "agg_metric")
-    AT_MOST = {"min_len": ("max_len", 30)}
+    Settings = CaptionTaskSettings
     LEAST_PICTURES = 2  # a single picture cannot be shuffled
-    CONFIG_KEYS = {
-        "num_beams": "beams of the search (5)",
-        "max_len": "most new tokens of a caption (30)",
-        "min_len": "fewest new tokens of a caption (1)",
-        "length_penalty": "above 0 favours longer captions in beam search (1.0)",
-        "repetition_penalty": "above 1 discourages repeated tokens (1.0)",
-        "metrics": f"what to compute: any of {', '.join(caption_metrics.METRICS)}",
-        "tokenizer": "auto (ptb where Java is found), ptb, simple",
-        "blind_shuffles": "shuffles that the blind scores are averaged over (5)",
-        "agg_metric": "which metric chooses the best checkpoint (CIDEr)",
-    }
 
     def __init__(self, decoding: dict, metrics=caption_metrics.METRICS, tokenizer="auto", shuffles=5, agg="CIDEr"):
         super().__init__()
@@ -69,13 +71,9 @@ class EvlgenCaptionTask(BaseTask):
 
     @classmethod
     def setup_task(cls, cfg):
-        run = cfg.run_cfg
+        settings = cls.Settings.read(cfg.run_cfg, "run.")
         return cls(
-            decoding_of(run),
-            list(run.get("metrics", caption_metrics.METRICS)),
-            run.get("tokenizer", "auto"),
-            int(run.get("blind_shuffles", 5)),
-            run.get("agg_metric", "CIDEr"),
+            _decoding(settings), settings.metrics, settings.tokenizer, settings.blind_shuffles, settings.agg_metric
         )
 
     def check_dataset(self, name: str, dataset):

@@ -9,21 +9,48 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from lavis.common.registry import registry
 from torch import Tensor
 
 from lavis_evlgen import distributed
-from lavis_evlgen.config import ConfigError, nearest
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.as_trained import weights_of
+from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets.seeding import mix
 from lavis_evlgen.evaluation.cider_d import CaptionReward
 from lavis_evlgen.nn import across_picture_share
-from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
+from lavis_evlgen.tasks.captioning import CaptionTaskSettings, EvlgenCaptionTask
+from lavis_evlgen.tasks.settings import SharedRunSettings
 
 BASELINES = ("greedy", "leave_one_out")
 _DRAWING = 11  # tells these seeds from those of order and augmentation
 TOO_SHORT = 0.5  # of the references' mean length
+
+
+@dataclass(kw_only=True)
+class ScstSettings(CaptionTaskSettings):
+    baseline: Literal[BASELINES] = key(
+        "what a drawn caption's reward is compared with: greedy, the model's own greedy caption; leave_one_out, the "
+        "mean of the picture's other drawn captions", "greedy",
+    )  # fmt: skip
+    num_samples: int | None = key(
+        "captions drawn for each picture of a step; left out: greedy 1, leave_one_out 5", None, at_least=1,
+        at_most=10_000,
+    )  # fmt: skip
+    temperature: float = key(
+        "divides the logits in drawing, and in the log-probabilities that are trained", 1.0, at_least=0.01,
+        at_most=100.0,
+    )  # fmt: skip
+    top_p: float = key(
+        "below 1, captions are drawn from the nucleus only, and the gradient is no longer exact", 1.0, at_least=0.01,
+        at_most=1.0,
+    )  # fmt: skip
+    end_mark: bool = key(
+        "true: ending is a word of the reward, so that captions cut off in mid-sentence score less", True
+    )
 
 
 @dataclass(frozen=True)
@@ -38,16 +65,12 @@ class Policy:
     seed: int
 
     @classmethod
-    def of(cls, run) -> Policy:
+    def of(cls, run: ScstSettings, seed: int) -> Policy:
         """What the run section asks for. Raises ConfigError."""
-        baseline = run.get("baseline", "greedy")
-        if baseline not in BASELINES:
-            raise ConfigError(f"run.baseline: {baseline!r} is unknown{nearest(str(baseline), BASELINES)}")
-        samples = int(run.get("num_samples", 1 if baseline == "greedy" else 5))
-        if baseline == "leave_one_out" and samples < 2:
+        samples = run.num_samples or (1 if run.baseline == "greedy" else 5)
+        if run.baseline == "leave_one_out" and samples < 2:
             raise ConfigError("run.baseline=leave_one_out compares samples with each other: set run.num_samples >= 2")
-        temperature, top_p = float(run.get("temperature", 1.0)), float(run.get("top_p", 1.0))
-        return cls(baseline, samples, temperature, top_p, int(run.get("max_len", 30)), int(run.get("seed", 42)))
+        return cls(run.baseline, samples, run.temperature, run.top_p, run.max_len, seed)
 
     @property
     def greedy(self) -> bool:
@@ -82,20 +105,7 @@ class ScstTask(EvlgenCaptionTask):
     expected reward. Draws and log-probabilities are of the same visual prompt, dropout included.
     """
 
-    NUMBERS = {
-        **EvlgenCaptionTask.NUMBERS, "num_samples": (1, 10_000), "temperature": (0.01, 100.0), "top_p": (0.01, 1.0),
-    }  # fmt: skip
-    CHOICES, SWITCHES = {"baseline": BASELINES}, ("end_mark",)
-    CONFIG_KEYS = {
-        **EvlgenCaptionTask.CONFIG_KEYS,
-        "baseline": "what a drawn caption's reward is compared with: greedy, the model's own greedy caption (default); "
-        "leave_one_out, the mean of the picture's other drawn captions",
-        "num_samples": "captions drawn for each picture of a step (greedy: 1, leave_one_out: 5)",
-        "temperature": "divides the logits in drawing, and in the log-probabilities that are trained (1.0)",
-        "top_p": "below 1, captions are drawn from the nucleus only, and the gradient is no longer exact (1.0)",
-        "end_mark": "true: ending is a word of the reward, so that captions cut off in mid-sentence score less (true)",
-    }
-
+    Settings = ScstSettings
     reward: CaptionReward | None = None  # none in an evaluation
     policy: Policy
     end_mark = True
@@ -106,12 +116,10 @@ class ScstTask(EvlgenCaptionTask):
 
     @classmethod
     def setup_task(cls, cfg):
-        task, run = super().setup_task(cfg), cfg.run_cfg
-        task.policy = Policy.of(run)
-        task.end_mark = run.get("end_mark", True)
-        if not isinstance(task.end_mark, bool):
-            raise ConfigError(f"run.end_mark: {task.end_mark!r} is not true or false")
-        if not run.get("evaluate"):
+        task, run = super().setup_task(cfg), cls.Settings.read(cfg.run_cfg, "run.")
+        shared = SharedRunSettings.read(cfg.run_cfg, "run.")
+        task.policy, task.end_mark = Policy.of(run, shared.seed), run.end_mark
+        if not shared.evaluate:
             _check_start(cfg.model_cfg)
         return task
 
@@ -123,7 +131,7 @@ class ScstTask(EvlgenCaptionTask):
     def build_datasets(self, cfg):
         """The data sets; the references of the training set become the reward."""
         datasets = super().build_datasets(cfg)
-        if not cfg.run_cfg.get("evaluate"):
+        if not SharedRunSettings.read(cfg.run_cfg, "run.").evaluate:
             self.reward = CaptionReward(_references(datasets), self.tokenizer, self.end_mark)
             self._say_reward()
         return datasets
@@ -190,9 +198,7 @@ class ScstTask(EvlgenCaptionTask):
 
 def _check_start(model):
     """Raises ConfigError where no trained weights are given: the captions of an untrained model all score nothing."""
-    finetuned = model.get("load_finetuned", False)
-    given = model.get("finetuned") if finetuned else model.get("load_pretrained", True) and model.get("pretrained")
-    if not given:
+    if not weights_of(model):
         raise ConfigError(
             "run.task=scst goes on from a captioner, and model.pretrained is empty: train one with "
             "run.task=evlgen_captioning first, then set model.pretrained=output/.../checkpoint_best.pth"

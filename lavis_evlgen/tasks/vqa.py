@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from lavis.common.registry import registry
 from lavis.tasks.base_task import BaseTask
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.keys import key
+from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.datasets.questions import TEMPLATE
 from lavis_evlgen.evaluation import vqa_metrics
 from lavis_evlgen.evaluation.lemmas import load_lemmatizer
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
+from lavis_evlgen.tasks.settings import DecodingSettings, SharedRunSettings
 from lavis_evlgen.tasks.watching import watched
 
 LONGEST = 200  # questions, the longest in letters, that are tried against max_txt_len
+
+
+@dataclass(kw_only=True)
+class VqaTaskSettings(DecodingSettings):
+    prompt: str = key("what a question is asked in, in training too; {} stands for the question", TEMPLATE)
+    max_len: int = key("most new tokens of an answer", 10, at_least=1, at_most=LARGEST["max_len"])
+    length_penalty: float = key("above 0 favours longer answers in beam search", 0.0, at_least=-10.0, at_most=100.0)
+    metric: str = key("vqa (ten human answers), gqa (the answer as it stands), exact (both sides normalised)", "exact")
+    lemmatize: bool = key(
+        "score nouns and verbs of answers as lemmas, as OK-VQA's results are; needs spaCy's model", False
+    )
+    blind_share: float = key(
+        "share of the questions that are asked again with another picture", 1.0, at_least=0.0, at_most=1.0
+    )
 
 
 @registry.register_task("evlgen_vqa")
@@ -27,30 +46,12 @@ class EvlgenVqaTask(BaseTask):
     under the right and under the other picture's prompt.
     """
 
-    NUMBERS = {
-        "num_beams": (1, 1000), "max_len": (1, 10_000), "min_len": (0, 10_000), "length_penalty": (-10.0, 100.0),
-        "repetition_penalty": (0.01, 100.0), "blind_share": (0.0, 1.0),
-    }  # fmt: skip
-    TEXTS, SWITCHES = ("prompt", "metric"), ("lemmatize",)
-    AT_MOST = {"min_len": ("max_len", 10)}
-    CONFIG_KEYS = {
-        "prompt": f"what a question is asked in, in training too ({TEMPLATE!r})",
-        "num_beams": "beams of the search (5)",
-        "max_len": "most new tokens of an answer (10)",
-        "min_len": "fewest new tokens of an answer (1)",
-        "length_penalty": "above 0 favours longer answers in beam search (0)",
-        "repetition_penalty": "above 1 discourages repeated tokens (1.0; 1.5 with Vicuna as released)",
-        "metric": "vqa (ten human answers), gqa (the answer as it stands), exact (both sides normalised) (exact)",
-        "lemmatize": "score nouns and verbs of answers as lemmas, as OK-VQA's results are; needs spaCy's model (false)",
-        "blind_share": "share of the questions that are asked again with another picture, 0 to 1 (1)",
-    }
+    Settings = VqaTaskSettings
     score_name = "accuracy"
 
     def __init__(self, decoding: dict, prompt: str = TEMPLATE, metric="exact", lemmatize=False, blind_share=1.0):
         super().__init__()
         vqa_metrics.check_metric(metric)
-        if not isinstance(lemmatize, bool):
-            raise ConfigError(f"run.lemmatize: {lemmatize!r} is not true or false")
         try:
             fits = prompt.format("QUESTION").count("QUESTION") == 1
         except (IndexError, KeyError, ValueError):
@@ -59,26 +60,15 @@ class EvlgenVqaTask(BaseTask):
             raise ConfigError(f"run.prompt: {prompt!r} must hold {{}} once, where the question stands")
         self.decoding, self.prompt, self.metric = decoding, prompt, metric
         self.lemmatize = load_lemmatizer() if lemmatize else None
-        self.blind_share, self.dataset = float(blind_share), None
+        self.blind_share, self.dataset = blind_share, None
         self.blind: BlindPairs
 
     @classmethod
     def setup_task(cls, cfg):
-        run = cfg.run_cfg
-        decoding = {
-            "num_beams": int(run.get("num_beams", 5)),
-            "max_len": int(run.get("max_len", 10)),
-            "min_len": int(run.get("min_len", 1)),
-            "length_penalty": float(run.get("length_penalty", 0.0)),
-            "repetition_penalty": float(run.get("repetition_penalty", 1.0)),
-        }
-        return cls(
-            decoding,
-            run.get("prompt", TEMPLATE),
-            run.get("metric", "exact"),
-            run.get("lemmatize", False),
-            run.get("blind_share", 1.0),
-        )
+        run = cls.Settings.read(cfg.run_cfg, "run.")
+        names = ("num_beams", "max_len", "min_len", "length_penalty", "repetition_penalty")
+        decoding = {name: getattr(run, name) for name in names}
+        return cls(decoding, run.prompt, run.metric, run.lemmatize, run.blind_share)
 
     def build_datasets(self, cfg) -> dict:
         """LAVIS's; every set of questions asks in this task's prompt, so that training and evaluation agree."""
@@ -90,10 +80,10 @@ class EvlgenVqaTask(BaseTask):
     def build_model(self, cfg):
         """LAVIS's; what will be learnt, or scored by its loss, must fit into the model's max_txt_len."""
         model = super().build_model(cfg)
-        run = cfg.run_cfg
-        splits = [*(run.get("test_splits") or [])] if self.blind_share else []
-        if not run.get("evaluate"):
-            splits += ["train", *((run.get("valid_splits") or []) if self.blind_share else [])]
+        run = SharedRunSettings.read(cfg.run_cfg, "run.")
+        splits = run.test_splits if self.blind_share else []
+        if not run.evaluate:
+            splits = [*splits, "train", *(run.valid_splits if self.blind_share else [])]
         for dataset in self._question_sets():
             if dataset.split in splits:
                 self._check_room(model.language_model, dataset)

@@ -12,13 +12,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from lavis.common.registry import registry
 
+from lavis_evlgen.config.keys import Settings, keys_of
 from lavis_evlgen.media.file_checks import Unreadable
-from lavis_evlgen.models.connectors import CONNECTORS, READS
+from lavis_evlgen.models.connectors import CONNECTORS, READS, ConnectorSettings
 from lavis_evlgen.models.language.model import empty_language_model, folder_and_file
 from lavis_evlgen.models.precision import DTYPES, check_precision
-from lavis_evlgen.models.vision.encoder import LAVIS_VITS, vision_of
+from lavis_evlgen.models.vision.encoder import LAVIS_VITS, VisionSettings, vision_of
 from lavis_evlgen.weights.bundle import empty_model
-from lavis_evlgen.weights.sources import WeightsError, resolve, trusts_remote_code
+from lavis_evlgen.weights.sources import WeightsError, resolve
 
 
 @dataclass
@@ -87,10 +88,10 @@ def _one_row_per_image(dataset) -> list[int]:
 def check_weights(model_cfg) -> Iterator[Finding]:
     """Each source of weights that the model config names: here, in the hub's cache, or to be downloaded."""
     llm_key = "llm_model" if model_cfg.get("llm_model") else "opt_model"
-    connector = model_cfg.get("connector") or "tomeformer"
+    connector = model_cfg.get("connector") or ConnectorSettings.connector
     if connector not in CONNECTORS:
         yield Finding(False, "connector", f"{connector!r} is not one of {', '.join(CONNECTORS)}")
-    wanted = ("connector_init",) if "connector_init" in READS.get(connector, ()) else ()
+    wanted = ("connector_init",) if "connector_init" in keys_of(READS.get(connector, Settings)) else ()
     for key in ("vit_model", "vit_path", *wanted, llm_key, "pretrained"):
         source = model_cfg.get(key)
         if not source or source == "random":
@@ -130,7 +131,7 @@ def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
         path = resolve(str(source), "model.llm_model")
         folder, file = folder_and_file(path)
         with torch.device("meta"):
-            model = empty_language_model(folder, trusts_remote_code(model_cfg), **file)
+            model = empty_language_model(folder, VisionSettings.read(model_cfg).trust_remote_code, **file)
     except (OSError, ImportError):
         return counts
     counts["language model"] = _size(model, model_cfg.get("llm_precision"))

@@ -11,6 +11,7 @@ from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.runners import checkpoints
 from lavis_evlgen.tasks.captioning import decoding_of
+from lavis_evlgen.tasks.settings import SharedRunSettings
 from lavis_evlgen.weights.bundle import is_bundle, read_config
 from lavis_evlgen.weights.sources import WeightsError
 from lavis_evlgen.weights.trainable import shapes_of
@@ -25,7 +26,7 @@ def load(args):
         return model, vis, dict(model.decoding or {}), device, None
     cfg, checkpoint = run_config(Path(args.run), args.checkpoint)
     model, vis = _model_of_run(cfg, checkpoint, device)
-    return model, vis, decoding_of(cfg["run"]), device, int(cfg["run"].get("seed", 42))
+    return model, vis, decoding_of(cfg["run"]), device, SharedRunSettings.read(cfg["run"], "run.").seed
 
 
 def run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:

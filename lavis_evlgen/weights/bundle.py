@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 from lavis_evlgen import __version__
 from lavis_evlgen.config import ConfigError, nearest
 from lavis_evlgen.config.as_trained import STARTS
+from lavis_evlgen.config.keys import keys_of
+from lavis_evlgen.config.values import refuse_unknown
 from lavis_evlgen.media.file_checks import writing
 from lavis_evlgen.reporting.run_card import plain
 from lavis_evlgen.weights.frozen_identity import frozen_identity
@@ -182,9 +184,7 @@ def _check_class(cls, content: dict, folder):
 
 def check_keys(cls, section: dict, source: str):
     """Raises ConfigError for the first key of a model section that `cls` does not read."""
-    unknown = next((key for key in section if key not in cls.CONFIG_KEYS), None)
-    if unknown is not None:
-        raise ConfigError(f"{source}: unknown key {unknown}{nearest(unknown, cls.CONFIG_KEYS)}")
+    refuse_unknown(section, keys_of(cls), f"{source}: ")
 
 
 def bundle_config(model, preprocess=None, decoding=None, changes: dict | None = None) -> dict:

@@ -104,14 +104,6 @@ def _is_hub_id(source: str) -> bool:
     return source.count("/") <= 1 and not source.startswith((".", "/", "~")) and not source.endswith(endings)
 
 
-def trusts_remote_code(cfg) -> bool:
-    """`trust_remote_code` of a model config (false). Raises ValueError for what is not true or false."""
-    given = cfg.get("trust_remote_code")
-    if given is not None and not isinstance(given, bool):
-        raise ValueError(f"trust_remote_code: {given!r} is not true or false")
-    return bool(given)
-
-
 def load_from_hub(call, source: str, what: str, **kwargs):
     """Run a `from_pretrained`; whatever the folder or the hub answers wrongly becomes one message that names the key.
 

@@ -14,32 +14,24 @@ import math
 from itertools import count
 from pathlib import Path
 
+from lavis.common.registry import registry
 from safetensors import safe_open
 
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.keys import check_values, keys_of
+from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.weights.sources import EXTRAS, WeightsError
 
 MAX_DEPTH, MAX_VALUES = 32, 200_000
 # keys that only the user sets, each time anew; in a file they are ignored
 USER_ONLY_KEYS = ("trust_remote_code",)
-# what names a part or a way to build it: text, or nothing
-TEXTS = (
-    "arch", "model_type", "vit_model", "vit_path", "vit_precision", "connector", "connector_init", "llm_model",
-    "opt_model", "llm_precision", "prompt", "bos", "bos_token", "merge_mean", "partition", "residual", "frame_pooling",
-)  # fmt: skip
 SOURCES = ("vit_model", "vit_path", "connector_init", "llm_model", "opt_model")
-# far above every model there is, and far below what takes this machine's memory or an hour to find out
-MOST = {
-    "num_layers": 1000, "num_hidden_layers": 1000, "hidden_size": 32_768, "intermediate_size": 262_144,
-    "max_positions": 65_536, "max_position_embeddings": 65_536, "num_heads": 1024, "num_attention_heads": 1024,
-    "image_size": 2048, "num_query_token": 4096, "num_frames": 1024, "n_frms": 1024, "embed_dim": 65_536,
-    "max_txt_len": 65_536, "num_beams": 1000, "num_captions": 1000, "max_length": 65_536, "min_length": 65_536,
-    "max_len": 65_536, "min_len": 65_536,
-}  # fmt: skip
-# (least, most, whole)
-NUMBERS = {
-    "image_size": (14, MOST["image_size"], True), "num_layers": (1, MOST["num_layers"], True),
-    "num_query_token": (1, MOST["num_query_token"], True), "num_frames": (1, MOST["num_frames"], True),
-    "max_txt_len": (3, MOST["max_txt_len"], True), "vit_layer": (-1000, 1000, True), "dropout": (0, 0.99, False),
+# the same sizes as a BERT's config.json and the arguments of `generate` call them
+MOST = LARGEST | {
+    "num_hidden_layers": LARGEST["num_layers"], "num_attention_heads": LARGEST["num_heads"],
+    "max_position_embeddings": LARGEST["max_positions"], "n_frms": LARGEST["num_frames"],
+    "num_captions": LARGEST["num_beams"],
+    **dict.fromkeys(("max_length", "min_length", "min_len"), LARGEST["max_len"]),
 }  # fmt: skip
 LENGTHS = {"num_beams": 1, "num_captions": 1, "max_length": 1, "min_length": 0}  # keys of `decoding`: their minimum
 LAYERED = ("tomeformer", "qformer")
@@ -111,12 +103,15 @@ def checked_model(section, source: str, shapes: dict[str, tuple] | None = None) 
     if section.get("trust_remote_code"):
         logging.warning("%s: model.trust_remote_code is not taken from a file; set it yourself if you mean it", source)
     section = {key: value for key, value in section.items() if key not in USER_ONLY_KEYS}
-    for key in TEXTS:
+    for key in ("arch", *SOURCES):
         if not isinstance(section.get(key), str | None):
             raise WeightsError(f"{source}: model.{key}: {section[key]!r:.80} is not text")
+    try:
+        check_values(_given(section), keys_of(registry.get_model_class(section.get("arch"))), f"{source}: model.")
+    except ConfigError as error:
+        raise WeightsError(str(error)) from None
     for key in SOURCES:
         _check_package(section.get(key) or "", f"{source}: model.{key}")
-    _check_numbers(section, source)
     if shapes:
         _check_sizes(section, shapes, source)
     return section
@@ -135,17 +130,10 @@ def _check_package(path: str, source: str):
         )
 
 
-def _check_numbers(section: dict, source: str):
-    for key, limits in NUMBERS.items():
-        _check_number(section.get(key), f"{source}: model.{key}", *limits)
-    if not isinstance(section.get("prompt_scale"), str | None):
-        _check_number(section["prompt_scale"], f"{source}: model.prompt_scale")
-    for key in ("connector_sizes", "lr_scale"):
-        table = section.get(key)
-        if not isinstance(table, dict | None):
-            raise WeightsError(f"{source}: model.{key}: {table!r:.80} is no section of keys")
-        for name, value in (table or {}).items():
-            _check_number(value, f"{source}: model.{key}.{name}")
+def _given(section: dict) -> dict:
+    """A section without what is null, which whoever asks for it reads as its default."""
+    return {key: _given(value) if isinstance(value, dict) else value
+            for key, value in section.items() if value is not None}  # fmt: skip
 
 
 def _check_number(value, source: str, least: float = 0, most: float = 1e6, whole: bool = False):

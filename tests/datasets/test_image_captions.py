@@ -208,14 +208,14 @@ def test_what_is_transparent_is_white(tmp_path, mode):
         ({"images": None}, "images=FOLDER"),
         ({"images": "nowhere"}, "images=nowhere is not a folder"),
         ({"split": None}, "say how to split it"),
-        ({"split": "random"}, "split=random is not known"),
-        ({"split": {"dev": 3}}, r"split\.dev is unknown"),
+        ({"split": "random"}, "split=random must be from_file or a mapping"),
+        ({"split": {"dev": 3}}, r"unknown key .*split\.dev; known: test, train, val"),
         ({"split": {"train": 99}}, "but .* has 6"),
         ({"captions": None}, "neither of `captions`"),
         ({"annotations": {"val": "x"}}, "both of `captions`"),
         ({"vis_processor": {"train": {"name": "evlgen_imag"}}}, "evlgen_imag is no registered processor"),
         ({"text_processor": {"train": None}}, r"text_processor\.train is missing"),
-        ({"max_bad_fraction": 1.5}, "between 0 and 1"),
+        ({"max_bad_fraction": 1.5}, "must be a number of at least 0 and at most 1"),
     ],
 )
 def test_config_errors_name_the_mend(tmp_path, pictures, keys, words):

@@ -108,7 +108,7 @@ def test_fingerprint_follows_the_data(tmp_path, pictures):
         ({"split": None}, "datasets.image_questions.split.train=N"),
         ({"split": {"train": 99}}, "datasets.image_questions.split asks for"),
         ({"pictures": {"train": 9}}, r"datasets.image_questions.pictures.train=9 must be a number from 1 to 3"),
-        ({"pictures": {"dev": 9}}, r"datasets.image_questions.pictures.dev is unknown"),
+        ({"pictures": {"dev": 9}}, r"unknown key datasets.image_questions.pictures.dev; known"),
         ({"questions": None, "annotations": {"val": ["a", "b", "c"]}}, "are too many"),
     ],
 )

@@ -9,6 +9,7 @@ from lavis.common.registry import registry
 from omegaconf import OmegaConf
 from torch.utils.data import DataLoader
 
+from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.datasets import DataError, VideoCaptionsBuilder, VideoShards, WebvidBuilder
 from lavis_evlgen.datasets.base import CaptionedImage
 from lavis_evlgen.datasets.builders.video_captions import VideoCaptionDataset
@@ -225,7 +226,7 @@ def test_every_key_is_known_and_lavis_finds_the_builders():
         assert registry.get_builder_class(builder.NAME) is builder
         for kind in builder.DATASET_CONFIG_DICT:
             config = OmegaConf.load(builder.default_config_path(kind)).datasets[builder.NAME]
-            assert set(config) == set(builder.CONFIG_KEYS)
+            assert set(config) == set(keys_of(builder))
 
 
 def test_clips_in_tar_shards(clips, tmp_path):

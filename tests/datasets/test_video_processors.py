@@ -68,10 +68,10 @@ def test_short_clips_repeat_in_order():
 def test_unknown_and_impossible_keys():
     for name, keys, words in (
         ("evlgen_video_train", {"n_frms": 4}, "unknown key n_frms; did you mean num_frames|known are"),
-        ("evlgen_video_train", {"sampling": "middle"}, "sampling=middle is not known; give uniform or headtail"),
+        ("evlgen_video_train", {"sampling": "middle"}, "sampling: 'middle' is not one of uniform, headtail"),
         ("evlgen_video_eval", {"sampling": "headtail"}, "unknown key sampling"),
         ("evlgen_video_eval", {"num_frames": 0}, "num_frames=0"),
-        ("evlgen_video_eval", {"mean": "laion"}, "mean=laion is not known"),
+        ("evlgen_video_eval", {"mean": "laion"}, "mean=laion must be clip"),
     ):
         with pytest.raises(ValueError, match=words):
             made(name, **keys)

@@ -10,6 +10,7 @@ import torch
 from lavis.models import load_model_and_preprocess
 from omegaconf import OmegaConf
 
+from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
 from lavis_evlgen.models.vision.temporal import TemporalVision
@@ -171,7 +172,7 @@ def test_the_types_differ_from_the_image_models_in_what_is_said(kind):
     changed = {k for k in video.model if video.model[k] != image.model.get(k)}
     own = {"arch", "num_frames", "temporal", "residual", "temporal_positions", "frame_pooling"}
     assert changed == own | ({"lr_scale"} if kind == "quickstart" else {"vit_precision"})
-    assert set(image.model) <= set(video.model) <= set(EVLGenVideo.CONFIG_KEYS)
+    assert set(image.model) <= set(video.model) <= set(keys_of(EVLGenVideo))
     assert video.model.vit_precision == "fp32" and video.model.residual == "gated" and video.model.temporal
     for stage in video.preprocess.vis_processor.values():
         assert stage.num_frames == video.model.num_frames == 4 and stage.image_size == video.model.image_size

@@ -244,7 +244,7 @@ def test_short_captions_are_warned_of_once(caplog):
 @pytest.mark.parametrize(
     "run, says",
     [
-        ({"baseline": "gredy"}, "run.baseline: 'gredy' is unknown; did you mean greedy"),
+        ({"baseline": "gredy"}, "run.baseline: 'gredy' is not one of greedy, leave_one_out; did you mean greedy"),
         ({"baseline": "leave_one_out", "num_samples": 1}, "set run.num_samples >= 2"),
         ({"end_mark": 1}, "run.end_mark: 1 is not true or false"),
     ],

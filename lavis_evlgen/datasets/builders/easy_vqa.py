@@ -6,7 +6,7 @@ from lavis.common.registry import registry
 
 from lavis_evlgen.compat.environment import require
 from lavis_evlgen.datasets.builder import CONFIG_FOLDER
-from lavis_evlgen.datasets.builders.image_questions import QUESTION_KEYS, ImageQuestionDataset, QuestionsBuilder
+from lavis_evlgen.datasets.builders.image_questions import ImageQuestionDataset, QuestionsBuilder
 from lavis_evlgen.datasets.questions import AskedImage, Question, group_by_image
 from lavis_evlgen.media.errors import DataError
 
@@ -24,7 +24,6 @@ class EasyVqaBuilder(QuestionsBuilder):
 
     NAME = "easy_vqa"
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "easy_vqa.yaml")}
-    CONFIG_KEYS = QUESTION_KEYS
 
     def build(self) -> dict[str, ImageQuestionDataset]:
         package = require(PACKAGE, EXTRA)

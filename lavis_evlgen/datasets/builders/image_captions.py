@@ -1,14 +1,16 @@
 """`image_captions`: a folder of pictures and a captions file, or one captions file per split."""
 
+from dataclasses import dataclass
 from typing import Literal
 
 from lavis.common.registry import registry
 
+from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets.annotations import splits
 from lavis_evlgen.datasets.annotations.captions import CaptionRow, read_captions_file
 from lavis_evlgen.datasets.annotations.files import image_ids, report_problems
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
-from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLIT_COUNTS, SPLITS, CaptionDatasetBuilder
+from lavis_evlgen.datasets.builder import CONFIG_FOLDER, MOST_PICTURES, SPLITS, BuilderSettings, CaptionDatasetBuilder
 from lavis_evlgen.datasets.builders.image_folder import ImageFolder, data_folder
 from lavis_evlgen.media.errors import DataError
 
@@ -21,6 +23,36 @@ class ImageCaptionDataset(ImageFolder, CaptionDataset):
         self.vis_root = str(images)
 
 
+@dataclass(kw_only=True)
+class CaptionsFileSettings(BuilderSettings):
+    """Keys of data sets whose captions are in files."""
+
+    captions: str | None = key(
+        "one captions file for all splits: COCO, Karpathy, MSR-VTT or LAVIS JSON, JSONL, CSV or TSV; of webvid2m one "
+        "of WebVid's tables, CSV or JSON: videoid, name (the caption), page_dir", None,
+    )  # fmt: skip
+    split: Literal["from_file"] | dict[Literal[SPLITS], int | None] | None = key(
+        "how `captions` is split: {train: N, val: N, test: N} images or videos by sorted name, or from_file", None,
+        at_least=0, at_most=MOST_PICTURES,
+    )  # fmt: skip
+    annotations: dict[Literal[SPLITS], str | None] | None = key(
+        "instead of `captions`: {train: FILE, val: FILE, test: FILE}", None
+    )
+
+
+@dataclass(kw_only=True)
+class ColumnsSettings(CaptionsFileSettings):
+    columns: dict[str, str | None] | None = key(
+        "the file's column names where they differ: {image: … (of clips: video), caption: …, image_id: …, split: …}",
+        None,
+    )
+
+
+@dataclass(kw_only=True)
+class ImageCaptionsSettings(ColumnsSettings):
+    images: str | None = key("the folder that the image names of the captions file start from", None)
+
+
 @registry.register_builder("image_captions")
 class ImageCaptionsBuilder(CaptionDatasetBuilder):
     """Builds splits of captioned image files; relative paths start at the current folder."""
@@ -29,18 +61,7 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
     MEDIA: Literal["image", "video"] = "image"  # its column in tables; as a plural, the folder's key
     train_dataset_cls = eval_dataset_cls = ImageCaptionDataset
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_captions.yaml")}
-    TEXTS = (*CaptionDatasetBuilder.TEXTS, "images", "captions")
-    CHOICES = {"split": ("from_file",)}
-    MAPPINGS = {"split": SPLIT_COUNTS, "annotations": dict.fromkeys(SPLITS, str), "columns": str}
-    OPTIONAL = ("images", "captions", "split", "annotations", "columns")
-    CONFIG_KEYS = {
-        **COMMON_KEYS,
-        "images": "the folder that the image names of the captions file start from",
-        "captions": "one captions file for all splits: COCO, Karpathy or LAVIS JSON, JSONL, CSV or TSV",
-        "split": "how `captions` is split: {train: N, val: N, test: N} images by sorted name, or from_file",
-        "annotations": "instead of `captions`: {train: FILE, val: FILE, test: FILE}",
-        "columns": "the file's column names where they differ: {image: …, caption: …, image_id: …, split: …}",
-    }
+    Settings = ImageCaptionsSettings
 
     @property
     def config_path(self) -> str:
@@ -48,34 +69,33 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
         return f"datasets.{self.NAME}"
 
     def build(self) -> dict[str, CaptionDataset]:
-        key = f"{self.MEDIA}s"
-        folder = data_folder(self.config.get(key), self.config_path, key)
+        name = f"{self.MEDIA}s"
+        folder = data_folder(getattr(self.settings, name), self.config_path, name)
         datasets = {}
         for split, items in self._items_by_split().items():
             datasets[split] = self.train_dataset_cls(
-                self.NAME, split, items, **{key: folder}, max_bad_fraction=self.config.max_bad_fraction,
+                self.NAME, split, items, **{name: folder}, max_bad_fraction=self.settings.max_bad_fraction,
                 **self.processors(split),
             )
         return datasets
 
     def _items_by_split(self) -> dict[str, list[CaptionedImage]]:
-        captions, annotations = self.config.get("captions"), self.config.get("annotations")
+        captions, annotations = self.settings.captions, self.settings.annotations
         if bool(captions) == bool(annotations):
             raise DataError(
                 f"{self.config_path} has {'both' if captions else 'neither'} of `captions` (one file, "
                 "with `split`) and `annotations` (a file per split); give one of the two"
             )
         if captions:
-            return split_items(captions, self._read(captions), self.config.get("split"), self.config_path)
-        splits.check_split_names(f"{self.config_path}.annotations", annotations)
+            return split_items(captions, self._read(captions), self.settings.split, self.config_path)
         found = {split: group_by_image(annotations[split], self._read(annotations[split]))
                  for split in SPLITS if annotations.get(split)}
         splits.report_shared_images(found)
         return found
 
     def _read(self, path: str) -> list[CaptionRow]:
-        found = read_captions_file(path, self.config.get("columns"), self.MEDIA, self.config_path)
-        report_problems(path, found, self.config.max_bad_fraction, self.config_path)
+        found = read_captions_file(path, self.settings.columns, self.MEDIA, self.config_path)
+        report_problems(path, found, self.settings.max_bad_fraction, self.config_path)
         return found.rows
 
 

@@ -3,16 +3,18 @@
 import os
 import re
 from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from lavis.common.registry import registry
 from PIL import Image
 
+from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets.annotations.captions import CaptionRow, CaptionsFile
 from lavis_evlgen.datasets.annotations.files import Table, quoted, read_rows, report_problems
 from lavis_evlgen.datasets.base import CaptionDataset
 from lavis_evlgen.datasets.builder import CONFIG_FOLDER
-from lavis_evlgen.datasets.builders.image_captions import ImageCaptionsBuilder
+from lavis_evlgen.datasets.builders.image_captions import CaptionsFileSettings, ColumnsSettings, ImageCaptionsBuilder
 from lavis_evlgen.datasets.builders.image_folder import ImageFolder
 from lavis_evlgen.media.errors import DataError
 from lavis_evlgen.media.video import VideoFile, uniform
@@ -62,6 +64,16 @@ class VideoCaptionDataset(Clips, ImageFolder, CaptionDataset):
         return named[1] if named else row["image_id"]
 
 
+@dataclass(kw_only=True)
+class WebvidSettings(CaptionsFileSettings):
+    videos: str | None = key("the folder that the video names of the captions file start from", None)
+
+
+@dataclass(kw_only=True)
+class VideoCaptionsSettings(ColumnsSettings, WebvidSettings):
+    pass
+
+
 @registry.register_builder("video_captions")
 class VideoCaptionsBuilder(ImageCaptionsBuilder):
     """Builds splits of captioned video files; relative paths start at the current folder.
@@ -76,35 +88,20 @@ class VideoCaptionsBuilder(ImageCaptionsBuilder):
         "msrvtt": str(CONFIG_FOLDER / "msrvtt.yaml"),
         "msvd": str(CONFIG_FOLDER / "msvd.yaml"),
     }
-    TEXTS = (*ImageCaptionsBuilder.TEXTS, "videos")
-    OPTIONAL = (*ImageCaptionsBuilder.OPTIONAL, "videos")
-    CONFIG_KEYS = {
-        **{key: words for key, words in ImageCaptionsBuilder.CONFIG_KEYS.items() if key != "images"},
-        "data_type": "videos (LAVIS asks for it)",
-        "videos": "the folder that the video names of the captions file start from",
-        "captions": "one captions file for all splits: COCO, MSR-VTT or LAVIS JSON, JSONL, CSV or TSV",
-        "split": "how `captions` is split: {train: N, val: N, test: N} videos by sorted name, or from_file",
-        "columns": "the file's column names where they differ: {video: …, caption: …, image_id: …, split: …}",
-        "vis_processor": "{train: {name: …}, eval: {name: …}}: video processors and their keys",
-    }
+    Settings = VideoCaptionsSettings
 
 
 @registry.register_builder("webvid2m")
 class WebvidBuilder(VideoCaptionsBuilder):
-    """WebVid-2M from its tables (videoid, name, page_dir) and a folder of page_dir/videoid.mp4."""
+    """WebVid-2M from its tables (videoid, name, page_dir), CSV or JSON, and a folder of page_dir/videoid.mp4."""
 
     NAME = "webvid2m"
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "webvid2m.yaml")}
-    CONFIG_KEYS = {
-        **{key: words for key, words in VideoCaptionsBuilder.CONFIG_KEYS.items() if key != "columns"},
-        "captions": "one of WebVid's tables for all splits, CSV or JSON: videoid, name (the caption), page_dir",
-        "split": "how `captions` is split: {train: N, val: N, test: N} videos by sorted name",
-        "annotations": "instead of `captions`: {train: FILE, val: FILE}",
-    }
+    Settings = WebvidSettings
 
     def _read(self, path: str) -> list[CaptionRow]:
         found = read_webvid_file(path, self.config_path)
-        report_problems(path, found, self.config.max_bad_fraction, self.config_path)
+        report_problems(path, found, self.settings.max_bad_fraction, self.config_path)
         return found.rows
 
 

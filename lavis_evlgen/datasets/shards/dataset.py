@@ -7,13 +7,15 @@ the caption under `caption_key`, or KEY.txt. Shards of clips hold KEY.mp4 (webm,
 import json
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from lavis.common.registry import registry
 
+from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets.annotations.files import encodes, has_words
-from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, CaptionDatasetBuilder
+from lavis_evlgen.datasets.builder import CONFIG_FOLDER, BuilderSettings, CaptionDatasetBuilder
 from lavis_evlgen.datasets.shards.names import shard_names
 from lavis_evlgen.datasets.shards.reader import IMAGES, ShardItem
 from lavis_evlgen.media.errors import DataError, UnreadableImage
@@ -118,6 +120,18 @@ class VideoShards(ImageShards):
         return VideoFile(content, where)
 
 
+@dataclass(kw_only=True)
+class ShardsSettings(BuilderSettings):
+    shards: str | list[str] | None = key(
+        "tar files: a brace list {00000..00099}.tar, a glob, a folder, or a list of those", None
+    )
+    folder: str | None = key("folder that relative shard names start from; left out: where you stand", None)
+    caption_key: str = key("key of the caption in KEY.json; KEY.txt is read where there is no json")
+    shuffle_window: int = key(
+        "samples of a shard shuffled together in memory; 1: in file order", at_least=1, at_most=10**9
+    )
+
+
 @registry.register_builder("image_shards")
 class ImageShardsBuilder(CaptionDatasetBuilder):
     """Builds the training split of tar shards that are files here; other splits come from another data set."""
@@ -125,26 +139,16 @@ class ImageShardsBuilder(CaptionDatasetBuilder):
     NAME = "image_shards"
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "image_shards.yaml")}
     NEEDS_FOLDER, DATASET = False, ImageShards
-    NUMBERS = {**CaptionDatasetBuilder.NUMBERS, "shuffle_window": (1, 10**9)}
-    TEXTS = (*CaptionDatasetBuilder.TEXTS, "shards", "folder", "caption_key")
-    LISTS, OPTIONAL = {"shards": str}, ("shards", "folder")
-    CONFIG_KEYS = {
-        **COMMON_KEYS,
-        "shards": "tar files: a brace list {00000..00099}.tar, a glob, a folder, or a list of those",
-        "folder": "folder that relative shard names start from (where you stand)",
-        "caption_key": "key of the caption in KEY.json (caption); KEY.txt is read where there is no json",
-        "shuffle_window": "samples of a shard shuffled together in memory; 1: in file order (256)",
-    }
+    Settings = ShardsSettings
 
     def build(self) -> dict[str, ImageShards]:
-        config, path = self.config, f"datasets.{self.NAME}"
-        if self.NEEDS_FOLDER and not config.get("folder"):
+        config, path = self.settings, f"datasets.{self.NAME}"
+        if self.NEEDS_FOLDER and not config.folder:
             raise DataError(f"{path}.folder is not given; set it to the folder of the shards {config.shards}")
-        if not config.get("shards"):
+        if not config.shards:
             raise DataError(f"{path}.shards is not given; set e.g. {path}.shards='/data/{{00000..00099}}.tar'")
-        shards = config.shards if isinstance(config.shards, str) else list(config.shards)
         train = self.DATASET(
-            self.NAME, shard_names(shards, config.get("folder"), f"{path}.shards"), caption_key=config.caption_key,
+            self.NAME, shard_names(config.shards, config.folder, f"{path}.shards"), caption_key=config.caption_key,
             shuffle_window=config.shuffle_window, max_bad_fraction=config.max_bad_fraction, **self.processors("train"),
         )  # fmt: skip
         return {"train": train}
@@ -172,4 +176,3 @@ class VideoShardsBuilder(ImageShardsBuilder):
 
     NAME, DATASET = "video_shards", VideoShards
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "video_shards.yaml")}
-    CONFIG_KEYS = {**ImageShardsBuilder.CONFIG_KEYS, "data_type": "videos (LAVIS asks for it)"}

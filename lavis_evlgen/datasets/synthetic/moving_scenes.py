@@ -1,16 +1,19 @@
 """`moving_scenes`: captioned clips of moving shapes, drawn when asked for; the order of frames tells what happens."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from lavis.common.registry import registry
 
+from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
-from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLITS, CaptionDatasetBuilder
+from lavis_evlgen.datasets.builder import CONFIG_FOLDER, SPLITS, CaptionDatasetBuilder
 from lavis_evlgen.datasets.builders.video_captions import Clips
 from lavis_evlgen.datasets.synthetic.motion_specs import KINDS, Motion, sample_motion
 from lavis_evlgen.datasets.synthetic.scene_drawing import draw_scene
-from lavis_evlgen.datasets.synthetic.scenes import DRAWING_NUMBERS, check_drawing
+from lavis_evlgen.datasets.synthetic.scenes import DrawnSettings, check_drawing
 from lavis_evlgen.media.errors import DataError
 
 _DRAWING = 1  # part of the fingerprint: raise it when the same clip is to look different
@@ -75,6 +78,13 @@ class MovingScenesDataset(Clips, CaptionDataset):
         return DrawnClip(motion, self.num_frames, self.image_size)
 
 
+@dataclass(kw_only=True)
+class MovingScenesSettings(DrawnSettings):
+    kinds: dict[Literal[tuple(KINDS)], float | None] = key(
+        "weights of the kinds of event: {move: W, appear: W, turn: W, meet: W}", at_least=0.0, at_most=1e9
+    )
+
+
 @registry.register_builder("moving_scenes")
 class MovingScenesBuilder(CaptionDatasetBuilder):
     """Builds the splits of drawn clips; needs no files."""
@@ -82,26 +92,14 @@ class MovingScenesBuilder(CaptionDatasetBuilder):
     NAME = "moving_scenes"
     train_dataset_cls = eval_dataset_cls = MovingScenesDataset
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "moving_scenes.yaml")}
-    NUMBERS = {**CaptionDatasetBuilder.NUMBERS, **DRAWING_NUMBERS}
-    MAPPINGS = {"sizes": dict.fromkeys(SPLITS, (0, 10**8, None)), "kinds": dict.fromkeys(KINDS, (0.0, 1e9, None))}
-    CONFIG_KEYS = {
-        **COMMON_KEYS,
-        "data_type": "videos (LAVIS asks for it)",
-        "seed": "another seed draws other clips; which combinations belong to which split stays",
-        "sizes": "clips per split, even: {train: N, val: N, test: N}; 0 or null leaves a split away",
-        "image_size": "side of the drawing in pixels",
-        "kinds": "weights of the kinds of event: {move: W, appear: W, turn: W, meet: W}",
-        "vis_processor": "{train: {name: …}, eval: {name: …}}: video processors; a clip has their num_frames",
-    }
+    Settings = MovingScenesSettings
 
     def build(self) -> dict[str, MovingScenesDataset]:
-        config = self.config
-        if unknown := set(config.sizes) - set(SPLITS):
-            raise DataError(f"datasets.moving_scenes.sizes.{min(unknown)} is unknown; there are {', '.join(SPLITS)}")
+        settings = self.settings
         return {
             split: MovingScenesDataset(
-                split, config.sizes[split], seed=config.seed, image_size=config.image_size, kinds=dict(config.kinds),
-                max_bad_fraction=config.max_bad_fraction, **self.processors(split),
+                split, size, seed=settings.seed, image_size=settings.image_size, kinds=settings.kinds,
+                max_bad_fraction=settings.max_bad_fraction, **self.processors(split),
             )
-            for split in SPLITS if config.sizes.get(split)
+            for split in SPLITS if (size := settings.sizes.get(split))
         }

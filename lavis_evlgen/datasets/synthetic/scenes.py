@@ -1,16 +1,20 @@
 """`scenes`: captioned pictures of coloured shapes, drawn when asked for: data for first runs and tests."""
 
+from dataclasses import dataclass
+from typing import Literal
+
 from lavis.common.registry import registry
 from PIL import Image
 
+from lavis_evlgen.config.keys import key
+from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
-from lavis_evlgen.datasets.builder import COMMON_KEYS, CONFIG_FOLDER, SPLITS, CaptionDatasetBuilder
+from lavis_evlgen.datasets.builder import CONFIG_FOLDER, SPLITS, BuilderSettings, CaptionDatasetBuilder
 from lavis_evlgen.datasets.synthetic.scene_drawing import draw_scene
 from lavis_evlgen.datasets.synthetic.scene_language import CAPTIONS_PER_SCENE, captions_of
 from lavis_evlgen.datasets.synthetic.scene_specs import KINDS, Scene, sample_scene
 from lavis_evlgen.media.errors import DataError
 
-DRAWING_NUMBERS = {"seed": (0, 4 * 10**9), "image_size": (16, 10_000)}
 _DRAWING = 2  # part of the fingerprint: raise it when the same scene is to look different
 
 
@@ -57,6 +61,30 @@ def check_drawing(config_path: str, size: int, image_size: int, given: dict, kin
         raise DataError(f"{config_path}.sizes has a split of {size} pictures; give 1 or more")
 
 
+@dataclass(kw_only=True)
+class DrawnSettings(BuilderSettings):
+    """Keys of all drawn data sets."""
+
+    seed: int = key(
+        "another seed draws others; which combinations belong to which split stays", at_least=0, at_most=4 * 10**9
+    )
+    sizes: dict[Literal[SPLITS], int | None] = key(
+        "pictures (or clips: even) per split: {train: N, val: N, test: N}; 0 or null leaves a split away", at_least=0,
+        at_most=10**8,
+    )  # fmt: skip
+    image_size: int = key("side of the drawing in pixels", at_least=16, at_most=LARGEST["image_size"])
+
+
+@dataclass(kw_only=True)
+class ScenesSettings(DrawnSettings):
+    captions_per_image: int = key(
+        "training captions of each picture, from 1 (the canonical one)", at_least=1, at_most=CAPTIONS_PER_SCENE
+    )
+    kinds: dict[Literal[tuple(KINDS)], float | None] = key(
+        "weights of the kinds of scene: {single: W, pair: W, count: W}", at_least=0.0, at_most=1e9
+    )
+
+
 @registry.register_builder("scenes")
 class ScenesBuilder(CaptionDatasetBuilder):
     """Builds the splits of drawn scenes; needs no files."""
@@ -64,26 +92,15 @@ class ScenesBuilder(CaptionDatasetBuilder):
     NAME = "scenes"
     train_dataset_cls = eval_dataset_cls = ScenesDataset
     DATASET_CONFIG_DICT = {"default": str(CONFIG_FOLDER / "scenes.yaml")}
-    NUMBERS = {**CaptionDatasetBuilder.NUMBERS, **DRAWING_NUMBERS, "captions_per_image": (1, CAPTIONS_PER_SCENE)}
-    MAPPINGS = {"sizes": dict.fromkeys(SPLITS, (0, 10**8, None)), "kinds": dict.fromkeys(KINDS, (0.0, 1e9, None))}
-    CONFIG_KEYS = {
-        **COMMON_KEYS,
-        "seed": "another seed draws other scenes; which combinations belong to which split stays",
-        "sizes": "pictures per split: {train: N, val: N, test: N}; 0 or null leaves a split away",
-        "image_size": "side of the drawing in pixels",
-        "captions_per_image": "training captions of each picture, 1 (the canonical one) to 5",
-        "kinds": "weights of the kinds of scene: {single: W, pair: W, count: W}",
-    }
+    Settings = ScenesSettings
 
     def build(self) -> dict[str, ScenesDataset]:
-        config = self.config
-        if unknown := set(config.sizes) - set(SPLITS):
-            raise DataError(f"datasets.scenes.sizes.{min(unknown)} is unknown; there are {', '.join(SPLITS)}")
+        settings = self.settings
         return {
             split: ScenesDataset(
-                split, config.sizes[split], seed=config.seed, image_size=config.image_size,
-                captions_per_image=config.captions_per_image, kinds=dict(config.kinds),
-                max_bad_fraction=config.max_bad_fraction, **self.processors(split),
+                split, size, seed=settings.seed, image_size=settings.image_size,
+                captions_per_image=settings.captions_per_image, kinds=settings.kinds,
+                max_bad_fraction=settings.max_bad_fraction, **self.processors(split),
             )
-            for split in SPLITS if config.sizes.get(split)
+            for split in SPLITS if (size := settings.sizes.get(split))
         }

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 from torch import Tensor, nn
 
-from lavis_evlgen.nn import MergeMap
+from lavis_evlgen.config.keys import Settings, key
+from lavis_evlgen.config.limits import LARGEST
+from lavis_evlgen.config.values import Range
+from lavis_evlgen.nn import MergeMap, TomeFormerConfig
 from lavis_evlgen.nn.tomeformer import by_bert_names
 from lavis_evlgen.weights.sources import WeightsError, load_from_hub, on_meta, read_state_dict, resolve
 from lavis_evlgen.weights.untrusted import read_json
 
-# keys of `connector_sizes`, and what a BERT's config.json calls them
+# names in `connector_sizes`, and what a BERT's config.json calls them
 SIZES = {
     "hidden_size": "hidden_size",
     "num_heads": "num_attention_heads",
@@ -20,6 +24,35 @@ SIZES = {
     "max_positions": "max_position_embeddings",
     "layer_norm_eps": "layer_norm_eps",
 }
+
+
+class ConnectorSizes(TypedDict, total=False):
+    """Sizes of a random connector; what is left out is bert-base's."""
+
+    hidden_size: Annotated[int, Range(1, LARGEST["hidden_size"])]
+    num_heads: Annotated[int, Range(1, LARGEST["num_heads"])]
+    intermediate_size: Annotated[int, Range(1, LARGEST["intermediate_size"])]
+    max_positions: Annotated[int, Range(1, LARGEST["max_positions"])]
+    layer_norm_eps: Annotated[float, Range(0.0, 1.0)]
+
+
+@dataclass(kw_only=True)
+class BertSettings(Settings):
+    """Keys of connectors whose body is a BERT."""
+
+    connector_init: str | None = key(
+        "BERT to start from (id or folder), or random; qformer also a checkpoint of LAVIS's blip2 or blip2_opt", None
+    )
+    connector_sizes: ConnectorSizes | None = key(
+        f"sizes of a connector that starts at random: {', '.join(SIZES)} (bert-base's); a BERT or a checkpoint has its "
+        "own", {},
+    )  # fmt: skip
+    num_layers: int | None = key(
+        "layers of the TomeFormer or Q-Former", TomeFormerConfig.num_layers, at_least=1, at_most=LARGEST["num_layers"]
+    )
+    dropout: float | None = key(
+        "dropout of the TomeFormer or Q-Former", TomeFormerConfig.dropout, at_least=0.0, at_most=0.99
+    )
 
 
 @dataclass

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from lavis_evlgen.config.keys import Settings, key
+from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.connectors.base import Connector, VisualPrompt
 from lavis_evlgen.nn import MergeMap
+
+
+@dataclass(kw_only=True)
+class PoolingSettings(Settings):
+    num_query_token: int | None = key(
+        "tokens that avgpool leaves, as many as the paper's TomeFormer", 29, at_least=1,
+        at_most=LARGEST["num_query_token"],
+    )  # fmt: skip
 
 
 class LinearConnector(Connector):
@@ -60,5 +72,5 @@ def build_linear(vision, cfg: dict) -> LinearConnector:
 
 
 def build_avgpool(vision, cfg: dict) -> AveragePooling:
-    """cfg["num_query_token"]: tokens it leaves (29, as many as the paper's TomeFormer)."""
-    return AveragePooling(vision.width, vision.num_tokens, vision.protected, int(cfg.get("num_query_token") or 29))
+    tokens = PoolingSettings.read(cfg).num_query_token
+    return AveragePooling(vision.width, vision.num_tokens, vision.protected, tokens)

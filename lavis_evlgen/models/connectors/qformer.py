@@ -7,14 +7,18 @@ Parameter names below `connector.` are LAVIS's (`query_tokens`, `Qformer.bert...
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
 from torch import Tensor, nn
 
+from lavis_evlgen.config.keys import key
+from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.connectors.base import (
     SIZES,
+    BertSettings,
     Connector,
     VisualPrompt,
     bert_config,
@@ -24,7 +28,15 @@ from lavis_evlgen.models.connectors.base import (
 )
 from lavis_evlgen.weights.sources import WeightsError, check_floating, on_meta, read_state_dict, resolve
 
-NUM_QUERY_TOKEN = 32
+
+@dataclass(kw_only=True)
+class QFormerSettings(BertSettings):
+    num_query_token: int | None = key(
+        "tokens that qformer (32) or avgpool (29) leaves", 32, at_least=1, at_most=LARGEST["num_query_token"]
+    )
+
+
+NUM_QUERY_TOKEN = QFormerSettings.num_query_token
 BERT_KEYS = ("hidden_size", "num_attention_heads", "intermediate_size", "layer_norm_eps", "hidden_act")
 # in a stage-1 checkpoint: what reads and writes text, which the second stage drops
 TEXT_ONLY = re.compile(
@@ -143,12 +155,12 @@ def sizes_in(state: dict[str, Tensor], source: str) -> dict:
 
 def build_qformer(vision, cfg: dict) -> QFormerConnector:
     """cfg["connector_init"]: random, a BERT (id or folder), or a BLIP-2 checkpoint of LAVIS (.pth, .safetensors)."""
-    init, queries = cfg.get("connector_init"), int(cfg.get("num_query_token") or NUM_QUERY_TOKEN)
-    sizes = {"num_hidden_layers": int(cfg.get("num_layers") or 12)}
-    if cfg.get("dropout") is not None:
-        sizes |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), float(cfg["dropout"]))
+    settings = QFormerSettings.read(cfg)
+    init, queries = settings.connector_init, settings.num_query_token
+    dropouts = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), settings.dropout)
+    sizes = {"num_hidden_layers": settings.num_layers, **dropouts}
     if is_random(init):
-        given = {SIZES[name]: value for name, value in (cfg.get("connector_sizes") or {}).items()}
+        given = {SIZES[name]: value for name, value in settings.connector_sizes.items()}
         return QFormerConnector(vision.width, queries, **sizes | given)
     source = resolve(init, "connector_init")
     if Path(source).is_file():

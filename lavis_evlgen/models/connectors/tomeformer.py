@@ -2,14 +2,48 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypedDict
+
 from torch import Tensor, nn
 
-from lavis_evlgen.models.connectors.base import SIZES, Connector, VisualPrompt, bert_config, bert_folder, is_random
+from lavis_evlgen.config.keys import key
+from lavis_evlgen.config.values import Range
+from lavis_evlgen.models.connectors.base import (
+    SIZES,
+    BertSettings,
+    Connector,
+    VisualPrompt,
+    bert_config,
+    bert_folder,
+    is_random,
+)
 from lavis_evlgen.nn import TomeFormer, TomeFormerConfig
 from lavis_evlgen.nn.tomeformer import by_bert_names
 from lavis_evlgen.weights.sources import check_floating, on_meta, read_state_dict
 
-BODY_KEYS = ("num_layers", "tome_r", "merge_mean", "partition", "proportional_attention", "dropout")
+
+class TomeR(TypedDict, total=False):
+    """A line of r over the layers ({r, inflection}), or the tokens to leave ({target})."""
+
+    r: Annotated[int, Range(0, 10_000)]
+    inflection: Annotated[float, Range(-1.0, 1.0)]
+    target: Annotated[int, Range(1, 100_000)]
+
+
+@dataclass(kw_only=True)
+class TomeFormerSettings(BertSettings):
+    tome_r: int | list[int] | TomeR | None = key(
+        "merges per layer: a number, a list, {r, inflection} or {target}", TomeFormerConfig.tome_r, at_least=0,
+        at_most=10_000,
+    )  # fmt: skip
+    merge_mean: Literal["plain", "size"] | None = key(
+        "plain (released) or size (weighted by patches)", TomeFormerConfig.merge_mean
+    )
+    partition: Literal["alternate", "random"] | None = key("alternate (released) or random", TomeFormerConfig.partition)
+    proportional_attention: bool | None = key(
+        "add log(token size) to the attention logits", TomeFormerConfig.proportional_attention
+    )
 
 
 class TomeFormerConnector(Connector):
@@ -32,14 +66,18 @@ class TomeFormerConnector(Connector):
 
 def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
     """A TomeFormer for this vision encoder; cfg["connector_init"]: BERT id or folder, or None / "random"."""
-    sizes, state = cfg.get("connector_sizes") or {}, None
-    if not is_random(cfg.get("connector_init")):
-        folder = bert_folder(cfg["connector_init"])
+    settings, state = TomeFormerSettings.read(cfg), None
+    sizes = settings.connector_sizes
+    if not is_random(settings.connector_init):
+        folder = bert_folder(settings.connector_init)
         bert = bert_config(folder)
         sizes = {ours: bert[theirs] for ours, theirs in SIZES.items() if theirs in bert}
         state = None if on_meta() else read_state_dict(folder, "connector_init")
-    body = {key: cfg[key] for key in BODY_KEYS if cfg.get(key) is not None}
-    config = TomeFormerConfig(num_tokens=vision.num_tokens, protected=vision.protected, **sizes, **body)
+    config = TomeFormerConfig(
+        num_tokens=vision.num_tokens, protected=vision.protected, num_layers=settings.num_layers,
+        tome_r=settings.tome_r, merge_mean=settings.merge_mean, partition=settings.partition,
+        proportional_attention=settings.proportional_attention, dropout=settings.dropout, **sizes,
+    )  # fmt: skip
     connector = TomeFormerConnector(vision.width, config)
     if state is not None:
         check_floating(by_bert_names(state), connector.tomeformer.state_dict(), f"connector_init: {folder}")

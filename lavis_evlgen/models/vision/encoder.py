@@ -7,6 +7,8 @@ of a DINOv2 as the quickstart uses).
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from lavis.common.dist_utils import download_cached_file
@@ -15,7 +17,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import MODEL_MAPPING, AutoConfig, AutoModel
 
-from lavis_evlgen.models.precision import DTYPES, check_precision, freeze
+from lavis_evlgen.config.keys import Settings, key
+from lavis_evlgen.config.limits import LARGEST
+from lavis_evlgen.models.precision import DTYPES, PRECISIONS, check_precision, freeze
 from lavis_evlgen.models.vision.dinov2_onnx import dinov2_from_onnx
 from lavis_evlgen.models.vision.eva_attention import fuse_attention
 from lavis_evlgen.weights.sources import (
@@ -26,7 +30,6 @@ from lavis_evlgen.weights.sources import (
     read_state_dict,
     refuse_kernels,
     resolve,
-    trusts_remote_code,
 )
 
 DOWNLOADS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
@@ -65,19 +68,29 @@ class _LinspaceOnCPU(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# keys of a model config that choose the vision encoder
-VISION_KEYS = {
-    "vit_model": "eva_clip_g, clip_L, or a Hugging Face vision model (id, folder, DINOv2 .onnx)",
-    "vit_path": "local weights of eva_clip_g or clip_L; empty: LAVIS's download",
-    "vit_layer": "hidden layer of a Hugging Face ViT to read (0 embeddings, negative from the end); of clip_L, how "
-    "many of its 24 blocks run (21, as LAVIS; 23, as EVLGen's released code)",
-    "vit_precision": "fp32 (weights; products as run.amp says), fp16, bf16, or auto: bf16 where the GPU (without one: "
-    "the processor) has it, else fp32",
-    "freeze_vit": "must be true: the vision encoder stays frozen",
-    "image_size": "side of the input picture in pixels",
-    "trust_remote_code": "true: run the code that a model's folder or hub repository brings (false); a person says so, "
-    "never a bundle or checkpoint",
-}
+@dataclass(kw_only=True)
+class VisionSettings(Settings):
+    """Keys of a model config that choose the vision encoder."""
+
+    vit_model: str = key("eva_clip_g, clip_L, or a Hugging Face vision model (id, folder, DINOv2 .onnx)", "eva_clip_g")
+    vit_path: str | None = key("local weights of eva_clip_g or clip_L; empty: LAVIS's download", None)
+    vit_layer: int | None = key(
+        "hidden layer of a Hugging Face ViT to read (0 embeddings, negative from the end; left out: its own output); "
+        "of clip_L, how many of its 24 blocks run (left out: 21, as LAVIS; 23, as EVLGen's released code)", None,
+        at_least=-1000, at_most=1000,
+    )  # fmt: skip
+    vit_precision: Literal[PRECISIONS] = key(
+        "fp32 (weights; products as run.amp says), fp16, bf16, or auto: bf16 where the GPU (without one: the "
+        "processor) has it, else fp32", "fp16",
+    )  # fmt: skip
+    freeze_vit: bool = key("must be true: the vision encoder stays frozen", True)
+    image_size: int = key("side of the input picture in pixels", 224, at_least=14, at_most=LARGEST["image_size"])
+    trust_remote_code: bool = key(
+        "true: run the code that a model's folder or hub repository brings; a person says so, never a bundle or "
+        "checkpoint", False,
+    )  # fmt: skip
+
+
 # name: (architecture, file of the download, LAVIS's resizing of its position embeddings)
 LAVIS_VITS = {
     "eva_clip_g": (eva_clip_g, "eva_vit_g.pth", eva_vit.interpolate_pos_embed),
@@ -181,21 +194,18 @@ def _cast_matrices(vit: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def vision_of(cfg) -> nn.Module:
-    """The frozen vision encoder that a model config (VISION_KEYS) names."""
+    """The frozen vision encoder that a model config (VisionSettings) names."""
+    settings = VisionSettings.read(cfg)
     return load_vision_encoder(
-        cfg.get("vit_model", "eva_clip_g"),
-        cfg.get("image_size", 224),
-        cfg.get("vit_precision", "fp16"),
-        cfg.get("vit_path"),
-        cfg.get("vit_layer"),
-        trusts_remote_code(cfg),
-    )
+        settings.vit_model, settings.image_size, settings.vit_precision, settings.vit_path, settings.vit_layer,
+        settings.trust_remote_code,
+    )  # fmt: skip
 
 
 def load_vision_encoder(
     vit_model: str,
-    image_size: int = 224,
-    precision: str = "fp16",
+    image_size: int = VisionSettings.image_size,
+    precision: str = VisionSettings.vit_precision,
     vit_path: str | None = None,
     vit_layer: int | None = None,
     trust_remote_code: bool = False,

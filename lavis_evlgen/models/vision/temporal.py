@@ -8,20 +8,34 @@ release, and only two facts of each architecture are needed (BLOCKS).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from lavis_evlgen.config.keys import Settings, key
+from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.vision.encoder import HuggingFaceViT, VisionEncoder, vision_of
 from lavis_evlgen.nn import TemporalMixing
 from lavis_evlgen.nn.temporal import RESIDUALS
 
-TEMPORAL_KEYS = {
-    "temporal": "false: no temporal module, the frames meet in frame_pooling only (true)",
-    "residual": f"how the temporal module adds to a block: {', '.join(RESIDUALS)} (gated, as released)",
-    "temporal_positions": "true: a learned embedding of each frame's place, so that the order of frames can matter "
-    "(false, as released)",
-}
+
+@dataclass(kw_only=True)
+class TemporalSettings(Settings):
+    """Keys of a model config that say how a ViT sees clips."""
+
+    num_frames: int = key(
+        "frames of a clip, as many as the video processors take. Pictures are clips of one frame", 4, at_least=1,
+        at_most=LARGEST["num_frames"],
+    )  # fmt: skip
+    temporal: bool = key("false: no temporal module, the frames meet in frame_pooling only", True)
+    residual: Literal[RESIDUALS] | None = key(
+        f"how the temporal module adds to a block: {', '.join(RESIDUALS)} (as released: gated)", "gated"
+    )
+    temporal_positions: bool = key(
+        "true: a learned embedding of each frame's place, so that the order of frames can matter (as released: false)",
+        False,
+    )
 
 
 class BlockKind(NamedTuple):
@@ -111,9 +125,8 @@ def _check_blocks(vit: nn.Module, blocks: list[nn.Module]):
 
 
 def temporal_vision_of(cfg) -> VisionEncoder:
-    """The vision encoder that a model config (VISION_KEYS, TEMPORAL_KEYS, num_frames) names."""
-    vision = vision_of(cfg)
-    if not cfg.get("temporal", True):
+    """The vision encoder that a model config (VisionSettings, TemporalSettings) names."""
+    vision, settings = vision_of(cfg), TemporalSettings.read(cfg)
+    if not settings.temporal:
         return vision
-    max_frames = cfg.get("num_frames", 4) if cfg.get("temporal_positions", False) else None
-    return TemporalVision(vision, cfg.get("residual") or "gated", max_frames)
+    return TemporalVision(vision, settings.residual, settings.num_frames if settings.temporal_positions else None)

@@ -15,6 +15,7 @@ from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.precision import auto_precision, autocast_type, check_halves
+from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tools import tables
 from lavis_evlgen.tools.cost.macs import amount
 from lavis_evlgen.tools.cost.step_memory import StepMemory, step_flops, step_memory
@@ -99,32 +100,32 @@ class Estimate:
 
 def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, results: Path, mfu: float) -> Estimate:
     """Of a run config on `gpus` of the kind `gpu` (a key of HARDWARE, or cpu). Raises ConfigError."""
-    run, section = cfg.run_cfg, resolved(cfg.model_cfg, gpu)
+    run, section = RunSettings.read(cfg.run_cfg, "run."), resolved(cfg.model_cfg, gpu)
     cls = registry.get_model_class(section.arch)
     if not (isinstance(cls, type) and issubclass(cls, EVLGen)):
         raise ConfigError(f"model.arch: evlgen estimate knows evlgen and evlgen_video, not {section.arch}")
-    amp = auto_on(gpu) if run.get("amp", False) == "auto" else run.get("amp", False)
+    settings = cls.Settings.read(section)
+    amp = auto_on(gpu) if run.amp == "auto" else run.amp
     dtype = autocast_type(amp)
-    check_halves(amp, section.get("llm_precision") or "fp16")
-    batch, accumulated = int(run.batch_size_train), int(run.get("accum_grad_iters", 1))
+    check_halves(amp, settings.llm_precision)
+    batch, accumulated = run.batch_size_train, run.accum_grad_iters
 
     def model():
         empty = empty_model(cls, section)
-        recompute_llm(empty, run.get("llm_grad_checkpoint"))
+        recompute_llm(empty, run.llm_grad_checkpoint)
         return empty
 
     made = model()
     length = text_tokens or made.language_model.max_txt_len
-    size = int(section.get("image_size", 224))
-    frames = (section.get("num_frames", 4),) if section.arch == "evlgen_video" else ()
-    image = (3, *frames, size, size)
+    frames = (settings.num_frames,) if section.arch == "evlgen_video" else ()
+    image = (3, *frames, settings.image_size, settings.image_size)
     flops = step_flops(made, (1, *image), length)
     few, many = max(1, batch // 2), max(2, batch)
     less, most = (step_memory(model(), (n, *image), length, dtype, accumulated > 1) for n in (few, many))
     each = (most.working - less.working) / (many - few)
     memory = most if batch > 1 else less
     speed = speed_of(gpu, "fp32" if dtype is None else "half", flops, results, mfu)
-    steps, pictures = int(run.max_iters), batch * accumulated * gpus
+    steps, pictures = run.max_iters, batch * accumulated * gpus
     return Estimate(memory, each, batch, pictures, steps, gpus, gpu, flops, speed)
 
 

@@ -87,7 +87,7 @@ def cost_of(model_cfg, text_tokens: int | None = None) -> Cost:
         raise ConfigError(f"model.arch: evlgen macs cannot count {model_cfg.arch}; it counts {known}")
     model = empty_model(cls, model_cfg)
     longest = model.language_model.max_txt_len if cls is EVLGen else model.max_txt_len
-    return counters[cls](model.eval(), int(model_cfg.get("image_size", 224)), text_tokens or longest)
+    return counters[cls](model.eval(), cls.Settings.read(model_cfg).image_size, text_tokens or longest)
 
 
 def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int) -> Cost:

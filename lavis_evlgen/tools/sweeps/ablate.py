@@ -12,6 +12,7 @@ from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.reporting.sweep_plot import sweep_plot
+from lavis_evlgen.tasks.settings import SharedRunSettings
 from lavis_evlgen.tools import tables
 from lavis_evlgen.tools.sweeps import runs as sweep_runs
 from lavis_evlgen.tools.sweeps import sweep
@@ -48,7 +49,7 @@ def main(args) -> int:
     if args.jobs < 1:
         raise ConfigError(f"--jobs {args.jobs}: give 1 or more")
     places = sweep_runs.places_on(None if args.gpus is None else _gpus(args.gpus), args.jobs)
-    seed = int(EvlgenConfig(args).run_cfg.get("seed", 42))
+    seed = SharedRunSettings.read(EvlgenConfig(args).run_cfg).seed
     trials = sweep.grid(dict(pairs), sweep.parse_seeds(args.seeds, seed), args.options)
     sweep.check(args.cfg_path, trials, args.options)
     # a job queue's end is a Ctrl-C: runs save a checkpoint and this command can be given again
