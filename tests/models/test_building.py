@@ -125,7 +125,7 @@ def test_sources(tmp_path, monkeypatch):
     assert resolve("facebook/opt-2.7b", "key") == "facebook/opt-2.7b"
     assert resolve("bert-base-uncased", "key") == "bert-base-uncased"
     for absent in ("./weights.pth", "a/b/c", "weights.onnx", "some/weights.gguf"):
-        with pytest.raises(WeightsError, match=f"key: {absent} does not exist .*mend the path"):
+        with pytest.raises(WeightsError, match=f"key: {absent} does not exist .*fix the path"):
             resolve(absent, "key")
 
 
