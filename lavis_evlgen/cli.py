@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lavis_evlgen.demo import command as demo
-from lavis_evlgen.launch import config_errors, explanation, one_line
+from lavis_evlgen.launch import build_data, config_errors, explanation, one_line
 from lavis_evlgen.tools import keys
 from lavis_evlgen.tools.cost import estimate, macs
 from lavis_evlgen.tools.load_trained import load, run_config
@@ -211,8 +211,6 @@ def _model_options(options: list[str]) -> dict:
 
 def doctor(args) -> int:
     """Print a line for each check; exit code 1 when one failed."""
-    from lavis.common.registry import registry
-
     from lavis_evlgen.config import EvlgenConfig
     from lavis_evlgen.datasets import ImageShards
     from lavis_evlgen.tools.doctor import check_images, check_memory, check_weights
@@ -224,8 +222,7 @@ def doctor(args) -> int:
     findings = [*check_weights(cfg.model_cfg), check_memory(cfg.model_cfg)]
     for finding in findings:
         _show(finding)
-    task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
-    datasets = task.build_datasets(cfg)
+    task, datasets = build_data(cfg)
     findings.append(_check_splits(cfg.run_cfg, datasets, task))
     _show(findings[-1])
     for name, splits in datasets.items():

@@ -21,16 +21,18 @@ from lavis_evlgen import distributed, plugin  # noqa: E402, F401
 from lavis_evlgen.compat.environment import MissingExtra  # noqa: E402
 from lavis_evlgen.config import ConfigError, EvlgenConfig  # noqa: E402
 from lavis_evlgen.datasets import DataError  # noqa: E402
+from lavis_evlgen.datasets.facts import adapted_sets  # noqa: E402
 from lavis_evlgen.media.file_checks import advice, system_error  # noqa: E402
-from lavis_evlgen.runners.bad_images import TooManyBadImages  # noqa: E402
 from lavis_evlgen.runners.determinism import be_deterministic  # noqa: E402
+from lavis_evlgen.runners.skipped_samples import TooManyBadImages  # noqa: E402
 from lavis_evlgen.runners.step import NonFinite  # noqa: E402
 from lavis_evlgen.runners.stopping import signals  # noqa: E402
+from lavis_evlgen.tasks.base import adapted_task  # noqa: E402
 from lavis_evlgen.tasks.settings import SharedRunSettings  # noqa: E402
 from lavis_evlgen.weights.bundle import trained_section  # noqa: E402
 from lavis_evlgen.weights.sources import WeightsError  # noqa: E402
 
-# Problems that the user can mend: shown as one line, without a stack trace.
+# Problems that the user can fix: shown as one line, without a stack trace.
 USER_ERRORS = (ConfigError, DataError, WeightsError, MissingExtra, TooManyBadImages, NonFinite)
 
 EPILOG = """examples:
@@ -72,10 +74,15 @@ def config_errors():
         raise ConfigError(str(error)) from error
 
 
+def build_data(cfg: EvlgenConfig):
+    """(task, data sets by name and split) of a config, LAVIS's own adapted to the base classes here."""
+    task = adapted_task(registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg))
+    return task, adapted_sets(task.build_datasets(cfg))
+
+
 def build(cfg: EvlgenConfig):
     """(task, data sets by name and split, model) of a config."""
-    task = registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg)
-    datasets = task.build_datasets(cfg)
+    task, datasets = build_data(cfg)
     return task, datasets, task.build_model(cfg)
 
 
@@ -121,7 +128,7 @@ def explanation(error: Exception) -> str | None:
 
 
 def main(script: str, purpose: str, evaluate: bool = False, argv=None):
-    """Entry of train.py and evaluate.py: errors that the user can mend are one line, exit code 2."""
+    """Entry of train.py and evaluate.py: errors that the user can fix are one line, exit code 2."""
     args = parser(script, purpose).parse_args(argv)
     try:
         with signals.handled():

@@ -3,20 +3,21 @@
 import hashlib
 import json
 from collections.abc import Hashable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
 from torch import Tensor
 
+from lavis_evlgen.datasets.facts import DatasetFacts
 from lavis_evlgen.media.errors import DataError
 from lavis_evlgen.media.file_checks import Unreadable
 
 MAX_TRIES = 64  # distinct unreadable images in a row before a training sample is given up
 
 
-class ReadableRows(BaseDataset):
+class ReadableRows(DatasetFacts, BaseDataset):
     """Rows whose images may be unreadable: row number in, sample out.
 
     Training takes the next readable row instead, evaluation leaves the row out; both name what they could not read.
@@ -26,7 +27,6 @@ class ReadableRows(BaseDataset):
     """
 
     TEXT_KEYS: tuple[str, ...]
-    media: Literal["image", "video"] = "image"
 
     def __init__(self, name: str, split: str, vis_processor, text_processor, max_bad_fraction: float):
         super().__init__(vis_processor, text_processor)

@@ -17,6 +17,7 @@ from lavis_evlgen.config.as_trained import StartSettings, weights_of
 from lavis_evlgen.config.keys import Settings, key, keys_of, plain
 from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.connectors import ConnectorSettings, VisualPrompt, build_connector
+from lavis_evlgen.models.facts import ModelFacts
 from lavis_evlgen.models.generation import Generates
 from lavis_evlgen.models.language.model import LanguageModel, load_language_model
 from lavis_evlgen.models.precision import PRECISIONS, check_precision
@@ -77,7 +78,7 @@ class EvlgenSettings(LanguageSettings, ConnectorSettings, VisionSettings, StartS
 
 
 @registry.register_model("evlgen")
-class EVLGen(Generates, Bundled, BaseModel):
+class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
     """EVLGen-Image (EVLGen, section 3.2). Types: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart.
 
     >>> model, vis, txt = load_model_and_preprocess("evlgen", "quickstart", is_eval=True)
@@ -174,16 +175,16 @@ class EVLGen(Generates, Bundled, BaseModel):
         texts = samples["text_input"]
         return self.language_model.loss(prompt.tokens, texts, self._prompts(samples, len(texts)), prompt.mask)
 
-    def forward(self, samples: dict) -> dict[str, Tensor]:
+    def forward(self, samples: dict, objective=None) -> dict[str, Tensor]:
         """samples: image (B, 3, H, W), text_input list[str]. loss: mean over supervised tokens (EVLGen, eq. 3).
 
         `loss_tokens` is their number, so that a trainer can weight ranks rightly; `across_picture_share` is the share
-        of the prompt's power that is variance across pictures (0: the connector has collapsed). samples["objective"],
-        a function of (model, visual prompt, samples), replaces the caption's loss by that of a task.
+        of the prompt's power that is variance across pictures (0: the connector has collapsed). `objective`, a
+        function of (model, visual prompt, samples), replaces the caption's loss by that of a task.
         """
         prompt = self.visual_prompt(samples["image"])
-        if "objective" in samples:
-            return samples["objective"](self, prompt, samples)
+        if objective is not None:
+            return objective(self, prompt, samples)
         sums, tokens = self.loss_of(prompt, samples)
         total, count = sums.sum(), tokens.sum()
         share = across_picture_share(prompt.tokens)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 
 def flops_per_image(step, batch: dict) -> float:
     """Floating-point operations of forward and backward on one picture of `batch`; a multiply-add is two.
 
-    step: the runner's TrainingStep. A pass of its own, whose gradients are thrown away: weights, random generators
+    step: the trainer's TrainingStep. A pass of its own, whose gradients are thrown away: weights, random generators
     and the steps to come stay what they were. (The counter decides which kernels torch takes, so a step under it
     would differ from others in its last bits.) Counts matrix products, convolutions and attention.
     """
-    model, device = getattr(step.model, "module", step.model), step.device
-    gpus = [device] if device.type == "cuda" else []
+    # without DDP, which would wait for a backward pass
+    model = step.model.module if isinstance(step.model, DistributedDataParallel) else step.model
+    gpus = [step.device] if step.device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus), FlopCounterMode(display=False) as counter:
-        with step.autocast():
-            loss = model(step.prepared(batch))["loss"]
+        loss = step.forward(model, batch)["loss"]
         torch.autograd.grad(loss, step.parameters, allow_unused=True)
     return counter.get_total_flops() / len(batch["image"])

@@ -91,40 +91,34 @@ def settings_digest(settings: Mapping) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
-class KeepsRows:
-    """Mixin of a runner: the rows of an evaluation, in parts that outlive the process where `keep_every` asks so."""
+def own_rows(evaluate: Callable, dataset, run, device: torch.device, kept: PartialRows | None) -> list[dict]:
+    """This rank's rows of an evaluation, all at once, or in parts that are `kept` as they come.
 
-    @property
-    def _batch_size_eval(self) -> int:
-        run = self.config.run_cfg
-        return int(run.get("batch_size_eval", run.get("batch_size_train", 1)))
+    evaluate: from a loader of batches to their rows.
+    """
+    rank, world = distributed.rank(), distributed.world_size()
+    batch_size = int(run.get("batch_size_eval", run.get("batch_size_train", 1)))
 
-    def _own_rows(self, dataset, kept: PartialRows | None) -> list[dict]:
-        """This rank's rows of an evaluation, all at once, or in parts that are `kept` as they come."""
-        cuda, rank, world = self.device.type == "cuda", distributed.rank(), distributed.world_size()
-        workers = int(self.config.run_cfg.get("num_workers", 0))
+    def rows_of(part: slice) -> list[dict]:
+        workers, cuda = int(run.get("num_workers", 0)), device.type == "cuda"
+        return evaluate(eval_loader(dataset, batch_size, rank, world, workers, cuda, part))
 
-        def rows_of(part: slice) -> list[dict]:
-            loader = eval_loader(dataset, self._batch_size_eval, rank, world, workers, cuda, part)
-            return self.task.evaluation(self._model, loader, cuda_enabled=cuda)
+    if kept is None:
+        return rows_of(slice(None))
+    return rows_in_parts(kept, len(range(rank, len(dataset), world)), int(run.keep_every) * batch_size, rows_of)
 
-        if kept is None:
-            return rows_of(slice(None))
-        size = int(self.config.run_cfg.keep_every) * self._batch_size_eval
-        return rows_in_parts(kept, len(range(rank, len(dataset), world)), size, rows_of)
 
-    def _kept_rows(self, dataset, split: str) -> PartialRows | None:
-        """What an evaluation that was cut off has left here, with `keep_every`; and where this one keeps its rows."""
-        if not (self.evaluate_only and self.config.run_cfg.get("keep_every")):
-            return None
-        settings = {key: value for key, value in flat(self.config.to_dict()).items() if key not in MAY_CHANGE}
-        rank = f"{distributed.rank()} of {distributed.world_size()}"
-        identity = {
-            "kind of rows": ROWS,
-            "weights": weights_digest(trainable_state(self._model)),
-            "data": getattr(dataset, "fingerprint", ""),
-            # the weights are known by what they are, not by where they lie
-            "settings": settings_digest({k: v for k, v in settings.items() if k != "model.pretrained"}),
-            "ranks": rank,
-        }
-        return PartialRows(self.result_dir / f"{split}.rank{distributed.rank()}.partial.jsonl", identity)
+def kept_rows(folder: Path, split: str, dataset, config, model) -> PartialRows | None:
+    """With `run.keep_every`: what an evaluation that was cut off left in `folder`, where this one keeps its rows."""
+    if not (config.run_cfg.get("evaluate") and config.run_cfg.get("keep_every")):
+        return None
+    settings = {key: value for key, value in flat(config.to_dict()).items() if key not in MAY_CHANGE}
+    identity = {
+        "kind of rows": ROWS,
+        "weights": weights_digest(trainable_state(model)),
+        "data": dataset.fingerprint or "",
+        # the weights are identified by their content, not by their path
+        "settings": settings_digest({k: v for k, v in settings.items() if k != "model.pretrained"}),
+        "ranks": f"{distributed.rank()} of {distributed.world_size()}",
+    }
+    return PartialRows(folder / f"{split}.rank{distributed.rank()}.partial.jsonl", identity)

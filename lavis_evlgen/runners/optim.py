@@ -8,6 +8,7 @@ import torch
 from lavis.common.registry import registry
 
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.models.facts import facts_of
 
 
 @registry.register_lr_scheduler("linear_warmup_cosine_step_lr")
@@ -52,21 +53,20 @@ def schedule_of(run, optimizer, max_steps: int) -> LinearWarmupCosineStepLR:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """Trainable parameters by part (`model.part_of`, `model.lr_scale`) and by decay: matrices decay, the rest not."""
-    part_of = getattr(model, "part_of", lambda name: "model")
-    scales = getattr(model, "lr_scale", {})
+    """Trainable parameters by part (models/facts.py) and by decay: matrices decay, the rest not."""
+    facts = facts_of(model)
     groups: dict[tuple, dict] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part, decays = part_of(name), parameter.ndim >= 2
+        part, decays = facts.part_of(name), parameter.ndim >= 2
         group = groups.setdefault(
             (part, decays),
             {
                 "params": [],
                 "name": part + ("" if decays else " (no decay)"),
                 "weight_decay": weight_decay if decays else 0.0,
-                "lr_scale": float(scales.get(part, 1.0)),
+                "lr_scale": float(facts.lr_scale.get(part, 1.0)),
             },
         )
         group["params"].append(parameter)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
-
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import ImageShards
@@ -34,30 +32,26 @@ def check_splits(run, datasets: dict, task):
                 check_shards(name, dataset, distributed.world_size() * max(1, int(run.get("num_workers", 0))))
             else:
                 check_files(name, dataset)
-    if scored and isinstance(task, ImageTextPretrainTask):
-        raise ConfigError(
-            f"run.task=image_text_pretrain trains and scores nothing, but {', '.join(scored)} should be scored: empty "
-            "run.valid_splits and run.test_splits"
-        )
+    if scored:
+        task.check_scored(scored)
     for split in scored:
         found = sets_with(datasets, split)
         if len(found) > 1:
             raise ConfigError(f"evaluation of {split}: {', '.join(found)} all have it; keep one")
         name, dataset = next(iter(found.items()))
-        if hasattr(task, "check_dataset"):  # LAVIS's own tasks have none
-            task.check_dataset(name, dataset)
+        task.check_dataset(name, dataset)
         check_files(name, dataset)
-        if len(dataset) < getattr(task, "LEAST_PICTURES", 1):
+        if len(dataset) < task.min_pictures:
             raise ConfigError(
-                f"{name}: {split} has {len(dataset)} pictures; scoring needs {task.LEAST_PICTURES}: give it more, or "
+                f"{name}: {split} has {len(dataset)} pictures; scoring needs {task.min_pictures}: give it more, or "
                 "take it out of the run's splits"
             )
 
 
 def check_files(name: str, dataset):
     """Files that are not there are known before training; what else is unreadable shows when it is read."""
-    missing = dataset.missing_files() if hasattr(dataset, "missing_files") else []
-    if len(missing) > getattr(dataset, "max_bad_fraction", 0.0) * getattr(dataset, "num_images", len(dataset)):
+    missing = dataset.missing_files()
+    if len(missing) > dataset.max_bad_fraction * dataset.num_images:
         raise ConfigError(
             f"{name} {dataset.split}: {len(missing)} of {dataset.num_images} {dataset.media}s are not there, more than "
             f"max_bad_fraction={dataset.max_bad_fraction:g} allows; the first is {missing[0]}. Check "

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lavis_evlgen import distributed
+from lavis_evlgen.models.facts import ModelFacts, facts_of
 from lavis_evlgen.reporting.json_lines import drop_rows_after, read_json_lines
 from lavis_evlgen.reporting.plots import loss_plot
 
@@ -31,18 +32,16 @@ def peak_memory_gb(device: torch.device) -> float:
 
 def part_rows(model: torch.nn.Module) -> list[tuple]:
     """(part, parameters, trainable, lr_scale, dtypes, bytes) for each part of the model."""
-    part_of = getattr(model, "part_of", None)
+    facts, known = facts_of(model), isinstance(model, ModelFacts)  # other models name no parts
     parts: dict[str, list] = {}
     for name, parameter in model.named_parameters():
-        frozen = not parameter.requires_grad or part_of is None
-        part = name.split(".")[0] if frozen else part_of(name)
+        part = facts.part_of(name) if known and parameter.requires_grad else name.split(".")[0]
         row = parts.setdefault(part, [0, 0, set(), 0])
         row[0] += parameter.numel()
         row[1] += parameter.numel() * parameter.requires_grad
         row[2].add(str(parameter.dtype).removeprefix("torch."))
         row[3] += parameter.numel() * parameter.element_size()
-    scales = getattr(model, "lr_scale", {})
-    return [(part, n, t, scales.get(part, 1.0), sorted(d), size) for part, (n, t, d, size) in parts.items()]
+    return [(part, n, t, facts.lr_scale.get(part, 1.0), sorted(d), size) for part, (n, t, d, size) in parts.items()]
 
 
 def startup_table(model: torch.nn.Module, facts: dict[str, str]) -> str:

@@ -1,66 +1,63 @@
-"""Saving and continuing a run: the half of `runner_evlgen` that a bit-for-bit resume rests on."""
+"""Saving and continuing a run: what is in a checkpoint, so that a resumed run goes on bit for bit."""
 
 from __future__ import annotations
 
 import logging
-import signal
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.runners import checkpoints
 from lavis_evlgen.runners.preflight import sets_with
 from lavis_evlgen.runners.step import ADVICE, NonFinite
-from lavis_evlgen.runners.stopping import exit_code
 from lavis_evlgen.weights.frozen_identity import NAMED_BY, frozen_identity, other_parts
 from lavis_evlgen.weights.trainable import load_trainable, trainable_state
 
 
-class Resumable:
-    """Mixin of a runner: what is in its checkpoints, and how a run goes on from one.
+class RunState:
+    """Saves a training run of `trainer` (runners/trainer.py) and restores it; every rank calls every method."""
 
-    Reads and sets the runner's `start_step`, `best`, `shards`, `step_fn`, `lookout`, `_step_state`, `_unevaluated`.
-    """
+    def __init__(self, trainer):
+        self.trainer, self.folder = trainer, trainer.output_dir
 
     def _content(self, step: int) -> dict:
-        rng = distributed.gather_lists([checkpoints.rng_state()])
+        trainer, rng = self.trainer, distributed.gather_lists([checkpoints.rng_state()])
         return {
             "format": 1,
-            "model": trainable_state(self._model),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.step_fn.scaler_state(),
-            "skipped_steps": self.step_fn.skipped.item(),
-            "skipped_in_a_row": self.step_fn.in_a_row.item(),
-            "images_per_step": self.images_per_step,
-            "images_per_draw": self.images_per_draw,
+            "model": trainable_state(trainer.model),
+            "optimizer": trainer.optimizer.state_dict(),
+            "scaler": trainer.step.scaler_state(),
+            "skipped_steps": trainer.step.skipped.item(),
+            "skipped_in_a_row": trainer.step.in_a_row.item(),
+            "images_per_step": trainer.images_per_step,
+            "images_per_draw": trainer.images_per_draw,
             "step": step,
             "rng": rng,
-            "best": self.best,
+            "best": trainer.best,
             "world_size": distributed.world_size(),
-            "shards": self.shards.state(step),
-            "config": self.config.to_dict(),
-            "frozen_weights": frozen_identity(self._model),
+            "shards": trainer.shards.state(step),
+            "config": trainer.config.to_dict(),
+            "frozen_weights": frozen_identity(trainer.model),
         }
 
-    def _save(self, step: int, *names: str, unevaluated: bool = False, diverged: str | None = None):
-        """Write the run as it stands under each of `names` (state.LAST, state.BEST); every rank calls it.
+    def save(self, step: int, *names: str, unevaluated: bool = False, diverged: str | None = None):
+        """Write the run as it stands under each of `names` (checkpoints.LAST, checkpoints.BEST).
 
         unevaluated: the evaluation due at this step is still to come; diverged: why the run has failed. Raises
         NonFinite rather than write weights or moments that are not finite, WeightsError when a file cannot be written.
         """
-        if distributed.any_rank(not self.step_fn.finite()):
+        if distributed.any_rank(not self.trainer.step.finite()):
             self._refuse_non_finite(step)
         content = {**self._content(step), "unevaluated": unevaluated, "diverged": diverged}
 
         def write():
             for name in names:
-                checkpoints.write(self.output_dir / name, content)
+                checkpoints.write(self.folder / name, content)
 
         distributed.on_main(write)
-        self.lookout.saved()
 
     def _refuse_non_finite(self, step: int):
         def fail():
-            good = checkpoints.find_last(self.output_dir)
+            good = checkpoints.find_last(self.folder)
             left = "nothing was saved"
             if good:
                 left = f"the last good checkpoint is {good}, of step {checkpoints.step_of(good)}"
@@ -71,55 +68,42 @@ class Resumable:
 
         distributed.on_main(fail)
 
-    def _check_end(self, step: int):
+    def check_end(self, step: int):
         """After the last step: a run that ends in numbers that are not finite has failed; its weights are kept."""
-        words = self.step_fn.diverged_at_end()
+        words = self.trainer.step.diverged_at_end()
         if not distributed.any_rank(words is not None):
             return
         words = words or "so another rank says"
-        self._save(step, checkpoints.LAST, unevaluated=bool(self.valid_splits), diverged=words)
+        self.save(step, checkpoints.LAST, unevaluated=bool(self.trainer.valid_splits), diverged=words)
         self._fail_at_end(step, words)
 
     def _fail_at_end(self, step: int, words: str):
         def fail():
             raise NonFinite(
                 f"training ended at step {step} without a finite loss: {words}. "
-                f"{self.output_dir / checkpoints.LAST} holds weights from before that; {ADVICE}"
+                f"{self.folder / checkpoints.LAST} holds weights from before that; {ADVICE}"
             )
 
         distributed.on_main(fail)
 
-    def _stop(self, step: int):
-        """End the process for the signal that ranks have agreed on; all is saved."""
-        number = self.lookout.stop
-        if distributed.is_main():
-            logging.warning("%s: saved step %d in %s; stopping", signal.Signals(number).name, step, self.output_dir)
-        distributed.stop()
-        raise SystemExit(exit_code(number))
-
-    def _load_model(self, weights: dict, source):
-        load_trainable(self._model, weights, str(source))
-
-    def _resume(self):
-        """Continue from `resume_ckpt_path`: model, optimizer, scaler, generators, and the place in the data."""
-        self._step_state, self._unevaluated = {}, False
-        path = self.config.run_cfg.get("resume_ckpt_path")
+    def resume(self) -> dict:
+        """Go on from `run.resume_ckpt_path`: model, optimizer, loss scale, generators and shard streams are set; the
+        checkpoint, of which the trainer takes `step`, `best` and `unevaluated`. {}: this is a new run."""
+        trainer, path = self.trainer, self.trainer.config.run_cfg.get("resume_ckpt_path")
         if path == "auto":
-            path = distributed.on_main(lambda: checkpoints.last_readable(self.output_dir))
+            path = distributed.on_main(lambda: checkpoints.last_readable(self.folder))
         if not path:
             self._refuse_used_folder()
-            return
+            return {}
         saved = checkpoints.read(path)
         self._check_saved(saved, path)
         # a launcher that starts a failed run again must not be told that it ended well
-        if saved.get("diverged") and saved["step"] == self.max_iters:
+        if saved.get("diverged") and saved["step"] == trainer.max_iters:
             self._fail_at_end(saved["step"], saved["diverged"])
-        self.shards.load(saved.get("shards"), path)
-        self._load_model(saved["model"], path)
-        load_optimizer(self.optimizer, saved["optimizer"])
-        self.start_step, self.best = saved["step"], saved["best"]
-        self._step_state = {key: saved[key] for key in ("scaler", "skipped_steps", "skipped_in_a_row") if key in saved}
-        self._unevaluated = saved.get("unevaluated", False)
+        trainer.shards.load(saved.get("shards"), path)
+        load_trainable(trainer.model, saved["model"], str(path))
+        load_optimizer(trainer.optimizer, saved["optimizer"])
+        trainer.step.load_state(saved)
         if saved["world_size"] == distributed.world_size():
             checkpoints.set_rng_state(saved["rng"][distributed.rank()])
         else:
@@ -127,36 +111,38 @@ class Resumable:
                 "resuming a run of %d ranks on %d: the data order goes on, dropout draws anew",
                 saved["world_size"], distributed.world_size(),
             )  # fmt: skip
-        logging.info("resumed %s at step %d", path, self.start_step)
+        logging.info("resumed %s at step %d", path, saved["step"])
+        return saved
 
     def _refuse_used_folder(self):
         names = (checkpoints.LAST, checkpoints.PREVIOUS, checkpoints.BEST)
-        used = [name for name in names if (self.output_dir / name).exists()]
+        used = [name for name in names if (self.folder / name).exists()]
         if used:
             raise ConfigError(
-                f"{self.output_dir} holds the {used[0]} of another run: go on with it by run.resume_ckpt_path=auto, "
+                f"{self.folder} holds the {used[0]} of another run: go on with it by run.resume_ckpt_path=auto, "
                 "or give this run another run.run_name"
             )
 
     def _check_saved(self, saved: dict, path):
         """Refuse what cannot go on; name every setting that is not what the checkpoint was made with."""
-        if saved["step"] > self.max_iters:
-            raise ConfigError(f"run.max_iters={self.max_iters}, but {path} is of step {saved['step']}; raise it")
-        images = self.images_per_step  # the place in the data is counted in these
+        most = self.trainer.max_iters
+        images = self.trainer.images_per_step  # the position in the data is counted in these
+        if saved["step"] > most:
+            raise ConfigError(f"run.max_iters={most}, but {path} is of step {saved['step']}; raise it")
         if saved.get("images_per_step", images) != images:
             raise ConfigError(
                 f"{path} was trained with {saved['images_per_step']} images a step, this run has {images}, and would "
-                "lose its place in the data: keep run.batch_size_train x ranks x run.accum_grad_iters, or start a new "
-                f"run from these weights with model.pretrained={path}"
+                "lose its position in the data: keep run.batch_size_train x ranks x run.accum_grad_iters, or start a "
+                f"new run from these weights with model.pretrained={path}"
             )
-        for part in other_parts(saved.get("frozen_weights") or {}, frozen_identity(self._model)):
+        for part in other_parts(saved.get("frozen_weights") or {}, frozen_identity(self.trainer.model)):
             raise ConfigError(
                 f"{path} was trained with another {part} than this run has: resume with the same one "
                 f"({' or '.join(f'model.{key}' for key in NAMED_BY.get(part, ('...',)))}), or start a new run from "
                 f"these weights with model.pretrained={path}"
             )
         self._check_draws(saved, path)
-        now = flat(self.config.to_dict())
+        now = flat(self.trainer.config.to_dict())
         then = flat(saved.get("config", now))
         changed = [key for key in sorted(now | then) if now.get(key) != then.get(key) and key not in MAY_CHANGE]
         if changed:
@@ -165,15 +151,16 @@ class Resumable:
 
     def _check_draws(self, saved: dict, path):
         """Refuse a mix whose draws are of another size: how often each set was drawn would no longer be known."""
-        if len(sets_with(self.datasets, "train")) < 2:
+        if len(sets_with(self.trainer.datasets, "train")) < 2:
             return
         accumulated = flat(saved.get("config", {})).get("run.accum_grad_iters") or 1
         # checkpoints that do not say: all ranks drew alike
         then = saved.get("images_per_draw", saved.get("images_per_step", 0) // accumulated)
-        if then and then != self.images_per_draw:
+        now = self.trainer.images_per_draw
+        if then and then != now:
             raise ConfigError(
-                f"{path} drew a data set for every {then} images, this run would for every {self.images_per_draw}, and "
-                "lose its place in the data: keep run.batch_size_train x ranks (run.batch_size_train alone with "
+                f"{path} drew a data set for every {then} images, this run would for every {now}, and would "
+                "lose its position in the data: keep run.batch_size_train x ranks (run.batch_size_train alone with "
                 "run.mix_per_rank=true) and run.accum_grad_iters, or start a new run from these weights with "
                 f"model.pretrained={path}"
             )

@@ -35,7 +35,7 @@ class TrainingStep:
     The loss is the mean over the supervised tokens of a micro-step on all ranks, then over micro-steps: W ranks
     with batch B compute what one rank with batch W x B does. A step whose gradient is not finite is skipped on
     the device and counted; `check_finite` raises after `patience` of them in a row. `objective` is of a task with a
-    loss of its own: the samples of micro-step m get objective(m) as their "objective".
+    loss of its own: in micro-step m the model is called with objective(m) (tasks/base.py).
     """
 
     def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20, objective=None):
@@ -60,13 +60,13 @@ class TrainingStep:
         if saved.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
 
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
-
-    def prepared(self, batch: dict, micro_step: int = 0) -> dict:
-        """What the model is called with in micro-step number `micro_step` of the run."""
+    def forward(self, model, batch: dict, micro_step: int = 0) -> dict[str, Tensor]:
+        """What `model` says of a batch in micro-step number `micro_step` of the run, under autocast."""
         batch = {**batch, "image": batch["image"].to(self.device, non_blocking=True)}
-        return batch if self.objective is None else {**batch, "objective": self.objective(micro_step)}
+        objective = None if self.objective is None else self.objective(micro_step)
+        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+            # models of LAVIS's own know no objective
+            return model(batch) if objective is None else model(batch, objective=objective)
 
     def __call__(self, batches, step: int = 0) -> tuple[dict[str, Tensor], float, list[dict]]:
         waited, bad, values = 0.0, [], {}
@@ -75,20 +75,18 @@ class TrainingStep:
             batch = next(batches)
             waited += time.perf_counter() - started
             bad += batch.get("bad", [])
-            batch = self.prepared(batch, step * self.accum + micro)
             last = micro == self.accum - 1
             hold = contextlib.nullcontext() if last or not distributed.initialized() else self.model.no_sync()
             with hold:
-                for key, value in self._forward_backward(batch).items():
+                for key, value in self._forward_backward(batch, step * self.accum + micro).items():
                     values[key] = values.get(key, 0) + value / self.accum
         self.last_loss = values["loss"]
         values["grad_norm"] = self._update()
         values["skipped_steps"] = self.skipped.clone()
         return values, waited, bad
 
-    def _forward_backward(self, batch: dict) -> dict[str, Tensor]:
-        with self.autocast():
-            out = self.model(batch)
+    def _forward_backward(self, batch: dict, micro_step: int) -> dict[str, Tensor]:
+        out = self.forward(self.model, batch, micro_step)
         loss = out["loss"]
         if distributed.initialized() and "loss_tokens" in out:
             # DDP averages gradients over ranks; this makes their mean the mean over all tokens

@@ -23,8 +23,8 @@ def partners(sources: Sequence[Hashable]) -> list[int | None]:
     order = sorted(range(len(names)), key=lambda row: (digests[names[row]], row))
     half = max(len(order) // 2, Counter(names).most_common(1)[0][1] if names else 0)
     found: list[int | None] = [None] * len(order)
-    for place, row in enumerate(order):
-        other = order[(place + half) % len(order)]
+    for position, row in enumerate(order):
+        other = order[(position + half) % len(order)]
         found[row] = None if names[other] == names[row] else other
     return found
 
@@ -40,17 +40,17 @@ class BlindPairs:
         return sum(other is not None for other in self.partner)
 
     def of(self, instance_ids: Iterable[str], wanted=lambda row: True) -> tuple[list[int], list[int]]:
-        """(places in the batch, rows whose text goes under the pictures there) for the pairs with wanted(row)."""
-        pairs = [(place, self.partner[int(own)]) for place, own in enumerate(instance_ids)]
-        pairs = [(place, row) for place, row in pairs if row is not None and wanted(row)]
-        return [place for place, _ in pairs], [row for _, row in pairs]
+        """(positions in the batch, rows whose text goes under the pictures there) for the pairs with wanted(row)."""
+        pairs = [(position, self.partner[int(own)]) for position, own in enumerate(instance_ids)]
+        pairs = [(position, row) for position, row in pairs if row is not None and wanted(row)]
+        return [position for position, _ in pairs], [row for _, row in pairs]
 
 
-def prompts_of(prompt, places: Sequence[int]):
-    """The visual prompts at these places of a batch."""
-    if len(places) == len(prompt.tokens):
+def prompts_of(prompt, positions: Sequence[int]):
+    """The visual prompts at these positions of a batch."""
+    if len(positions) == len(prompt.tokens):
         return prompt
-    rows = list(places)
+    rows = list(positions)
     return type(prompt)(prompt.tokens[rows], None if prompt.mask is None else prompt.mask[rows])
 
 

@@ -6,29 +6,23 @@ import logging
 
 import torch
 from lavis.common.registry import registry
-from lavis.tasks.base_task import BaseTask
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.config.keys import Settings
 from lavis_evlgen.datasets import DataError
+from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
+from lavis_evlgen.tasks.base import Task, with_progress
 
 
 @registry.register_task("evlgen_blip2_stage1")
-class Blip2Stage1Task(BaseTask):
+class Blip2Stage1Task(Task):
     """Validation losses: contrastive (itc), matching (itm), captioning (lm), and their sum; the lowest sum is best.
 
     The first two are told from the other pictures of a batch, so they depend on run.batch_size_eval.
     """
 
-    Settings = Settings
-
-    @classmethod
-    def setup_task(cls, cfg, **kwargs):
-        return cls()
-
     def build_model(self, cfg):
-        if not hasattr(registry.get_model_class(cfg.model_cfg.arch), "validation_losses"):
+        if not issubclass(registry.get_model_class(cfg.model_cfg.arch), Blip2Stage1):
             raise ConfigError(
                 f"run.task=evlgen_blip2_stage1 is for model.arch=evlgen_blip2, not {cfg.model_cfg.arch}: set "
                 "run.task=evlgen_captioning"
@@ -43,14 +37,11 @@ class Blip2Stage1Task(BaseTask):
                 "needs 2 on one rank: give it more pictures, or take it out of the run's splits"
             )
 
-    def before_evaluation(self, model, dataset, **kwargs):
-        pass
-
     @torch.no_grad()
     def evaluation(self, model, data_loader, cuda_enabled=False) -> list[dict]:
         """One row a batch of this rank: its losses and number of pictures; `bad` rows too."""
         rows = []
-        for batch in data_loader:
+        for batch in with_progress(data_loader):
             rows += [{"bad": entry} for entry in batch["bad"]]
             count = 0 if batch["image"] is None else len(batch["image"])
             if count < 2:  # nothing to be told from

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from lavis.common.registry import registry
-from lavis.tasks.base_task import BaseTask
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.evaluation import caption_metrics, order_accuracy
 from lavis_evlgen.evaluation.blind import score_with_blind
+from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.tasks.base import Shown, Task
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
 from lavis_evlgen.tasks.settings import DecodingSettings
-from lavis_evlgen.tasks.watching import watched
 
 
 def decoding_of(run) -> dict:
@@ -44,7 +43,7 @@ class CaptionTaskSettings(DecodingSettings):
 
 
 @registry.register_task("evlgen_captioning")
-class EvlgenCaptionTask(BaseTask):
+class EvlgenCaptionTask(Task):
     """Captions a split and scores it: CIDEr, BLEU, ROUGE-L, METEOR, and what a model that does not look would get.
 
     Blind baseline: the same captions with the pictures shuffled among samples; and the validation loss under the
@@ -53,7 +52,8 @@ class EvlgenCaptionTask(BaseTask):
     """
 
     Settings = CaptionTaskSettings
-    LEAST_PICTURES = 2  # a single picture cannot be shuffled
+    min_pictures = 2  # a single picture cannot be shuffled
+    score_name = "CIDEr"
 
     def __init__(self, decoding: dict, metrics=caption_metrics.METRICS, tokenizer="auto", shuffles=5, agg="CIDEr"):
         super().__init__()
@@ -78,13 +78,13 @@ class EvlgenCaptionTask(BaseTask):
 
     def check_dataset(self, name: str, dataset):
         """Raises ConfigError for a data set without captions; the runner asks before anything runs."""
-        if not hasattr(dataset, "references"):
+        if dataset.references is None:
             raise ConfigError(
                 f"run.task=evlgen_captioning needs captions, and {name} has no references to score against: read its "
                 "annotations with image_captions, as docs/your_own.md says (COCO); for questions there is "
                 "run.task=evlgen_vqa"
             )
-        if len(dataset.annotation) >= self.LEAST_PICTURES and not len(BlindPairs(dataset)):
+        if len(dataset.annotation) >= self.min_pictures and not len(BlindPairs(dataset)):
             raise ConfigError(
                 f"{name}: all {len(dataset.annotation)} {dataset.media}s of {dataset.split} are of one source "
                 f"({dataset.source_of(dataset.annotation[0])!r:.80}), so none can stand in for another in the blind "
@@ -92,7 +92,7 @@ class EvlgenCaptionTask(BaseTask):
             )
 
     def build_model(self, cfg):
-        if not hasattr(registry.get_model_class(cfg.model_cfg.arch), "visual_prompt"):
+        if not issubclass(registry.get_model_class(cfg.model_cfg.arch), EVLGen):
             raise ConfigError(
                 f"run.task=evlgen_captioning captions with EVLGen models; model.arch={cfg.model_cfg.arch} is none; "
                 "use evlgen_blip2_stage1 for evlgen_blip2, image_text_pretrain for LAVIS's own blip2 and blip2_opt"
@@ -101,34 +101,24 @@ class EvlgenCaptionTask(BaseTask):
 
     def before_evaluation(self, model, dataset, **kwargs):
         self.references = dataset.references
-        self.order_captions = getattr(dataset, "order_captions", {})
+        self.order_captions = dataset.order_captions
         self.blind = BlindPairs(dataset)
 
-    @torch.no_grad()
-    def evaluation(self, model, data_loader, cuda_enabled=False) -> list[dict]:
-        """One row a readable picture of this rank: image_id, caption, loss (nats), tokens, and what its picture
-        measured for another row's text; `bad` rows too."""
-        rows, bad = [], []
-        for batch in watched(data_loader):
-            bad += batch["bad"]
-            if batch["image"] is not None:
-                batch["image"] = batch["image"].to(model.device, non_blocking=True)
-                rows += self._caption_batch(model, batch)
-        return rows + [{"bad": entry} for entry in bad]
-
-    def _caption_batch(self, model, batch: dict) -> list[dict]:
-        prompt = model.visual_prompt(batch["image"])
-        captions = model.generate(batch, visual_prompt=prompt, **self.decoding)
-        right, tokens = model.loss_of(prompt, batch)  # (B,), (B,)
+    def valid_step(self, model, samples: dict) -> list[dict]:
+        """One row a picture: image_id, instance_id, caption, loss (nats), tokens, and under "blind" what the picture
+        measured for another row's text."""
+        prompt = model.visual_prompt(samples["image"])
+        captions = model.generate(samples, visual_prompt=prompt, **self.decoding)
+        right, tokens = model.loss_of(prompt, samples)  # (B,), (B,)
         rows = []
         for i, caption in enumerate(captions):
-            row = {"image_id": batch["image_id"][i], "instance_id": batch["instance_id"][i], "caption": caption}
+            row = {"image_id": samples["image_id"][i], "instance_id": samples["instance_id"][i], "caption": caption}
             rows.append(row | {"loss": right[i].item(), "tokens": tokens[i].item(), "loss_shuffled": None})
-        places, others = self.blind.of(batch["instance_id"])
-        if places:
-            shuffled, _ = model.loss_of(prompts_of(prompt, places), self.blind.dataset.texts_of(others))
-            for place, other, loss in zip(places, others, shuffled.tolist(), strict=True):
-                rows[place]["blind"] = {str(other): {"loss_shuffled": loss}}
+        positions, others = self.blind.of(samples["instance_id"])
+        if positions:
+            shuffled, _ = model.loss_of(prompts_of(prompt, positions), self.blind.dataset.texts_of(others))
+            for position, other, loss in zip(positions, others, shuffled.tolist(), strict=True):
+                rows[position]["blind"] = {str(other): {"loss_shuffled": loss}}
         return rows
 
     def after_evaluation(self, val_result: list[dict], split_name: str, epoch, **kwargs) -> dict:
@@ -167,3 +157,35 @@ class EvlgenCaptionTask(BaseTask):
         """Nothing where the data set says of no picture which order is right."""
         asked = {key: self.order_captions[key] for key in predictions if key in self.order_captions}
         return order_accuracy(predictions, asked) if asked else {}
+
+    def curve(self, result: dict) -> dict[str, float]:
+        """Losses, and CIDEr with its blind twin; the order of events where it was asked."""
+        curve = {f"val_{key}": result[key] for key in ("loss_right", "loss_shuffled") if key in result}
+        if "CIDEr" in result["metrics"]:
+            curve |= {"cider": result["metrics"]["CIDEr"], "blind_cider": result["blind"].get("CIDEr")}
+        return curve | {key: result[key] for key in ("order_accuracy",) if key in result}
+
+    def summary(self, result: dict) -> str | None:
+        """One line: CIDEr against blind CIDEr, loss with right against shuffled pictures."""
+        if "loss_right" not in result:
+            return None
+        cider, blind = result["metrics"].get("CIDEr", float("nan")), result["blind"].get("CIDEr", float("nan"))
+        others = "  ".join(f"{k} {v:.3f}" for k, v in result["metrics"].items() if k != "CIDEr")
+        bad = f"  {len(result['unreadable'])} unreadable pictures left out" if result.get("unreadable") else ""
+        return (
+            f"CIDEr {cider:.3f} (blind {blind:.3f})  loss {result['loss_right']:.3f} right, "
+            f"{result['loss_shuffled']:.3f} shuffled (gap {result['loss_gap']:.3f} nats/token)  {others}"
+            f"{_order_words(result)}  [{result['pictures']} pictures, {result['scoring_tokenizer']} tokenizer]{bad}"
+        )
+
+    def shown(self, row: dict) -> Shown:
+        return Shown(row["caption"], row["references"], row["scores"].get("CIDEr"))
+
+
+def _order_words(result: dict) -> str:
+    """How often captions of clips tell events in the right order, as a whole and by kind; empty where not asked."""
+    if "order_accuracy" not in result:
+        return ""
+    kinds = {key.partition(" ")[2]: value for key, value in result.items() if key.startswith("order_accuracy ")}
+    words = ", ".join(f"{kind} {value:.2f}" for kind, value in kinds.items())
+    return f"  order of events {result['order_accuracy']:.3f} ({words}; a model that ignores it gets at most 0.5)"

@@ -19,9 +19,12 @@ from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.config.as_trained import weights_of
 from lavis_evlgen.config.keys import key
+from lavis_evlgen.datasets.facts import adapted
 from lavis_evlgen.datasets.seeding import mix
 from lavis_evlgen.evaluation.cider_d import CaptionReward
+from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.nn import across_picture_share
+from lavis_evlgen.tasks.base import Objective
 from lavis_evlgen.tasks.captioning import CaptionTaskSettings, EvlgenCaptionTask
 from lavis_evlgen.tasks.settings import SharedRunSettings
 
@@ -124,7 +127,7 @@ class ScstTask(EvlgenCaptionTask):
         return task
 
     def build_model(self, cfg):
-        if not hasattr(registry.get_model_class(cfg.model_cfg.arch), "log_probs_of"):
+        if not issubclass(registry.get_model_class(cfg.model_cfg.arch), EVLGen):
             raise ConfigError(f"run.task=scst trains EVLGen captioners; model.arch={cfg.model_cfg.arch} is none")
         return super().build_model(cfg)
 
@@ -145,8 +148,7 @@ class ScstTask(EvlgenCaptionTask):
             100 * self.reward.agreement, self.reward.mean_words,
         )  # fmt: skip
 
-    def objective(self, micro_step: int):
-        """The loss of micro-step number `micro_step`: a function of (model, visual prompt, samples)."""
+    def objective(self, micro_step: int) -> Objective:
         return partial(self._policy_gradient, micro_step)
 
     def _policy_gradient(self, micro_step: int, model, prompt, samples: dict) -> dict:
@@ -211,7 +213,7 @@ def _references(datasets: dict) -> dict:
     if len(train) != 1:
         raise ConfigError(f"run.task=scst rewards by the captions of one training set, not of {len(train)}: keep one")
     name, dataset = next(iter(train.items()))
-    if not hasattr(dataset, "references"):
+    if adapted(dataset).references is None:
         raise ConfigError(
             f"run.task=scst needs all captions of a picture before training, and {name} has no references: read them "
             "with image_captions"

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from lavis.common.registry import registry
-from lavis.tasks.base_task import BaseTask
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.config.keys import key
 from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.datasets import DataError
-from lavis_evlgen.datasets.questions import TEMPLATE
+from lavis_evlgen.datasets.questions import TEMPLATE, QuestionDataset
 from lavis_evlgen.evaluation import vqa_metrics
 from lavis_evlgen.evaluation.lemmas import load_lemmatizer
+from lavis_evlgen.tasks.base import Shown, Task
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
 from lavis_evlgen.tasks.settings import DecodingSettings, SharedRunSettings
-from lavis_evlgen.tasks.watching import watched
 
 LONGEST = 200  # questions, the longest in letters, that are tried against max_txt_len
 
@@ -38,7 +36,7 @@ class VqaTaskSettings(DecodingSettings):
 
 
 @registry.register_task("evlgen_vqa")
-class EvlgenVqaTask(BaseTask):
+class EvlgenVqaTask(Task):
     """Answers the questions of a split by `model.predict_answers` and scores them.
 
     Blind twin: the same questions asked again with the prompt of another picture (tasks/blind_baseline.py), scored
@@ -47,7 +45,7 @@ class EvlgenVqaTask(BaseTask):
     """
 
     Settings = VqaTaskSettings
-    score_name = "accuracy"
+    answer_word, score_name = "answer", "accuracy"
 
     def __init__(self, decoding: dict, prompt: str = TEMPLATE, metric="exact", lemmatize=False, blind_share=1.0):
         super().__init__()
@@ -62,12 +60,13 @@ class EvlgenVqaTask(BaseTask):
         self.lemmatize = load_lemmatizer() if lemmatize else None
         self.blind_share, self.dataset = blind_share, None
         self.blind: BlindPairs
+        self.built: dict[str, dict] = {}  # the data sets
 
     @classmethod
     def setup_task(cls, cfg):
         run = cls.Settings.read(cfg.run_cfg, "run.")
         names = ("num_beams", "max_len", "min_len", "length_penalty", "repetition_penalty")
-        decoding = {name: getattr(run, name) for name in names}
+        decoding = {name: vars(run)[name] for name in names}
         return cls(decoding, run.prompt, run.metric, run.lemmatize, run.blind_share)
 
     def build_datasets(self, cfg) -> dict:
@@ -90,7 +89,7 @@ class EvlgenVqaTask(BaseTask):
         return model
 
     def _question_sets(self) -> list:
-        return [d for splits in getattr(self, "built", {}).values() for d in splits.values() if hasattr(d, "template")]
+        return [d for splits in self.built.values() for d in splits.values() if isinstance(d, QuestionDataset)]
 
     def _check_room(self, language_model, dataset):
         """Question and answer must fit into max_txt_len, else the answer is cut. Raises ConfigError."""
@@ -107,7 +106,7 @@ class EvlgenVqaTask(BaseTask):
 
     def check_dataset(self, name: str, dataset):
         """Raises ConfigError for a data set that cannot be scored; the runner asks before anything runs."""
-        if not hasattr(dataset, "answers"):
+        if dataset.answers is None:
             raise ConfigError(f"run.task=evlgen_vqa needs questions, {name} has none; see run.task=evlgen_captioning")
         counts = [len(answers) for answers in dataset.answers.values()]
         if self.metric == "vqa" and min(counts) < vqa_metrics.FEWEST_HUMANS:
@@ -121,40 +120,31 @@ class EvlgenVqaTask(BaseTask):
     def before_evaluation(self, model, dataset, **kwargs):
         self.dataset, self.blind = dataset, BlindPairs(dataset)
 
-    @torch.no_grad()
-    def evaluation(self, model, data_loader, cuda_enabled=False) -> list[dict]:
-        """One row a question of this rank that has a readable picture; `bad` rows for the others."""
-        rows, bad = [], []
-        for batch in watched(data_loader):
-            bad += batch["bad"]
-            if batch["image"] is not None:
-                batch["image"] = batch["image"].to(model.device, non_blocking=True)
-                rows += self._answer_batch(model, batch)
-        return rows + [{"bad": entry} for entry in bad]
-
-    def _answer_batch(self, model, batch: dict) -> list[dict]:
-        prompt = model.visual_prompt(batch["image"])
-        answers = model.predict_answers(batch, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
+    def valid_step(self, model, samples: dict) -> list[dict]:
+        """One row a question: its ids, question, answer, loss (nats) and tokens of the human answer, and under "blind"
+        what the picture measured for another row's question."""
+        prompt = model.visual_prompt(samples["image"])
+        answers = model.predict_answers(samples, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
         keys = ("instance_id", "question_id", "image_id", "question")
-        rows = [{key: batch[key][i] for key in keys} | {"answer": answer} for i, answer in enumerate(answers)]
-        asked_again = [place for place, own in enumerate(batch["instance_id"]) if self._asks_again(int(own))]
+        rows = [{key: samples[key][i] for key in keys} | {"answer": answer} for i, answer in enumerate(answers)]
+        asked_again = [position for position, own in enumerate(samples["instance_id"]) if self._asks_again(int(own))]
         if asked_again:
-            loss, tokens = self._truth_loss(model, prompts_of(prompt, asked_again), batch, asked_again)
-            for place, nats, count in zip(asked_again, loss, tokens, strict=True):
-                rows[place] |= {"loss": nats, "tokens": count}
-        places, others = self.blind.of(batch["instance_id"], self._asks_again)
-        if places:
-            prompt, texts = prompts_of(prompt, places), self.dataset.texts_of(others)
+            loss, tokens = self._truth_loss(model, prompts_of(prompt, asked_again), samples, asked_again)
+            for position, nats, count in zip(asked_again, loss, tokens, strict=True):
+                rows[position] |= {"loss": nats, "tokens": count}
+        positions, others = self.blind.of(samples["instance_id"], self._asks_again)
+        if positions:
+            prompt, texts = prompts_of(prompt, positions), self.dataset.texts_of(others)
             answers = model.predict_answers(texts, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
             loss, _ = self._truth_loss(model, prompt, texts, range(len(others)))
-            for place, other, answer, nats in zip(places, others, answers, loss, strict=True):
-                rows[place]["blind"] = {str(other): {"blind_answer": answer, "loss_shuffled": nats}}
+            for position, other, answer, nats in zip(positions, others, answers, loss, strict=True):
+                rows[position]["blind"] = {str(other): {"blind_answer": answer, "loss_shuffled": nats}}
         return rows
 
-    def _truth_loss(self, model, prompt, texts: dict, places) -> tuple[list[float], list[int]]:
-        """Nats and tokens of the most frequent human answers to the questions at `places` of `texts`."""
-        asked = [self.prompt.format(texts["question"][place]) for place in places]
-        answers = [texts["answer"][place] for place in places]
+    def _truth_loss(self, model, prompt, texts: dict, positions) -> tuple[list[float], list[int]]:
+        """Nats and tokens of the most frequent human answers to the questions at `positions` of `texts`."""
+        asked = [self.prompt.format(texts["question"][position]) for position in positions]
+        answers = [texts["answer"][position] for position in positions]
         nats, tokens = model.loss_of(prompt, {"text_input": answers, "prompt": asked})
         return nats.tolist(), tokens.tolist()
 
@@ -208,6 +198,11 @@ class EvlgenVqaTask(BaseTask):
                 f"{len(self.dataset)} on {distributed.world_size()} ranks: questions were lost or asked twice"
             )
 
+    def curve(self, result: dict) -> dict[str, float]:
+        """Losses, and accuracy with its blind twin."""
+        curve = {f"val_{key}": result[key] for key in ("loss_right", "loss_shuffled") if key in result}
+        return curve | {"accuracy": result["metrics"]["accuracy"], "blind_accuracy": result["blind"].get("accuracy")}
+
     def summary(self, result: dict) -> str:
         """One line: accuracy against blind accuracy, loss with right against other pictures."""
         accuracy, *kinds = result["metrics"].items()
@@ -227,9 +222,8 @@ class EvlgenVqaTask(BaseTask):
             words.append(f"{result['unmatchable']} questions have no answer that could match (docs/evaluation.md)")
         return "  ".join(words)
 
-    def shown(self, row: dict) -> tuple[str, list[str], float]:
-        """(what the model said, references, score) of a row, for the sheet and the log."""
-        return f"{row['question']} {row['answer']}", list(dict.fromkeys(row["answers"])), row["score"]
+    def shown(self, row: dict) -> Shown:
+        return Shown(f"{row['question']} {row['answer']}", list(dict.fromkeys(row["answers"])), row["score"])
 
 
 def _blind(rows: list[dict]) -> dict:

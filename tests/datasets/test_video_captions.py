@@ -16,8 +16,8 @@ from lavis_evlgen.datasets.builders.video_captions import VideoCaptionDataset
 from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.datasets.shards.stream import ShardStream
 from lavis_evlgen.media.video import UnreadableVideo
-from lavis_evlgen.runners.bad_images import BadImages, TooManyBadImages, check_unreadable
 from lavis_evlgen.runners.preflight import check_files
+from lavis_evlgen.runners.skipped_samples import SkippedFiles, TooManyBadImages, check_unreadable
 from tests.clip_tools import numbers_in, write_clip
 from tests.datasets.helpers import coco, write_csv, write_json
 from tests.datasets.shard_tools import write_shard
@@ -106,10 +106,10 @@ def test_bad_clips_are_replaced_in_training_left_out_in_evaluation_and_counted(v
     with pytest.raises(UnreadableVideo, match="empty"):
         val.pil_image(0)
 
-    bad = BadImages(tmp_path, [train])
+    bad = SkippedFiles(tmp_path, [train])
     bad.add(sample["bad"])
     with caplog.at_level(logging.WARNING), pytest.raises(TooManyBadImages, match="2 of 3 videos are unreadable"):
-        bad.share()
+        bad.share(1), bad.check()
     assert "2 unreadable videos so far, of 3" in caplog.text
     named = [json.loads(line) for line in bad.file.read_text().splitlines()]
     assert [entry["image"] for entry in named] == [str(videos / f"{n}.avi") for n in (0, 1)]

@@ -10,7 +10,7 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.runners import checkpoints, lock, stopping
 from lavis_evlgen.runners.step import TrainingStep
 from lavis_evlgen.runners.stopping import Lookout, save_every, signals
-from lavis_evlgen.runners.trainer import RunnerEvlgen
+from lavis_evlgen.runners.trainer import Trainer
 from tests.faults.processes import forked, on_two_ranks, run
 from tests.run_tools import checkpoint, losses
 
@@ -67,7 +67,7 @@ def test_while_a_checkpoint_is_written_it_is_finished(whole, same_as_whole, tmp_
 def test_in_an_evaluation_all_is_saved_and_it_ends_at_once(whole, same_as_whole, tmp_path, monkeypatch):
     runs = whole.copy(tmp_path)
     with monkeypatch.context() as patched:
-        slow_down(patched, RunnerEvlgen, "eval_epoch", 20)
+        slow_down(patched, Trainer, "eval_epoch", 20)
         started = time.monotonic()
         stopped(runs, signal.SIGTERM, lambda _: (runs.output() / checkpoints.LAST).exists())
         assert time.monotonic() - started < 15
@@ -91,7 +91,7 @@ def test_before_the_first_step_there_is_nothing_to_save(whole, tmp_path, monkeyp
 
 def test_in_the_test_phase_and_in_evaluate_it_ends_at_once(whole, tmp_path, monkeypatch):
     runs = whole.copy(tmp_path, valid_splits=[], test_splits=["test"], iters_per_inner_epoch=10)
-    slow_down(monkeypatch, RunnerEvlgen, "eval_epoch", 20)
+    slow_down(monkeypatch, Trainer, "eval_epoch", 20)
     stopped(runs, signal.SIGTERM, lambda _: (runs.output() / checkpoints.LAST).exists())
     assert checkpoint(runs.output())["step"] == 10
     weights = f"model.pretrained={runs.output() / checkpoints.LAST}"

@@ -146,5 +146,5 @@ def test_an_objective_takes_the_place_of_the_loss():
         seen.append((own is model, prompt.tokens.shape[0], given["text_input"]))
         return {"loss": prompt.tokens.sum()}
 
-    assert set(model({**samples, "objective": objective})) == {"loss"} and seen == [(True, 2, ["a dog"] * 2)]
+    assert set(model(samples, objective=objective)) == {"loss"} and seen == [(True, 2, ["a dog"] * 2)]
     assert "loss_tokens" in model(samples)

@@ -5,7 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from lavis_evlgen.runners.bad_images import BadImages, TooManyBadImages
+from lavis_evlgen.datasets.facts import adapted
+from lavis_evlgen.runners.skipped_samples import SkippedFiles, TooManyBadImages
 from tests.run_tools import Runs, log, losses
 
 COUNT, VAL = 14, 4
@@ -71,7 +72,7 @@ def test_a_resumed_run_does_not_name_them_again(survived):
     before = named(survived)
     last = survived.output() / "checkpoint_last.pth"
     runner = survived.train(f"run.resume_ckpt_path={last}", "run.max_iters=24")
-    assert runner.start_step == 20 and len(runner.bad.found) == 3
+    assert runner.start_step == 20 and len(runner.skipped.files.found) == 3
     assert named(survived) == before
 
 
@@ -96,26 +97,27 @@ def entries(*names):
 
 
 def test_the_limit_itself_is_allowed_and_repeats_do_not_count(tmp_path):
-    bad = BadImages(tmp_path, [Ten()])
-    bad.add(entries("a", "a", "b")), bad.share()
-    bad.add(entries("b")), bad.share()
+    bad = SkippedFiles(tmp_path, [adapted(Ten())])
+    bad.add(entries("a", "a", "b")), bad.share(1), bad.check()
+    bad.add(entries("b")), bad.share(2), bad.check()
     assert bad.file.read_text().count("\n") == 2
-    bad.add(entries("c"))
+    bad.add(entries("c")), bad.share(3)
     with pytest.raises(TooManyBadImages, match="3 of 10"):
-        bad.share()
+        bad.check()
 
 
 def test_a_new_run_in_an_old_folder_counts_anew(tmp_path):
-    first = BadImages(tmp_path, [Ten()])
-    first.add(entries("a", "b")), first.share()
-    resumed = BadImages(tmp_path, [Ten()], resumed=True)
+    first, resumed, new = (SkippedFiles(tmp_path, [adapted(Ten())]) for _ in range(3))
+    first.add(entries("a", "b")), first.share(1)
+    resumed.resume_at(1)
     assert set(resumed.found) == {"a", "b"}
-    assert not BadImages(tmp_path, [Ten()]).found and not first.file.exists()
+    new.resume_at(0)
+    assert not new.found and not first.file.exists()
 
 
 def test_a_data_set_that_says_nothing_tolerates_nothing(tmp_path):
-    bad = BadImages(tmp_path, [[1, 2, 3]])
-    bad.share()
-    bad.add(entries("a"))
+    bad = SkippedFiles(tmp_path, [adapted([1, 2, 3])])
+    bad.share(1), bad.check()
+    bad.add(entries("a")), bad.share(2)
     with pytest.raises(TooManyBadImages, match="1 of 3"):
-        bad.share()
+        bad.check()

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from lavis_evlgen.datasets.facts import adapted
 from lavis_evlgen.reporting.json_lines import read_json_lines
 from lavis_evlgen.runners import checkpoints as state
-from lavis_evlgen.runners.bad_images import TooManyBadImages, check_unreadable
+from lavis_evlgen.runners.skipped_samples import TooManyBadImages, check_unreadable
 from tests.run_tools import checkpoint, losses, same_tensors
 
 
@@ -127,10 +128,10 @@ class Pictures(list):
 
 def test_unreadable_pictures_of_an_evaluation_are_named_and_limited(tmp_path):
     entries = [{"image": f"{n}.png", "reason": "empty"} for n in range(3)]
-    check_unreadable(tmp_path, "val", Pictures(), entries[:2])
-    check_unreadable(tmp_path, "val", Pictures(), entries[:2])
+    check_unreadable(tmp_path, "val", adapted(Pictures()), entries[:2])
+    check_unreadable(tmp_path, "val", adapted(Pictures()), entries[:2])
     with pytest.raises(TooManyBadImages, match="test: 3 of 10 images are unreadable.*first is 0.png .empty."):
-        check_unreadable(tmp_path, "test", Pictures(), entries)
+        check_unreadable(tmp_path, "test", adapted(Pictures()), entries)
     rows = read_json_lines(tmp_path / "bad_images.jsonl")
     assert [(row["image"], row["split"]) for row in rows] == [
         ("0.png", "val"), ("1.png", "val"), ("0.png", "test"), ("1.png", "test"), ("2.png", "test"),

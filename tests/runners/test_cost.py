@@ -1,8 +1,8 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.step import TrainingStep
@@ -30,13 +30,16 @@ def test_operations_are_those_on_paper():
 
 
 @pytest.mark.parametrize("connector", [{"dropout": 0.5, "partition": "random"}])
-def test_counting_leaves_no_trace(connector):
+def test_counting_leaves_no_trace(connector, tmp_path):
     model = tiny_evlgen(connector=connector)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     generator = torch.get_rng_state()
     batch = {"image": pictures(2), "text_input": ["a red square", "a dog"]}
-    wrapped = step_of(SimpleNamespace(module=model, parameters=model.parameters))
-    assert flops_per_image(wrapped, batch) > 1e5
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        assert flops_per_image(step_of(DistributedDataParallel(model)), batch) > 1e5
+    finally:
+        dist.destroy_process_group()
     assert torch.equal(torch.get_rng_state(), generator) and set(batch) == {"image", "text_input"}
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets.facts import adapted_sets
 from lavis_evlgen.datasets.shards.stream import SHARD_ORDER, START, Bad, StreamPosition, Tally
 from lavis_evlgen.runners import checkpoints as state
 from lavis_evlgen.runners import shard_progress
-from lavis_evlgen.runners.bad_images import TooManyBadImages
-from lavis_evlgen.runners.bad_shards import BadShards
 from lavis_evlgen.runners.progress import read_json_lines
 from lavis_evlgen.runners.shard_progress import ShardProgress
+from lavis_evlgen.runners.skipped_samples import SkippedInShards, SkippedSamples, TooManyBadImages
 from tests.datasets.shard_tools import HTML, image_shards, sample, write_shard, write_shards
 from tests.run_tools import Runs, checkpoint, losses, same_tensors
 
@@ -101,10 +101,10 @@ def begun(parts, tmp_path_factory):
     "option, says",
     [
         ("run.num_workers=1", "was trained by 1 ranks with 2 data workers each, this run has 1 with 1: every worker has"
-         " its own place in the shards of image_shards, and it would be lost. Keep the number of ranks and run.num_work"
-         "ers=2, or start a new run from these weights with model.pretrained="),
+         " its own position in the shards of image_shards, and it would be lost. Keep the number of ranks and run."
+         "num_workers=2, or start a new run from these weights with model.pretrained="),
         ("datasets.image_shards.shards={0}/shards/0000[0-2].tar", "was trained on 4 shards of image_shards, now there "
-         "are 3, and its place in them would be lost"),
+         "are 3, and its position in them would be lost"),
     ],
 )  # fmt: skip
 def test_a_resume_that_would_lose_its_place_is_refused(begun, option, says, capsys):
@@ -114,10 +114,10 @@ def test_a_resume_that_would_lose_its_place_is_refused(begun, option, says, caps
 
 def test_a_checkpoint_of_another_shard_order_is_refused(tmp_path):
     """Such as those from before the order had a version."""
-    old = ShardProgress(tmp_path, {"a": image_shards("{0..9}.tar")}, 1)
+    old = shard_progress_of(tmp_path, {"a": image_shards("{0..9}.tar")}, 1)
     state = {key: value for key, value in old.state(1).items() if key != "order"}
     with pytest.raises(ConfigError, match="x.pth was trained when shards were read in another order.* the shards of a"):
-        ShardProgress(tmp_path, {"a": image_shards("{0..9}.tar")}, 1).load(state, "x.pth")
+        shard_progress_of(tmp_path, {"a": image_shards("{0..9}.tar")}, 1).load(state, "x.pth")
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def test_evaluation_needs_none_of_the_shards(runs):
 # ---- bookkeeping
 
 
-def tally(place=START, opened=0, met=0, bad=(), stream=0):
+def tally(position=START, opened=0, met=0, bad=(), stream=0):
     found = {(shard, whole, reason): Bad(shard, whole, reason, f"{shard}: first", n) for shard, whole, reason, n in bad}
-    return Tally(stream, place, opened, met, found)
+    return Tally(stream, position, opened, met, found)
 
 
 def test_the_limit_counts_shares_of_samples_and_of_shards(tmp_path):
-    bad = BadShards(tmp_path, {"a": 0.01})
+    bad = SkippedInShards(tmp_path, {"a": 0.01})
     bad.add("a", tally(opened=1, met=500, bad=[("x.tar", False, "html", 10)]))
     bad.share(1), bad.check()  # 10 of at least 1000
     bad.add("a", tally(met=100, bad=[("x.tar", False, "html", 1)])), bad.share(2)
@@ -207,11 +207,15 @@ def test_the_limit_counts_shares_of_samples_and_of_shards(tmp_path):
 
 
 def test_the_log_speaks_when_the_count_has_doubled(tmp_path, caplog):
-    bad = BadShards(tmp_path, {"a": 1.0})
+    bad = SkippedInShards(tmp_path, {"a": 1.0})
     for step in range(1, 101):
         bad.add("a", tally(met=10, bad=[("x.tar", False, "html", 1)])), bad.share(step)
     assert [r.getMessage().split()[1] for r in caplog.records] == ["1", "2", "4", "8", "16", "32", "64"]
     assert bad.count == 100 and sum(json.loads(line)["count"] for line in bad.file.read_text().splitlines()) == 100
+
+
+def shard_progress_of(folder, data, workers):
+    return ShardProgress(data, workers, SkippedSamples(folder, adapted_sets({"train": data})["train"]).shards)
 
 
 def test_only_what_training_took_moves_the_place(tmp_path, monkeypatch):
@@ -220,26 +224,26 @@ def test_only_what_training_took_moves_the_place(tmp_path, monkeypatch):
     monkeypatch.setattr(shard_progress.distributed, "rank", lambda: 1)
     monkeypatch.setattr(shard_progress.distributed, "world_size", lambda: 2)
     seen = [{"shards": (1, tally(StreamPosition(m, m), stream=2 + m % 2))} for m in range(5)] + [{"image": "of scenes"}]
-    progress, loader = ShardProgress(tmp_path, data, 2), iter(seen)
+    progress, loader = shard_progress_of(tmp_path, data, 2), iter(seen)
     followed = progress.follow(loader)
     taken = [next(followed) for _ in range(3)]
-    assert taken == [{}] * 3 and progress.places == {(1, 0): StreamPosition(2, 2), (1, 1): StreamPosition(1, 1)}
+    assert taken == [{}] * 3 and progress.positions == {(1, 0): StreamPosition(2, 2), (1, 1): StreamPosition(1, 1)}
     state = progress.state(3)
     assert state["sets"]["a"] == {"shards": 10, "places": {2: [2, 2], 3: [1, 1]}, "totals": {"opened": 0, "met": 0}}
-    again = ShardProgress(tmp_path, data, 2)
+    again = shard_progress_of(tmp_path, data, 2)
     again.load(state, "x.pth")
-    assert again.places == progress.places
+    assert again.positions == progress.positions
     assert list(followed)[-1] == {"image": "of scenes"}
 
 
 def one_of_two_ranks(rank, folder, answers):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    progress = ShardProgress(folder, {"a": image_shards("{0..9}.tar")}, 2)
+    progress = shard_progress_of(folder, {"a": image_shards("{0..9}.tar")}, 2)
     bad = [("x.tar", False, "html", 1)]
     batches = [{"shards": (0, tally(StreamPosition(5 * rank, m), 1, 2, bad, 2 * rank + m % 2))}
                for m in range(1, 5 + rank)]
     list(progress.follow(batches))
-    answers.put((progress.state(7), progress.bad.count))
+    answers.put((progress.state(7), progress.skipped.count))
 
 
 def test_a_checkpoint_holds_the_places_and_counts_of_all_ranks(tmp_path):
@@ -263,11 +267,11 @@ def test_a_checkpoint_holds_the_places_and_counts_of_all_ranks(tmp_path):
 
 
 def test_a_set_that_is_new_in_the_mix_begins_at_its_beginning(tmp_path, caplog):
-    old = ShardProgress(tmp_path, {"a": image_shards("{0..9}.tar")}, 1)
-    old.places[0, 0] = StreamPosition(3, 4)
-    new = ShardProgress(tmp_path, {"b": image_shards("{0..5}.tar"), "a": image_shards("{0..9}.tar")}, 1)
+    old = shard_progress_of(tmp_path, {"a": image_shards("{0..9}.tar")}, 1)
+    old.positions[0, 0] = StreamPosition(3, 4)
+    new = shard_progress_of(tmp_path, {"b": image_shards("{0..5}.tar"), "a": image_shards("{0..9}.tar")}, 1)
     new.load(old.state(1), "x.pth")
-    assert new.places == {(1, 0): StreamPosition(3, 4)} and "x.pth holds no place in b" in caplog.text
-    nothing = ShardProgress(tmp_path, {"a": [1, 2]}, 4)
+    assert new.positions == {(1, 0): StreamPosition(3, 4)} and "x.pth holds no position in b" in caplog.text
+    nothing = shard_progress_of(tmp_path, {"a": [1, 2]}, 4)
     nothing.load(old.state(1), "x.pth")
-    assert nothing.state(2) is None and not nothing.places
+    assert nothing.state(2) is None and not nothing.positions

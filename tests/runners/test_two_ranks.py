@@ -24,7 +24,7 @@ def two(background, two_ranks):
 def test_captions_differ_in_length(one_rank):
     """Else a wrong weighting of ranks would not show."""
     dataset = one_rank.runner.datasets["scenes"]["train"]
-    text = one_rank.runner.unwrap_dist_model(one_rank.runner.model).language_model.text
+    text = one_rank.runner.model.language_model.text
     assert len({len(text.encode(row["caption"])) for row in dataset.annotation}) > 5
 
 

@@ -8,14 +8,14 @@ from omegaconf import OmegaConf
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import DataError
+from lavis_evlgen.datasets.facts import DatasetFacts
 from lavis_evlgen.models.connectors import VisualPrompt
-from lavis_evlgen.runners.report import scored_curve, summary
 from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 
 WORDS = ("cat", "dog", "boat", "tree", "house", "ball", "red", "blue")
 
 
-class Pictures:
+class Pictures(DatasetFacts):
     """Eight pictures by number, with one text each; `sources` says which of them are of one film."""
 
     def __init__(self, sources=range(8)):
@@ -175,7 +175,7 @@ def test_an_unknown_metric_is_refused_before_anything_runs():
 
 def test_a_data_set_without_captions_is_refused_before_anything_runs():
     with pytest.raises(ConfigError, match="easy_vqa has no references to score .* there is run.task=evlgen_vqa"):
-        task().check_dataset("easy_vqa", types.SimpleNamespace(answers={}))
+        task().check_dataset("easy_vqa", DatasetFacts())
 
 
 def test_a_data_set_of_one_source_is_refused_before_anything_runs():
@@ -228,11 +228,12 @@ def test_the_order_of_events_is_scored_where_the_data_set_says_it(bad, expected)
     result = captioner.after_evaluation(rows, "val", 1)
     found = {key.removeprefix("order_accuracy"): result[key] for key in result if key.startswith("order_accuracy")}
     assert found == expected and result["order_asked"] == 4 - len(bad)
-    assert scored_curve(result)["order_accuracy"] == expected[""]
+    assert captioner.curve(result)["order_accuracy"] == expected[""]
     words = f"order of events {expected['']:.3f} (appears/leaves 1.00, left/right {expected[' left/right']:.2f}; "
-    assert words in summary(result)
+    assert words in captioner.summary(result)
     # the next data set does not say it
     del data.order_captions
     captioner.before_evaluation(None, data)
     result = captioner.after_evaluation(rows, "val", 1)
-    assert not [key for key in (*result, *scored_curve(result)) if "order" in key] and "order" not in summary(result)
+    assert not [key for key in (*result, *captioner.curve(result)) if "order" in key]
+    assert "order" not in captioner.summary(result)

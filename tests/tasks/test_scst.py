@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets.facts import DatasetFacts
 from lavis_evlgen.evaluation.cider_d import CaptionReward
 from lavis_evlgen.models.connectors import VisualPrompt
 from lavis_evlgen.models.evlgen import EVLGen
@@ -200,9 +201,9 @@ def test_it_learns_what_is_rewarded(run):
 def test_a_wrapped_model_gets_the_same_gradients(tmp_path):
     """The objective goes through DDP's own forward, without which ranks would not average."""
     scst, model = task(num_samples=2), captioner()
-    samples = {"image": pictures(2), "image_id": ["a", "b"], "text_input": [""] * 2, "objective": scst.objective(0)}
+    samples = {"image": pictures(2), "image_id": ["a", "b"], "text_input": [""] * 2}
     scst.reward = wishes
-    model(samples)["loss"].backward()
+    model(samples, objective=scst.objective(0))["loss"].backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
@@ -210,7 +211,7 @@ def test_a_wrapped_model_gets_the_same_gradients(tmp_path):
         wrapped = DistributedDataParallel(model)
         for _ in range(2):
             wrapped.zero_grad()
-            wrapped(samples)["loss"].backward()
+            wrapped(samples, objective=scst.objective(0))["loss"].backward()
     finally:
         dist.destroy_process_group()
     assert {name for name, p in model.named_parameters() if p.grad is not None} == set(expected)
@@ -255,9 +256,10 @@ def test_settings_without_sense_are_refused(run, says):
 
 
 def test_training_data_must_be_one_set_with_all_its_captions():
-    own = types.SimpleNamespace(references=REFERENCES)
+    own = DatasetFacts()
+    own.references = REFERENCES
     assert _references({"one": {"train": own}, "other": {"val": own}}) is REFERENCES
     with pytest.raises(ConfigError, match="of one training set, not of 2"):
         _references({"one": {"train": own}, "other": {"train": own}})
     with pytest.raises(ConfigError, match="ccs14m has no references"):
-        _references({"ccs14m": {"train": types.SimpleNamespace()}})
+        _references({"ccs14m": {"train": DatasetFacts()}})

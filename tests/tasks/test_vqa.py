@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import DataError
+from lavis_evlgen.datasets.facts import DatasetFacts
 from lavis_evlgen.evaluation import lemmas
 from lavis_evlgen.models.connectors import VisualPrompt
 from lavis_evlgen.tasks import vqa
@@ -39,7 +40,7 @@ class Witness:
         return [COLOURS[int(n)] for n in visual_prompt.tokens.flatten()]
 
 
-class Questions(list):
+class Questions(DatasetFacts, list):
     """Pictures by number, each question's; one answer each, its colour."""
 
     split, num_images = "test", 8
@@ -215,5 +216,5 @@ def test_data_that_cannot_be_scored_is_refused_before_anything_runs():
     with pytest.raises(ConfigError, match="run.metric=gqa takes one answer a question, mine has 10"):
         task(metric="gqa").check_dataset("mine", Questions([0, 1], humans=10))
     with pytest.raises(ConfigError, match="needs questions, scenes has none"):
-        task().check_dataset("scenes", types.SimpleNamespace(references={}))
+        task().check_dataset("scenes", DatasetFacts())
     task(metric="vqa").check_dataset("mine", Questions([0, 1], humans=10))

@@ -77,7 +77,7 @@ def test_only_the_answer_is_learnt(answered):
     train = runner.datasets["image_questions"]["train"]
     batch = train.collater([train[0], train[1]])
     assert batch["prompt"][0] == "Question: what color is it? Short answer:"
-    model = runner.unwrap_dist_model(runner.model)
+    model = runner.model
     with torch.no_grad():
         _, tokens = model.loss_of(model.visual_prompt(batch["image"]), batch)
     text = model.language_model.text
@@ -90,7 +90,7 @@ def test_a_visual_prompt_already_computed_gives_the_same_answers(answered):
     train = runner.datasets["image_questions"]["train"]
     samples = train.collater([train[n] for n in range(6)])
     samples = {"image": samples["image"], "text_input": samples["question"]}
-    model = runner.unwrap_dist_model(runner.model).eval()
+    model = runner.model.eval()
     prompt = model.visual_prompt(samples["image"])
     expected = model.predict_answers(samples, num_beams=2)
     assert model.predict_answers(samples, num_beams=2, visual_prompt=prompt) == expected
@@ -114,7 +114,7 @@ def test_two_ranks_answer_what_one_does(answered):
     task, dataset = runner.task, runner.datasets["image_questions"]["train"]
     dataset.is_train = False  # eight questions
     task.before_evaluation(None, dataset)
-    model = runner.unwrap_dist_model(runner.model).eval()
+    model = runner.model.eval()
     results = []
     for world in (1, 2):
         rows = []

@@ -8,7 +8,6 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from lavis.common.registry import registry
@@ -16,6 +15,7 @@ from lavis.common.registry import registry
 from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets.annotations.files import encodes, has_words
 from lavis_evlgen.datasets.builder import CONFIG_FOLDER, BuilderSettings, CaptionDatasetBuilder
+from lavis_evlgen.datasets.facts import DatasetFacts
 from lavis_evlgen.datasets.shards.names import shard_names
 from lavis_evlgen.datasets.shards.reader import IMAGES, ShardItem
 from lavis_evlgen.media.errors import DataError, UnreadableImage
@@ -26,7 +26,7 @@ _ONE = {"image": "an image", "video": "a clip"}  # in messages
 _CHECKED = 256  # shards whose presence is checked before a run
 
 
-class ImageShards:
+class ImageShards(DatasetFacts):
     """Training samples in tar shards, read without end by stream.ShardStream. Its length is not known.
 
     Attributes: `name`, `split` ("train"), `shards` (file names), `caption_key`, `shuffle_window` (samples shuffled
@@ -36,7 +36,6 @@ class ImageShards:
     """
 
     split, is_train = "train", True
-    media: Literal["image", "video"] = "image"
     extensions: tuple[str, ...] = IMAGES  # of the files of images or videos
 
     def __init__(self, name: str, shards: Sequence[str], *, vis_processor, text_processor, caption_key: str = "caption",

@@ -1,0 +1,32 @@
+"""What optimizer, trainer and reports may ask of a model, each with the answer for one that does not say."""
+
+from __future__ import annotations
+
+from lavis_evlgen.compat.adapting import take_over
+
+
+class ModelFacts:
+    """Base class of our models; `facts_of` gives other models the defaults."""
+
+    prompt: str = ""  # text before every caption, for the run card
+    lr_scale: dict[str, float] = {}  # learning-rate factor of each part; 1 where it is not named
+
+    def part_of(self, name: str) -> str:
+        """The part of the model, a key of `lr_scale`, that the trainable parameter `name` belongs to."""
+        return "model"
+
+    def token_counts(self) -> str | None:
+        """From how many visual tokens to how many of the prompt, for the start-up table; None: no such line."""
+        return None
+
+
+class LavisModelFacts(ModelFacts):
+    """The facts of another model, such as LAVIS's blip2_opt."""
+
+    def __init__(self, model):
+        take_over(self, ModelFacts, model)
+
+
+def facts_of(model) -> ModelFacts:
+    """The model itself where it has the facts, else the defaults."""
+    return model if isinstance(model, ModelFacts) else LavisModelFacts(model)
