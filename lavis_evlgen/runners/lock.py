@@ -42,7 +42,7 @@ class RunLock:
             if self._is_at_path(fd):
                 self._fd = fd
                 _held.add(fd)
-            else:  # whoever had it removed the file in between
+            else:  # its owner removed the file in between
                 os.close(fd)
         content = json.dumps(_this_process()).encode()
         os.ftruncate(self._fd, 0)  # first: a kill in between leaves an empty file, which nobody has to delete
@@ -117,7 +117,7 @@ def _flock(fd: int, file: Path) -> bool:
 
 
 def _this_process() -> dict:
-    """What the lock of this process says. launch: of torch's launcher over several nodes, alike on all of them."""
+    """What the lock of this process says. launch: of torch's launcher over several nodes, the same on all of them."""
     pid, launch = os.getpid(), os.environ.get("TORCHELASTIC_RUN_ID")
     return {
         "host": socket.gethostname(),

@@ -19,7 +19,7 @@ from lavis_evlgen.models.facts import ModelFacts, facts_of
 from lavis_evlgen.reporting.json_lines import drop_rows_after, read_json_lines
 from lavis_evlgen.reporting.plots import loss_plot
 
-SPOKEN = ("reward", "reward_greedy", "entropy", "length")  # of a task with a loss of its own, in the line of the log
+TASK_VALUES = ("reward", "reward_greedy", "entropy", "length")  # of a task with its own loss, in the log
 COUNTERS = ("skipped_steps",)  # values that count up over the run: a window shows the last, not the mean
 
 
@@ -120,7 +120,7 @@ class Progress:
             row["flops_per_image"] = self.flops_per_image
         eta = (self.max_steps - step) * self.seconds_per_step
         more = "".join(f"  {key.removeprefix('loss_')} {row[key]:.4f}" for key in row if key.startswith("loss_"))
-        more += "".join(f"  {key.replace('_', ' ')} {row[key]:.3f}" for key in SPOKEN if key in row)
+        more += "".join(f"  {key.replace('_', ' ')} {row[key]:.3f}" for key in TASK_VALUES if key in row)
         if "across_picture_share" in row:
             more += f"  across-picture share {row['across_picture_share']:.3f}"
         if skipped := round(row.get("skipped_steps", 0)) - self.skipped:

@@ -154,7 +154,7 @@ class RunState:
         if len(sets_with(self.trainer.datasets, "train")) < 2:
             return
         accumulated = flat(saved.get("config", {})).get("run.accum_grad_iters") or 1
-        # checkpoints that do not say: all ranks drew alike
+        # checkpoints that do not say: all ranks drew the same set
         then = saved.get("images_per_draw", saved.get("images_per_step", 0) // accumulated)
         now = self.trainer.images_per_draw
         if then and then != now:

@@ -13,7 +13,7 @@ from lavis_evlgen.runners.skipped_samples import SkippedInShards
 
 
 class ShardProgress:
-    """Follows one rank's batches; a run without shard sets costs it nothing.
+    """Follows the batches of one rank, where there are shard sets.
 
     Only batches that training has taken count: what workers have read ahead is read again after a resume.
     """
@@ -27,7 +27,7 @@ class ShardProgress:
     def follow(self, batches: Iterable[dict]) -> Iterator[dict]:
         """The same batches, without what they say about shards."""
         for batch in batches:
-            if self.sets and "shards" in batch:
+            if "shards" in batch:
                 k, tally = batch.pop("shards")
                 self.positions[k, tally.stream % self.workers] = tally.position
                 self.skipped.add(self.sets[k][0], tally)

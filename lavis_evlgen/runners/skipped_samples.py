@@ -29,7 +29,7 @@ class SkippedSamples:
     """What one training run skipped, of files and of shards. `files` and `shards` have the same methods:
 
     `add(...)` after each batch (cheap, no communication), `share(step)` to sum up over ranks, write and log, and
-    `check()`, which raises TooManyBadImages above the limit, alike on every rank after `share`.
+    `check()`, which raises TooManyBadImages above the limit, on every rank alike once `share` was called.
     """
 
     def __init__(self, folder: Path, data: dict):

@@ -25,7 +25,7 @@ def exit_code(number: int) -> int:
 
 
 class StopSignals:
-    """What this process does when it is told to stop: it ends at once, or `received` says so where work is `deferred`.
+    """What this process does on a signal to stop: it ends at once, or sets `received` where work is `deferred`.
 
     Signals belong to a process, so there is one object of this class, `signals`.
     """
@@ -34,11 +34,11 @@ class StopSignals:
         self.received = 0  # number of the signal that waits; 0: none
         self._before: dict[int, object] | None = None  # handlers by signal, while ours are installed
         self._process, self._deferring, self._first = 0, False, 0.0
-        self._last_words: list[Callable[[], None]] = []
+        self._at_end: list[Callable[[], None]] = []
 
     @contextlib.contextmanager
-    def handled(self, last_words: Callable[[], None] | None = None) -> Iterator[None]:
-        """Handle signals inside; last_words: what is still to be done when a signal ends the process at once.
+    def handled(self, at_end: Callable[[], None] | None = None) -> Iterator[None]:
+        """Handle signals inside; at_end: called when a signal ends the process at once.
 
         May be nested. A signal that the process was started to ignore (nohup, a shell's background jobs) stays
         ignored, and outside the main thread, where Python has no handlers, all stay as they are.
@@ -48,13 +48,13 @@ class StopSignals:
             self._process, self.received = os.getpid(), 0
             wanted = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._on_signal) for number in wanted}
-        if last_words is not None:
-            self._last_words.append(last_words)
+        if at_end is not None:
+            self._at_end.append(at_end)
         try:
             yield
         finally:
-            if last_words is not None:
-                self._last_words.remove(last_words)
+            if at_end is not None:
+                self._at_end.remove(at_end)
             if outermost:
                 for number, handler in self._before.items():
                     signal.signal(number, handler)
@@ -86,27 +86,27 @@ class StopSignals:
         if not self.received:
             self.received, self._first = number, now
             more = "; another Ctrl-C ends it at once, without saving" if number == signal.SIGINT else ""
-            self._say(f"{signal.Signals(number).name}: the run saves after this step and stops{more}")
+            self._print(f"{signal.Signals(number).name}: the run saves after this step and stops{more}")
 
     def _end(self, number: int):
-        """Leave without unwinding: an exception raised anywhere at all could be swallowed, or be told as a bug."""
-        for words in reversed(self._last_words):
-            words()
-        self._say(f"{signal.Signals(number).name}: stopped")
+        """Leave without unwinding: an exception raised anywhere at all could be swallowed, or reported as a bug."""
+        for call in reversed(self._at_end):
+            call()
+        self._print(f"{signal.Signals(number).name}: stopped")
         os._exit(exit_code(number))
 
     @staticmethod
-    def _say(words: str):
+    def _print(text: str):
         if os.environ.get("RANK", "0") == "0":
-            with contextlib.suppress(OSError):  # the terminal that hung up
-                os.write(2, f"{words}\n".encode())  # logging and print may have been interrupted in mid-line
+            with contextlib.suppress(OSError):  # the terminal is gone
+                os.write(2, f"{text}\n".encode())  # logging and print may have been interrupted in mid-line
 
 
 signals = StopSignals()
 
 
-class Lookout:
-    """At which steps ranks ask each other whether to stop or to save, alike on every rank.
+class StopCheck:
+    """Decides after each step whether the run stops or saves, the same on every rank.
 
     Asking makes CUDA ranks wait for their GPUs, so short steps pass unasked: up to LONGEST_STRIDE of them, or as many
     as fit into LONGEST_WAIT seconds. Ranks measure, and the slowest decides.
@@ -121,7 +121,7 @@ class Lookout:
         self._asked, self._at, self._next = step, time.monotonic(), step + 1
         self._saved_at = self._at
 
-    def look(self, step: int) -> bool:
+    def check(self, step: int) -> bool:
         """Called after every step; sets `stop`, and returns whether the run should be saved now."""
         by_steps = self.save_steps is not None and step % self.save_steps == 0
         if step < self._next:
@@ -135,8 +135,8 @@ class Lookout:
         self._asked, self._at, self._next = step, now, step + max(1, stride)
         return by_steps or overdue > 0
 
-    def told_to_stop(self) -> bool:
-        """Whether a rank has been told to stop by now; sets `stop`. Every rank calls it."""
+    def stop_requested(self) -> bool:
+        """Whether a rank has received a signal to stop by now; sets `stop`. Every rank calls it."""
         self.stop = int(distributed.max_over_ranks([signals.received])[0])
         return self.stop > 0
 

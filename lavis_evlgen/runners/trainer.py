@@ -34,7 +34,7 @@ from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.runners.shard_progress import ShardProgress
 from lavis_evlgen.runners.skipped_samples import SkippedSamples, check_unreadable
 from lavis_evlgen.runners.step import TrainingStep, amp_of
-from lavis_evlgen.runners.stopping import Lookout, exit_code, save_every, signals
+from lavis_evlgen.runners.stopping import StopCheck, exit_code, save_every, signals
 from lavis_evlgen.tasks.base import adapted_task
 from lavis_evlgen.weights.trainable import frozen_names, load_trainable
 
@@ -96,7 +96,7 @@ class Trainer:
     def train(self):
         """Train, evaluate and save as configured, or only evaluate; one run at a time in a folder."""
         lock = RunLock(self.output_dir)
-        with signals.handled(last_words=lock.release):
+        with signals.handled(at_end=lock.release):
             try:
                 distributed.on_main(lock.take)
                 return self.evaluate() if self.evaluate_only else self._train()
@@ -123,8 +123,10 @@ class Trainer:
                 self.progress.resume_at(self.start_step)
                 logging.info("\n%s", startup_table(self.model, self.reporter.facts(data, self.images_per_step)))
             asks_gpu = distributed.initialized() and self.device.type == "cuda"
-            self.lookout = Lookout(self.start_step, *save_every(run.get("save_every")), asks_gpu)
-            batches = self.shards.follow(iter(self._train_loader(data)))
+            self.stop_check = StopCheck(self.start_step, *save_every(run.get("save_every")), asks_gpu)
+            batches = iter(self._train_loader(data))
+            if self.shards.sets:
+                batches = self.shards.follow(batches)
             if saved.get("unevaluated"):  # the run was cut off in the evaluation at the step it resumes from
                 self._evaluate_and_save(self.start_step)
             self._loop(batches)
@@ -168,13 +170,13 @@ class Trainer:
                 self.state.check_end(done)
             if due:
                 self._evaluate_and_save(done)
-            if self.lookout.look(done) and not due:
+            if self.stop_check.check(done) and not due:
                 started, due = time.perf_counter(), True
                 self._save(done, checkpoints.LAST)
                 self.progress.pause(time.perf_counter() - started)
-            if due and self.lookout.told_to_stop():  # while it was saved
+            if due and self.stop_check.stop_requested():  # while it was saved
                 self._stop(done)
-            if self.lookout.stop:
+            if self.stop_check.stop:
                 self._save(done, checkpoints.LAST)
                 self._stop(done)
 
@@ -189,11 +191,11 @@ class Trainer:
 
     def _save(self, step: int, *names: str, unevaluated: bool = False):
         self.state.save(step, *names, unevaluated=unevaluated)
-        self.lookout.saved()
+        self.stop_check.saved()
 
     def _stop(self, step: int):
         """End the process for the signal that ranks have agreed on; all is saved."""
-        number = self.lookout.stop
+        number = self.stop_check.stop
         if distributed.is_main():
             logging.warning("%s: saved step %d in %s; stopping", signal.Signals(number).name, step, self.output_dir)
         distributed.stop()
@@ -203,7 +205,7 @@ class Trainer:
         started = time.perf_counter()
         if self.valid_splits:  # before the evaluation, which may fail
             self._save(step, checkpoints.LAST, unevaluated=True)
-            if self.lookout.told_to_stop():
+            if self.stop_check.stop_requested():
                 self._stop(step)
         names = [checkpoints.LAST]
         with signals.deferred(False):  # all is saved: there is nothing to wait for

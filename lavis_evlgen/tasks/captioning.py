@@ -159,7 +159,7 @@ class EvlgenCaptionTask(Task):
         return order_accuracy(predictions, asked) if asked else {}
 
     def curve(self, result: dict) -> dict[str, float]:
-        """Losses, and CIDEr with its blind twin; the order of events where it was asked."""
+        """Losses, and CIDEr with its blind baseline; the order of events where it was asked."""
         curve = {f"val_{key}": result[key] for key in ("loss_right", "loss_shuffled") if key in result}
         if "CIDEr" in result["metrics"]:
             curve |= {"cider": result["metrics"]["CIDEr"], "blind_cider": result["blind"].get("CIDEr")}

@@ -136,10 +136,10 @@ class ScstTask(EvlgenCaptionTask):
         datasets = super().build_datasets(cfg)
         if not SharedRunSettings.read(cfg.run_cfg, "run.").evaluate:
             self.reward = CaptionReward(_references(datasets), self.tokenizer, self.end_mark)
-            self._say_reward()
+            self._log_reward()
         return datasets
 
-    def _say_reward(self):
+    def _log_reward(self):
         facts = self.reward.facts()
         logging.info(
             "reward: CIDEr-D, %s; references by the %s tokenizer, captions by %s (the same words on %.2f%% of the "

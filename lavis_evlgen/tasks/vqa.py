@@ -1,4 +1,4 @@
-"""Visual question answering: answers by generation, scored against human answers, with a blind twin beside them."""
+"""Visual question answering: answers by generation, scored against human answers, with a blind baseline beside them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class VqaTaskSettings(DecodingSettings):
 class EvlgenVqaTask(Task):
     """Answers the questions of a split by `model.predict_answers` and scores them.
 
-    Blind twin: the same questions asked again with the prompt of another picture (tasks/blind_baseline.py), scored
+    Blind baseline: the same questions asked again with the prompt of another picture (tasks/blind_baseline.py), scored
     against the same answers: what question and habit alone are worth. And the loss of the most frequent human answer
     under the right and under the other picture's prompt.
     """
@@ -199,7 +199,7 @@ class EvlgenVqaTask(Task):
             )
 
     def curve(self, result: dict) -> dict[str, float]:
-        """Losses, and accuracy with its blind twin."""
+        """Losses, and accuracy with its blind baseline."""
         curve = {f"val_{key}": result[key] for key in ("loss_right", "loss_shuffled") if key in result}
         return curve | {"accuracy": result["metrics"]["accuracy"], "blind_accuracy": result["blind"].get("accuracy")}
 

@@ -59,7 +59,7 @@ def check_images(name: str, split: str, dataset, limit: int | None, say) -> Find
     seen = f"{len(rows) - len(bad)} found and readable, {len(missing)} missing, {unreadable} unreadable"
     seen += f" (at most {allowed:g} tolerated)" if bad else ""
     seen += f"; {dataset.num_images - len(rows)} not looked at" if len(rows) < dataset.num_images else ""
-    seen += f"; {first_clip(dataset)}" if hasattr(dataset, "clip") and len(bad) < len(rows) else ""
+    seen += f"; {first_clip(dataset)}" if dataset.media == "video" and len(bad) < len(rows) else ""
     details = [f"{error.path}: {error.reason}" for error in bad[:10]]
     details += [f"... and {len(bad) - 10} more"] if len(bad) > 10 else []
     return Finding(len(bad) <= allowed, f"data {name} {split}", seen, details)

@@ -194,7 +194,7 @@ def bundle_config(model, preprocess=None, decoding=None, changes: dict | None = 
     section = {k: v for k, v in model.config.items() if k not in (*STARTS, "opt_model")}
     section["arch"] = next(n for n, c in registry.mapping["model_name_mapping"].items() if c is type(model))
     section["llm_model"] = model.config.get("llm_model") or model.config["opt_model"]
-    sizes = getattr(model.connector, "sizes", None)
+    sizes = model.connector.sizes
     if sizes is not None:  # rebuilt from its sizes: the BERT that it started from need not be there
         section |= {"connector_init": None, "connector_sizes": sizes}
     check_keys(type(model), changes or {}, "save_pretrained")

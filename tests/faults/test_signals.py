@@ -9,7 +9,7 @@ from lavis_evlgen import distributed, launch
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.runners import checkpoints, lock, stopping
 from lavis_evlgen.runners.step import TrainingStep
-from lavis_evlgen.runners.stopping import Lookout, save_every, signals
+from lavis_evlgen.runners.stopping import StopCheck, save_every, signals
 from lavis_evlgen.runners.trainer import Trainer
 from tests.faults.processes import forked, on_two_ranks, run
 from tests.run_tools import checkpoint, losses
@@ -164,13 +164,13 @@ class Clock:
         self.now, self.step_seconds = 0.0, step_seconds
         monkeypatch.setattr(stopping.time, "monotonic", lambda: self.now)
 
-    def steps(self, lookout: Lookout, count: int) -> list[int]:
+    def steps(self, check: StopCheck, count: int) -> list[int]:
         """The steps, of `count`, after which ranks asked each other."""
         asked, ask = [], distributed.max_over_ranks
         for step in range(1, count + 1):
             self.now += self.step_seconds
             stopping.distributed.max_over_ranks = lambda values, step=step: asked.append(step) or ask(values)
-            lookout.look(step)
+            check.check(step)
         stopping.distributed.max_over_ranks = ask
         return asked
 
@@ -182,21 +182,21 @@ class Clock:
 def test_ranks_on_gpus_ask_each_other_every_two_seconds_or_ten_steps(monkeypatch, step_seconds, asked):
     """Torch's launcher kills 30 s after SIGTERM: with steps of 4 s, every tenth step was too late."""
     clock = Clock(monkeypatch, step_seconds)
-    lookout = Lookout(0, None, None, asks_gpu=True)
-    assert clock.steps(lookout, 12) == asked
+    check = StopCheck(0, None, None, asks_gpu=True)
+    assert clock.steps(check, 12) == asked
 
 
 def test_steps_that_become_slow_are_noticed(monkeypatch):
     clock = Clock(monkeypatch, 0.01)
-    lookout = Lookout(0, None, None, asks_gpu=True)
-    clock.steps(lookout, 11)
+    check = StopCheck(0, None, None, asks_gpu=True)
+    clock.steps(check, 11)
     clock.step_seconds = 6.0
     asked = []
     for step in range(12, 30):
         clock.now += clock.step_seconds
-        before = lookout._asked
-        lookout.look(step)
-        asked += [step] if lookout._asked != before else []
+        before = check._asked
+        check.check(step)
+        asked += [step] if check._asked != before else []
     assert asked == [*range(21, 30)]
 
 
@@ -224,10 +224,10 @@ def test_save_every_so_many_steps(whole, tmp_path):
 
 def test_save_every_so_many_minutes(monkeypatch):
     clock = Clock(monkeypatch, 25.0)
-    lookout, saved = Lookout(0, None, 60.0, asks_gpu=True), []
+    check, saved = StopCheck(0, None, 60.0, asks_gpu=True), []
     for step in range(1, 10):
         clock.now += clock.step_seconds
-        if lookout.look(step):
+        if check.check(step):
             saved.append(step)
-            lookout.saved()
+            check.saved()
     assert saved == [3, 6, 9]
