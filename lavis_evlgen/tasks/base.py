@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable
+import logging
+import time
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from lavis.tasks.base_task import BaseTask
 from lavis.tasks.image_text_pretrain import ImageTextPretrainTask
-from tqdm import tqdm
 
 from lavis_evlgen import distributed
 from lavis_evlgen.compat.adapting import take_over
@@ -96,10 +96,14 @@ class Task(BaseTask):
         raise NotImplementedError(f"{type(self).__name__} must say how a row is shown")
 
 
-def with_progress(data_loader) -> Iterable[dict]:
-    """The batches; from half a minute on the main rank shows the time left, in a file at every tenth of them."""
-    in_file = {} if sys.stderr.isatty() else {"miniters": max(1, len(data_loader) // 10), "maxinterval": float("inf")}
-    return tqdm(data_loader, "evaluation", unit="batch", delay=30, disable=not distributed.is_main(), **in_file)
+def with_progress(data_loader) -> Iterator[dict]:
+    """The batches; after half a minute the main rank logs every tenth of them, with the time left."""
+    started, total = time.monotonic(), len(data_loader)
+    for done, batch in enumerate(data_loader, start=1):
+        yield batch
+        seconds = time.monotonic() - started
+        if seconds > 30 and done % max(1, total // 10) == 0 and distributed.is_main():
+            logging.info("evaluation: %d of %d batches, %.0f s left", done, total, seconds / done * (total - done))
 
 
 class LavisTask(Task):
