@@ -4,6 +4,7 @@ The picture is in docs/architecture.md. A module that needs an arrow upwards is 
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -139,6 +140,14 @@ def test_relative_and_nested_imports_are_seen():
     source = "from . import merging\nfrom ..models import vision\ndef f():\n    import lavis_evlgen.cli\n"
     found = [name for name, _ in imports_of(source, ("lavis_evlgen", "nn"))]
     assert found == ["lavis_evlgen.nn.merging", "lavis_evlgen.models.vision", "lavis_evlgen.cli"]
+
+
+def test_runners_and_tasks_ask_base_classes_and_do_not_probe():
+    """Hooks and their defaults stand in tasks/base.py, datasets/facts.py and models/facts.py."""
+    probe = re.compile(r"\b(?:hasattr|getattr)\((?!torch\.)")
+    files = [path for path in modules() if room_of(path) in ("runners", "tasks")]
+    wrong = [path.name for path in files if probe.search(path.read_text(encoding="utf-8"))]
+    assert files and not wrong, f"hasattr or getattr in {wrong}"
 
 
 def test_no_module_is_two_rooms_without_a_wall():
