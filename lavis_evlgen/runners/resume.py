@@ -14,7 +14,7 @@ from lavis_evlgen.weights.trainable import load_trainable, trainable_state
 
 
 class RunState:
-    """Saves a training run of `trainer` (runners/trainer.py) and restores it; every rank calls every method."""
+    """Saves and restores the run of a trainer (runners/trainer.py); every rank calls every method."""
 
     def __init__(self, trainer):
         self.trainer, self.folder = trainer, trainer.output_dir
@@ -87,8 +87,10 @@ class RunState:
         distributed.on_main(fail)
 
     def resume(self) -> dict:
-        """Go on from `run.resume_ckpt_path`: model, optimizer, loss scale, generators and shard streams are set; the
-        checkpoint, of which the trainer takes `step`, `best` and `unevaluated`. {}: this is a new run."""
+        """Go on from `run.resume_ckpt_path`: sets model, optimizer, loss scale, generators and shard streams.
+
+        Returns the checkpoint's `step`, `best` and `unevaluated`, or {} for a new run.
+        """
         trainer, path = self.trainer, self.trainer.config.run_cfg.get("resume_ckpt_path")
         if path == "auto":
             path = distributed.on_main(lambda: checkpoints.last_readable(self.folder))
@@ -112,7 +114,7 @@ class RunState:
                 saved["world_size"], distributed.world_size(),
             )  # fmt: skip
         logging.info("resumed %s at step %d", path, saved["step"])
-        return saved
+        return {key: saved[key] for key in ("step", "best", "unevaluated") if key in saved}
 
     def _refuse_used_folder(self):
         names = (checkpoints.LAST, checkpoints.PREVIOUS, checkpoints.BEST)
