@@ -55,10 +55,10 @@ class SkippedSamples:
 
 
 class SkippedFiles:
-    """Distinct unreadable files, {path: reason}."""
+    """Distinct unreadable files, {path: reason}, of a training run or of the evaluation of one `split`."""
 
-    def __init__(self, folder: Path, datasets: list):
-        self.file = folder / "bad_images.jsonl"
+    def __init__(self, folder: Path, datasets: list, split: str | None = None):
+        self.file, self.split = folder / "bad_images.jsonl", split
         # the loosest limit of the mix: with several sets, a file does not say which one it is from
         self.total = sum(d.num_images for d in datasets)
         self.allowed = sum(d.max_bad_fraction * d.num_images for d in datasets)
@@ -70,11 +70,15 @@ class SkippedFiles:
     def count(self) -> int:
         return len(self.found)
 
+    def _listed(self) -> dict[str, str]:
+        """What the file holds of this split (None: of training)."""
+        rows = read_json_lines(self.file)
+        return {row["image"]: row["reason"] for row in rows if row.get("split") == self.split}
+
     def resume_at(self, step: int):
         """Go on with what the run found before; at step 0, remove the list that an earlier run left here."""
         if step:
-            known = [entry for entry in read_json_lines(self.file) if "split" not in entry]
-            self.found = {entry["image"]: entry["reason"] for entry in known}
+            self.found = self._listed()
         elif distributed.is_main():
             self.file.unlink(missing_ok=True)
 
@@ -85,26 +89,40 @@ class SkippedFiles:
                 self.found[entry["image"]] = entry["reason"]
                 self._new.append(entry)
 
-    def share(self, step: int):
+    def share(self, step: int | None = None):
         fresh = {entry["image"]: entry for entry in distributed.gather_lists(self._new)}
         self.found |= {image: entry["reason"] for image, entry in fresh.items()}
         self._new = []
         if fresh and distributed.is_main():
-            _append(self.file, fresh.values())
-            first = next(iter(fresh.values()))
-            logging.warning(
-                "%d unreadable %s so far, of %d; new: %s (%s)%s; all are named in %s",
-                self.count, self.media, self.total, first["image"], first["reason"],
-                f" and {len(fresh) - 1} more" if len(fresh) > 1 else "", self.file,
-            )  # fmt: skip
+            listed, where = self._listed(), {} if self.split is None else {"split": self.split}
+            _append(self.file, ({**entry, **where} for image, entry in fresh.items() if image not in listed))
+            first, more = next(iter(fresh.values())), f" and {len(fresh) - 1} more" if len(fresh) > 1 else ""
+            new = f"{first['image']} ({first['reason']}){more}"
+            logging.warning("%s; new: %s; all are named in %s", self.summary(), new, self.file)
+
+    def summary(self) -> str:
+        where = "" if self.split is None else f"{self.split}: "
+        return f"{where}{self.count} of {self.total} {self.media} are unreadable"
 
     def check(self):
         if self.count > self.allowed:
             image, reason = next(iter(self.found.items()))
             raise TooManyBadImages(
-                f"{self.count} of {self.total} {self.media} are unreadable, more than max_bad_fraction allows "
-                f"({self.allowed:g}); the first is {image} ({reason}). {_fix(self.file)}"
+                f"{self.summary()}, more than max_bad_fraction allows ({self.allowed:g}); the first is {image} "
+                f"({reason}). {_fix(self.file)}"
             )
+
+
+def check_unreadable(folder: Path, split: str, dataset, entries: list[dict]):
+    """Name the unreadable files of an evaluation in bad_images.jsonl and the log; the scores leave them out.
+
+    Every rank calls it with all ranks' entries. Raises TooManyBadImages above the data set's `max_bad_fraction`.
+    """
+    if entries:
+        skipped = SkippedFiles(folder, [dataset], split)
+        skipped.add(entries)
+        skipped.share()
+        skipped.check()
 
 
 class SkippedInShards:
@@ -185,27 +203,6 @@ class SkippedInShards:
                     f"{self.summary(name)}{example}. That is more than max_bad_fraction={limit:g} allows. "
                     f"{_fix(self.file, name, 'by shard')}"
                 )
-
-
-def check_unreadable(folder: Path, split: str, dataset, entries: list[dict]):
-    """Name the unreadable files of an evaluation in bad_images.jsonl and the log; the scores leave them out.
-
-    Every rank calls it with all ranks' entries. Raises TooManyBadImages above the data set's `max_bad_fraction`.
-    """
-    if not entries:
-        return
-    entries = list({entry["image"]: entry for entry in entries}.values())  # several questions may share a picture
-    file = folder / "bad_images.jsonl"
-    count = f"{len(entries)} of {dataset.num_images} {dataset.media}s are unreadable"
-    first = f"{entries[0]['image']} ({entries[0]['reason']})"
-    if distributed.is_main():
-        listed = {(entry["image"], entry.get("split")) for entry in read_json_lines(file)}
-        _append(file, ({**entry, "split": split} for entry in entries if (entry["image"], split) not in listed))
-        logging.warning("%s: %s, first %s; all are named in %s", split, count, first, file)
-    if len(entries) > dataset.max_bad_fraction * dataset.num_images:
-        raise TooManyBadImages(
-            f"{split}: {count}, more than max_bad_fraction allows; the first is {first}. {_fix(file)}"
-        )
 
 
 def _append(file: Path, rows: Iterable[dict]):

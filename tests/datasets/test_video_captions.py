@@ -110,7 +110,7 @@ def test_bad_clips_are_replaced_in_training_left_out_in_evaluation_and_counted(v
     bad.add(sample["bad"])
     with caplog.at_level(logging.WARNING), pytest.raises(TooManyBadImages, match="2 of 3 videos are unreadable"):
         bad.share(1), bad.check()
-    assert "2 unreadable videos so far, of 3" in caplog.text
+    assert "2 of 3 videos are unreadable; new: " in caplog.text
     named = [json.loads(line) for line in bad.file.read_text().splitlines()]
     assert [entry["image"] for entry in named] == [str(videos / f"{n}.avi") for n in (0, 1)]
     check_unreadable(tmp_path, "val", val, batch["bad"])  # one of two is what max_bad_fraction allows
