@@ -60,11 +60,17 @@ class TrainingStep:
         if saved.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(saved["scaler"])
 
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+
+    def prepared(self, batch: dict) -> dict:
+        """The batch with its images on the device."""
+        return {**batch, "image": batch["image"].to(self.device, non_blocking=True)}
+
     def forward(self, model, batch: dict, micro_step: int = 0) -> dict[str, Tensor]:
         """What `model` says of a batch in micro-step number `micro_step` of the run, under autocast."""
-        batch = {**batch, "image": batch["image"].to(self.device, non_blocking=True)}
-        objective = None if self.objective is None else self.objective(micro_step)
-        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
+        batch, objective = self.prepared(batch), None if self.objective is None else self.objective(micro_step)
+        with self.autocast():
             # models of LAVIS's own know no objective
             return model(batch) if objective is None else model(batch, objective=objective)
 

@@ -18,15 +18,14 @@ NAN = float("nan")
 
 def broken_pictures(monkeypatch, steps, rank: int = 0):
     """The pictures of these steps, counted from 1, are NaN on one rank."""
-    prepared = TrainingStep.prepared
+    forward = TrainingStep.forward
 
-    def with_nan(self, batch, micro_step=0):
-        batch = prepared(self, batch, micro_step)
+    def with_nan(self, model, batch, micro_step=0):
         if distributed.rank() == rank and micro_step + 1 in steps:
-            batch["image"] = batch["image"] * NAN
-        return batch
+            batch = {**batch, "image": batch["image"] * NAN}
+        return forward(self, model, batch, micro_step)
 
-    monkeypatch.setattr(TrainingStep, "prepared", with_nan)
+    monkeypatch.setattr(TrainingStep, "forward", with_nan)
 
 
 def broken_weights(monkeypatch, step: int, value: float = NAN, rank: int = 0, moment: bool = False):
