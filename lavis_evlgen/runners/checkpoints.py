@@ -57,7 +57,7 @@ def write(path: Path, content: dict):
             os.replace(path, path.with_name(PREVIOUS))
         os.replace(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # the error that led here is the one to tell
+        with contextlib.suppress(OSError):  # the error that led here is the one to report
             temporary.unlink(missing_ok=True)
         reason = _os_error_behind(error)
         if reason is None:

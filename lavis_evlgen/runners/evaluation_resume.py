@@ -1,4 +1,4 @@
-"""An evaluation that was cut off goes on: its finished rows are kept in a file beside the results."""
+"""Resuming an evaluation that was interrupted: finished rows are kept in a file beside the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROWS = "2"  # raise it when what a row holds changes: rows of two kinds cannot b
 
 
 class PartialRows:
-    """The finished chunks of one rank's rows, a line each, under a first line that says whose they are.
+    """The finished chunks of one rank's rows, a line each; the first line identifies the evaluation.
 
     `identity` holds what the rows depend on (weights, data, settings, ranks); a file of another identity is refused
     with a ConfigError that names what differs, rather than mixed in. A last line that was cut short is done again.
@@ -59,7 +59,7 @@ class PartialRows:
         self.chunks += 1
 
     def done(self):
-        """The results are written: nothing is left to go on with."""
+        """Remove the file, once the results are written."""
         self.file.unlink(missing_ok=True)
 
 
@@ -109,7 +109,7 @@ def own_rows(evaluate: Callable, dataset, run, device: torch.device, kept: Parti
 
 
 def kept_rows(folder: Path, split: str, dataset, config, model) -> PartialRows | None:
-    """With `run.keep_every`: what an evaluation that was cut off left in `folder`, where this one keeps its rows."""
+    """With `run.keep_every`: rows that an interrupted evaluation left in `folder`, to which this one adds its own."""
     if not (config.run_cfg.get("evaluate") and config.run_cfg.get("keep_every")):
         return None
     settings = {key: value for key, value in flat(config.to_dict()).items() if key not in MAY_CHANGE}

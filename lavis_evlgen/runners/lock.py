@@ -31,7 +31,7 @@ class RunLock:
         self._fd: int | None = None
 
     def take(self):
-        """Raises ConfigError when another process has the folder. The lock of one that is gone is taken over."""
+        """Raises ConfigError when another process uses the folder; the lock of one that has ended is taken over."""
         while self._fd is None:
             fd = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
             try:
@@ -129,7 +129,7 @@ def _this_process() -> dict:
 
 
 def _parsed(text: str) -> dict | None:
-    """What a lock says; None where it says nothing that makes sense."""
+    """The content of a lock file; None where it is not complete."""
     try:
         owner = json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a run will need later, checked before it starts: a mistake must not cost the training up to it."""
+"""Checks, before a run starts, of what it will need later, so that a mistake costs no training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sets_with(datasets: dict, split: str) -> dict:
 
 
 def check_splits(run, datasets: dict, task):
-    """Every split that will be read is there, scored splits once and large enough, ratios name the training sets."""
+    """Splits exist, those to be scored in one data set that is large enough, and ratios name the training sets."""
     scored = list(run.get("test_splits") or [])
     if not run.get("evaluate"):
         scored = [*(run.get("valid_splits") or []), *scored]
@@ -49,7 +49,7 @@ def check_splits(run, datasets: dict, task):
 
 
 def check_files(name: str, dataset):
-    """Files that are not there are known before training; what else is unreadable shows when it is read."""
+    """Raises ConfigError where more files are missing than `max_bad_fraction` allows; none is opened."""
     missing = dataset.missing_files()
     if len(missing) > dataset.max_bad_fraction * dataset.num_images:
         raise ConfigError(
@@ -60,7 +60,7 @@ def check_files(name: str, dataset):
 
 
 def check_shards(name: str, dataset: ImageShards, streams: int):
-    """Every data worker gets shards of its own, and the shards are there, as far as a few hundred of them say."""
+    """Raises ConfigError where there are fewer shards than data workers, or too many of a sample are missing."""
     if streams > len(dataset.shards):
         raise ConfigError(
             f"datasets.{name}: {len(dataset.shards)} shards for {streams} data workers (ranks x run.num_workers); each "
@@ -87,7 +87,7 @@ def _check_ratios(ratios, data: dict):
 
 
 def check_training(run, meanings: dict[str, str]):
-    """What no training goes without. meanings: of the keys."""
+    """Raises ConfigError where a key that training needs is not set. meanings: {key: what it means}."""
     for key in ("max_iters", "iters_per_inner_epoch", "init_lr", "batch_size_train"):
         if run.get(key) is None:
             raise ConfigError(f"run.{key} is not set: {meanings[key]}")
@@ -98,7 +98,7 @@ def check_training(run, meanings: dict[str, str]):
 
 
 def check_evaluation(run, model):
-    """An evaluation needs splits, and weights; a run's checkpoint goes to model.pretrained."""
+    """Raises ConfigError where an evaluation has no splits, or its weights are given by run.resume_ckpt_path."""
     if run.get("resume_ckpt_path"):
         raise ConfigError(
             "run.resume_ckpt_path continues training; to evaluate a checkpoint set model.pretrained="
