@@ -1,19 +1,18 @@
 """EVLGen as a LAVIS plugin: `import lavis_evlgen` is all that a LAVIS user needs.
 
-The order matters: the environment is checked before anything heavy is imported, the bridges are in
-place before the first `import lavis`, and only then does the plugin register itself with LAVIS.
+The import itself is light: it checks the versions of what is installed, and LAVIS is not imported. When something
+imports LAVIS, its bridges are applied and EVLGen registers its models, tasks, data sets, processors and runner there.
 """
 
 __version__ = "0.1.0"
 
-from lavis_evlgen.compat import environment
+from lavis_evlgen.compat import environment, lavis_import
 
 environment.check()
 
-from lavis_evlgen.compat import lavis_bridge  # noqa: E402
 
-lavis_bridge.apply()
+def _register():
+    from lavis_evlgen import plugin  # noqa: F401
 
-from lavis_evlgen import plugin  # noqa: E402
 
-__all__ = ["__version__", "environment", "lavis_bridge", "plugin"]
+lavis_import.watch(_register)

@@ -1,4 +1,8 @@
-"""The `evlgen` command: what LAVIS has no script for."""
+"""The `evlgen` command: what LAVIS has no script for.
+
+Only the standard library is imported here, so that `evlgen COMMAND --help` answers at once; the module that does a
+command's work is imported when the command runs.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +10,33 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
-from lavis_evlgen.demo import command as demo
-from lavis_evlgen.launch import build_data, config_errors, explanation, one_line
-from lavis_evlgen.tools import keys
-from lavis_evlgen.tools.cost import estimate, macs
-from lavis_evlgen.tools.load_trained import load, run_config
-from lavis_evlgen.tools.sweeps import ablate
-from lavis_evlgen.tools.tokens import command
+from lavis_evlgen.config.errors import config_errors
+from lavis_evlgen.errors import explanation
+from lavis_evlgen.tools.cost.hardware import ASSUMED, CPU, HARDWARE, RESULTS
+from lavis_evlgen.tools.tokens import STYLES
 
-_MODEL_OPTIONS = "keys of the bundle's config, e.g. model.tome_r=16 model.llm_model=facebook/opt-2.7b"
+EPILOG = """a first hour:
+  evlgen doctor projects/evlgen/quickstart.yaml               is all there that training needs?
+  evlgen macs projects/evlgen/quickstart.yaml                 what will it cost?
+  evlgen estimate projects/evlgen/quickstart.yaml --gpu a10   will it fit, and how long will it take?
+  python train.py --cfg-path projects/evlgen/quickstart.yaml
+  evlgen caption photo.jpg --run output/evlgen/quickstart/…   what does it say?
+  evlgen tokens photo.jpg --run output/evlgen/quickstart/…    what does it look at?
+  evlgen demo --run output/evlgen/quickstart/…                both, in the browser, with questions
+  evlgen ablate projects/evlgen/quickstart.yaml --sweep run.init_lr=1e-3,2e-3 --seeds 3    what would be better?
+each command's arguments: evlgen COMMAND --help;  every config key: evlgen keys"""
 
 
 def main(argv=None):
-    """Entry of `evlgen`; errors that the user can mend are one line, exit code 2."""
-    args = _parser().parse_args(argv)
+    """Entry of `evlgen`; errors that the user can fix are one line, exit code 2."""
+    args = parser().parse_args(argv)
+    # before torch and transformers: fork warnings of the fast tokenizers
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with config_errors():
-            code = args.run_command(args)
+            code = resolve_name(args.run_command)(args)
             sys.stdout.flush()  # here, where a full disk behind it is one line
     except BrokenPipeError:  # `evlgen keys | head`
         _forget_output()
@@ -46,80 +59,175 @@ def _forget_output():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-EPILOG = """a first hour:
-  evlgen doctor projects/evlgen/quickstart.yaml               is all there that training needs?
-  evlgen macs projects/evlgen/quickstart.yaml                 what will it cost?
-  evlgen estimate projects/evlgen/quickstart.yaml --gpu a10   will it fit, and how long will it take?
-  python train.py --cfg-path projects/evlgen/quickstart.yaml
-  evlgen caption photo.jpg --run output/evlgen/quickstart/…   what does it say?
-  evlgen tokens photo.jpg --run output/evlgen/quickstart/…    what does it look at?
-  evlgen demo --run output/evlgen/quickstart/…                both, in the browser, with questions
-  evlgen ablate projects/evlgen/quickstart.yaml --sweep run.init_lr=1e-3,2e-3 --seeds 3    what would be better?
-each command's arguments: evlgen COMMAND --help;  every config key: evlgen keys"""
-
-
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """Of `evlgen` with all its commands; `run_command` names the function that does the work, as module:function."""
     p = argparse.ArgumentParser(
         prog="evlgen", description="Tools around EVLGen runs: before training, on trained models, over many runs.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    c = commands.add_parser("caption", help="caption pictures (a video model: clips) with the model of a run folder")
-    c.add_argument("images", nargs="+", metavar="IMAGE", help="picture files; clips for a video model")
-    c.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint), or a bundle's folder")
-    c.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
-    c.add_argument("--prompt", help="text that captions begin with (default: the run's)")
-    c.add_argument("--num-beams", type=_positive, help="beams (default: the run's)")
-    c.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="default: cpu")
-    c.set_defaults(run_command=caption)
-
-    d = commands.add_parser("doctor", help="check data, weights and memory of a run config before training")
-    d.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
-    d.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py")
-    d.add_argument("--limit", type=int, help="look at this many pictures of each split (default: all)")
-    d.set_defaults(run_command=doctor)
-
-    m = commands.add_parser("compare", help="runs side by side: a table and a picture of loss and CIDEr against cost")
-    m.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    m.add_argument("--out", type=Path, default=Path("compare.png"), metavar="PNG", help="the picture (compare.png)")
-    m.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    m.set_defaults(run_command=compare)
-
-    ablate.add_command(commands)
-    demo.add_command(commands, load)
-    estimate.add_command(commands)
-    macs.add_command(commands)
-    command.add_command(commands, load)
-
-    e = commands.add_parser("export", help="make a bundle (weights, config, model card) of a run folder")
-    e.add_argument("run", metavar="RUN", help="run folder (holds a checkpoint)")
-    e.add_argument("out", metavar="OUT", help="folder to write")
-    e.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
-    e.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help=_MODEL_OPTIONS)
-    e.set_defaults(run_command=export)
-
-    v = commands.add_parser("convert", help="released checkpoint -> bundle, or back")
-    v.add_argument("source", metavar="SOURCE", help="released .pth; with --to released, a bundle's folder")
-    v.add_argument("out", metavar="OUT", help="folder to write; with --to released, a .pth file")
-    v.add_argument("--to", default="bundle", choices=("bundle", "released"), help="default: bundle")
-    v.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help=_MODEL_OPTIONS)
-    v.add_argument("--allow-unknown", action="store_true", help="keep unknown tensors aside instead of refusing")
-    v.set_defaults(run_command=convert)
-
-    s = commands.add_parser("shards", help="write tar shards from a folder of pictures and a captions file")
-    s.add_argument("out", metavar="OUT", help="folder to be made")
-    s.add_argument("--images", required=True, metavar="DIR", help="folder that the file's image names start from")
-    s.add_argument("--captions", required=True, metavar="FILE", help="COCO, Karpathy or LAVIS JSON, JSONL, CSV, TSV")
-    s.add_argument("--columns", nargs="+", default=[], metavar="COLUMN=NAME", help="the file's names: image=file ...")
-    s.add_argument("--split", help="only images of this split, of a file that names splits, e.g. train")
-    s.add_argument("--per-shard", type=_positive, default=1000, help="samples in a shard (default: 1000)")
-    s.add_argument("--seed", type=int, default=0, help="of the order in which images are written (default: 0)")
-    s.add_argument("--max-bad-fraction", type=float, default=0.01, help="of images and rows (default: 0.01)")
-    s.set_defaults(run_command=shards)
-
-    keys.add_command(commands)
+    for add in (_caption, _doctor, _compare, _ablate, _demo, _estimate, _macs, _tokens, _export, _convert, _shards,
+                _keys):  # fmt: skip
+        add(commands)
     return p
+
+
+def _caption(commands):
+    p = _command(commands, "caption", "lavis_evlgen.tools.caption:main",
+                 "caption pictures (a video model: clips) with the model of a run folder")  # fmt: skip
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="picture files; clips for a video model")
+    _trained_model(p)
+    p.add_argument("--prompt", help="text that captions begin with (default: the run's)")
+    p.add_argument("--num-beams", type=_positive, help="beams (default: the run's)")
+    _device(p)
+
+
+def _doctor(commands):
+    p = _command(commands, "doctor", "lavis_evlgen.tools.doctor.command:main",
+                 "check data, weights and memory of a run config before training")  # fmt: skip
+    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
+    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py")
+    p.add_argument("--limit", type=int, help="look at this many pictures of each split (default: all)")
+
+
+def _compare(commands):
+    p = _command(commands, "compare", "lavis_evlgen.tools.compare:main",
+                 "runs side by side: a table and a picture of loss and CIDEr against cost")  # fmt: skip
+    p.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    p.add_argument("--out", type=Path, default=Path("compare.png"), metavar="PNG", help="the picture (compare.png)")
+    p.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+
+
+def _ablate(commands):
+    p = _command(commands, "ablate", "lavis_evlgen.tools.sweeps.ablate:main",
+                 "train a grid of config values and seeds; a table and a picture")  # fmt: skip
+    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/quickstart.yaml")
+    p.add_argument("--sweep", action="append", required=True, metavar="KEY=VALUES", dest="sweeps",
+                   help="values of a config key, parted by commas: model.tome_r=10,13,16; several: all combinations")
+    p.add_argument("--seeds", default="1", metavar="N|SEEDS",
+                   help="how many seeds, from the config's on (3), or which (42,1,2); default: the config's alone")
+    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py, for every run")
+    beside = p.add_mutually_exclusive_group()
+    beside.add_argument("--gpus", metavar="GPUS", help="run on these at the same time, one run each: 0,1 "
+                        "(default: one run after another, on what the config says)")
+    beside.add_argument("--jobs", type=int, default=1, metavar="N",
+                        help="on a CPU: so many runs beside each other, which share its threads (1)")
+    p.add_argument("--out", type=Path, default=Path("output/ablate"), metavar="DIR",
+                   help="where runs, logs and results go; the same again continues (output/ablate)")  # fmt: skip
+
+
+def _demo(commands):
+    p = _command(commands, "demo", "lavis_evlgen.demo.command:main",
+                 "a page in the browser: caption pictures, ask about them, see their tokens")  # fmt: skip
+    _trained_model(p)
+    p.add_argument("--pictures", type=Path, metavar="DIR", help="pictures or clips to pick from (default: drawn ones)")
+    p.add_argument("--host", default="127.0.0.1", help="address to serve on (127.0.0.1: this machine alone)")
+    p.add_argument("--port", type=int, default=7860, help="default: 7860")
+    p.add_argument("--max-upload", type=float, default=20.0, metavar="MB", help="largest upload (20)")
+    p.add_argument("--max-pixels", type=float, default=40.0, metavar="MILLIONS",
+                   help="most pixels of a picture or of one frame, in millions (40)")  # fmt: skip
+    _device(p)
+
+
+def _estimate(commands):
+    p = _command(commands, "estimate", "lavis_evlgen.tools.cost.estimate:main",
+                 "memory and hours of a run config on a GPU, before there is one")  # fmt: skip
+    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
+    p.add_argument("--gpu", required=True, choices=(*HARDWARE, CPU), help="the kind of GPU, or cpu")
+    p.add_argument("--gpus", type=int, default=1, metavar="N", help="how many, all nodes counted (1)")
+    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py: model.tome_r=16")
+    _text_tokens(p)
+    p.add_argument("--mfu", type=float, default=ASSUMED, help="share of the data sheet's peak to assume where no step "
+                   f"was measured on this hardware ({ASSUMED})")  # fmt: skip
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="files of benchmarks/speed/step.py "
+                   "(the project's benchmarks/results)")  # fmt: skip
+
+
+def _macs(commands):
+    p = _command(commands, "macs", "lavis_evlgen.tools.cost.macs:main",
+                 "MACs, parameters and training FLOPs of a config, by part")  # fmt: skip
+    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
+    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py: model.tome_r=16")
+    _text_tokens(p)
+    p.add_argument("--json", action="store_true", help="print all figures unrounded, as JSON")
+
+
+def _tokens(commands):
+    p = _command(commands, "tokens", "lavis_evlgen.tools.tokens.command:main",
+                 "pictures of merged tokens: which patches each token stands for")  # fmt: skip
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
+    _trained_model(p)
+    p.add_argument("--style", default="mean", choices=STYLES,
+                   help="mean: patches in the mean colour of their token; outline: regions over the photo")  # fmt: skip
+    p.add_argument("--before", action="store_true", help="the connector before training beside the trained one")
+    p.add_argument("--layers", action="store_true", help="also every layer: a strip and an animated GIF")
+    p.add_argument("--words", action="store_true", help="also which token each word of the caption relies on")
+    p.add_argument("--out", type=Path, default=Path("tokens"), metavar="DIR", help="where pictures go (tokens)")
+    _device(p)
+
+
+def _export(commands):
+    p = _command(commands, "export", "lavis_evlgen.tools.export:main",
+                 "make a bundle (weights, config, model card) of a run folder")  # fmt: skip
+    p.add_argument("run", metavar="RUN", help="run folder (holds a checkpoint)")
+    p.add_argument("out", metavar="OUT", help="folder to write")
+    p.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
+    _model_options(p)
+
+
+def _convert(commands):
+    p = _command(commands, "convert", "lavis_evlgen.tools.convert.command:main",
+                 "released checkpoint -> bundle, or back")  # fmt: skip
+    p.add_argument("source", metavar="SOURCE", help="released .pth; with --to released, a bundle's folder")
+    p.add_argument("out", metavar="OUT", help="folder to write; with --to released, a .pth file")
+    p.add_argument("--to", default="bundle", choices=("bundle", "released"), help="default: bundle")
+    _model_options(p)
+    p.add_argument("--allow-unknown", action="store_true", help="keep unknown tensors aside instead of refusing")
+
+
+def _shards(commands):
+    p = _command(commands, "shards", "lavis_evlgen.tools.shards:main",
+                 "write tar shards from a folder of pictures and a captions file")  # fmt: skip
+    p.add_argument("out", metavar="OUT", help="folder to be made")
+    p.add_argument("--images", required=True, metavar="DIR", help="folder that the file's image names start from")
+    p.add_argument("--captions", required=True, metavar="FILE", help="COCO, Karpathy or LAVIS JSON, JSONL, CSV, TSV")
+    p.add_argument("--columns", nargs="+", default=[], metavar="COLUMN=NAME", help="the file's names: image=file ...")
+    p.add_argument("--split", help="only images of this split, of a file that names splits, e.g. train")
+    p.add_argument("--per-shard", type=_positive, default=1000, help="samples in a shard (default: 1000)")
+    p.add_argument("--seed", type=int, default=0, help="of the order in which images are written (default: 0)")
+    p.add_argument("--max-bad-fraction", type=float, default=0.01, help="of images and rows (default: 0.01)")
+
+
+def _keys(commands):
+    p = _command(commands, "keys", "lavis_evlgen.tools.keys:print_keys",
+                 "every config key: what it does, takes and defaults to")  # fmt: skip
+    p.add_argument("section", nargs="?", choices=("run", "model", "datasets"), help="only this section")
+    p.add_argument("--json-schema", action="store_true", help="print a JSON schema of run configs, for editors")
+
+
+def _command(commands, name: str, function: str, purpose: str) -> argparse.ArgumentParser:
+    p = commands.add_parser(name, help=purpose)
+    p.set_defaults(run_command=function)
+    return p
+
+
+def _trained_model(p):
+    p.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint), or a bundle's folder")
+    p.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
+
+
+def _device(p):
+    p.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="default: cpu")
+
+
+def _model_options(p):
+    words = "keys of the bundle's config, e.g. model.tome_r=16 model.llm_model=facebook/opt-2.7b"
+    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help=words)
+
+
+def _text_tokens(p):
+    p.add_argument("--text-tokens", type=int, metavar="N", help="tokens of the caption, BOS and end counted "
+                   "(default: max_txt_len, the longest)")  # fmt: skip
 
 
 def _positive(text: str) -> int:
@@ -127,165 +235,3 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
-
-
-def caption(args) -> int:
-    """Print `path<TAB>caption` for each picture; exit code 1 when one could not be read."""
-    import torch
-
-    from lavis_evlgen.datasets import UnreadableImage
-
-    model, vis, decoding, device, _ = load(args)
-    decoding |= {"num_beams": args.num_beams} if args.num_beams else {}
-    failed = 0
-    for path in args.images:
-        try:
-            image = _pixels(vis, path)[None].to(device)
-        except UnreadableImage as error:
-            print(f"evlgen caption: {error}", file=sys.stderr)
-            failed += 1
-            continue
-        samples = {"image": image} | ({} if args.prompt is None else {"prompt": args.prompt})
-        with torch.inference_mode():
-            text = model.generate(samples, **decoding)[0]
-        print(f"{path}\t{' '.join(text.split())}")  # a line a picture, whatever an untrained model says
-    return int(failed > 0)
-
-
-def _pixels(vis, path: str):
-    """(3, H, W) of a picture or, by a video processor, (3, T, H, W) of a clip; raises UnreadableImage."""
-    from lavis_evlgen.datasets import UnreadableImage
-    from lavis_evlgen.media.images import open_image
-    from lavis_evlgen.media.video import takes_clips
-
-    if not takes_clips(vis):
-        return vis(open_image(path, vis))
-    if not Path(path).is_file():
-        raise UnreadableImage(path, "no such file")
-    try:
-        return vis(path)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UnreadableImage(path, f"the model captions clips, and as a clip: {one_line(error)}") from error
-
-
-def export(args) -> int:
-    """Write a bundle of a run's checkpoint."""
-    from lavis_evlgen.tools.export import export_run
-
-    cfg, checkpoint = run_config(Path(args.run), args.checkpoint)
-    print(export_run(cfg, checkpoint, args.out, _model_options(args.options)))
-    return 0
-
-
-def convert(args) -> int:
-    """Released checkpoint -> bundle, or back; every key is reported."""
-    from lavis.common.registry import registry
-
-    from lavis_evlgen.tools.convert import from_released, to_released
-    from lavis_evlgen.weights import bundle
-
-    cls = registry.get_model_class("evlgen")
-    if args.to == "released":
-        lines = to_released.write_released(args.source, args.out, cls)
-    else:
-        options = _model_options(args.options)
-        weights, config, extra, report = from_released.from_released(args.source, cls, options, args.allow_unknown)
-        bundle.write_bundle(args.out, weights, config, extra=extra)
-        lines = report.lines()
-    print("\n".join([*lines, f"written: {args.out}"]))
-    return 0
-
-
-def _model_options(options: list[str]) -> dict:
-    """`model.KEY=VALUE` options as a dict of the model section."""
-    from omegaconf import OmegaConf
-
-    from lavis_evlgen.config import ConfigError
-
-    wrong = next((option for option in options if not option.startswith("model.") or "=" not in option), None)
-    if wrong is not None:
-        raise ConfigError(f"--options {wrong}: give model.KEY=VALUE")
-    # resolved here: a bundle holds plain values
-    return OmegaConf.to_container(OmegaConf.from_dotlist(options), resolve=True).get("model", {})
-
-
-def doctor(args) -> int:
-    """Print a line for each check; exit code 1 when one failed."""
-    from lavis_evlgen.config import EvlgenConfig
-    from lavis_evlgen.datasets import ImageShards
-    from lavis_evlgen.tools.doctor import check_images, check_memory, check_weights
-    from lavis_evlgen.tools.doctor_shards import check_shards
-    from lavis_evlgen.weights.bundle import trained_section
-
-    cfg = EvlgenConfig(args, trained_section=trained_section)
-    print(f"ok    config {args.cfg_path}: every key is known")
-    findings = [*check_weights(cfg.model_cfg), check_memory(cfg.model_cfg)]
-    for finding in findings:
-        _show(finding)
-    task, datasets = build_data(cfg)
-    findings.append(_check_splits(cfg.run_cfg, datasets, task))
-    _show(findings[-1])
-    for name, splits in datasets.items():
-        for split, dataset in splits.items():
-            if isinstance(dataset, ImageShards):
-                findings.append(check_shards(name, dataset, args.limit, print))
-            else:
-                findings.append(check_images(name, split, dataset, args.limit, print))
-            _show(findings[-1])
-    failed = sum(not finding.ok for finding in findings)
-    print(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")
-    return int(failed > 0)
-
-
-def _check_splits(run, datasets: dict, task):
-    """What train.py refuses before its first step."""
-    from lavis_evlgen.config import ConfigError
-    from lavis_evlgen.runners.preflight import check_splits
-    from lavis_evlgen.tools.doctor import Finding
-
-    try:
-        check_splits(run, datasets, task)
-    except ConfigError as error:
-        return Finding(False, "splits", str(error))
-    splits = [str(split) for key in ("train_splits", "valid_splits", "test_splits") for split in run.get(key) or []]
-    return Finding(True, "splits", f"{', '.join(splits)} are there and large enough")
-
-
-def shards(args) -> int:
-    """Write shards; says what to put into a config, and what was left out."""
-    from lavis_evlgen.config import ConfigError
-    from lavis_evlgen.datasets.shards.writer import write_shards
-
-    if wrong := [text for text in args.columns if "=" not in text]:
-        raise ConfigError(f"--columns {wrong[0]}: write COLUMN=NAME, e.g. image=file")
-    found = write_shards(
-        args.out, args.images, args.captions, columns=dict(text.split("=", 1) for text in args.columns),
-        split=args.split, per_shard=args.per_shard, seed=args.seed, max_bad_fraction=args.max_bad_fraction,
-    )  # fmt: skip
-    for line in [*map(str, found.unreadable), *found.problems]:
-        print(f"left out: {line}", file=sys.stderr)
-    left_out = f", {len(found.unreadable)} unreadable images and {len(found.problems)} rows left out"
-    print(f"{found.samples} samples{left_out if found.unreadable or found.problems else ''}. In a config:")
-    print(f"  datasets.image_shards.shards: {found.shards}")
-    return 0
-
-
-def _show(finding):
-    print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.seen}")
-    for line in finding.details:
-        print(f"        {line}")
-
-
-def compare(args) -> int:
-    """Print the table, what makes scores not comparable, and where the picture is."""
-    from lavis_evlgen.reporting.plots import comparison_plot
-    from lavis_evlgen.tools.compare import markdown, read_runs, show, table_rows, unlike
-
-    runs = read_runs(args.runs)
-    rows = table_rows(runs)
-    print(markdown(rows) if args.markdown else show(rows))
-    for difference in unlike(runs):
-        print(f"note: {difference}")
-    path = comparison_plot(args.out, {run.name: run.rows for run in runs})
-    print(f"picture: {path}")
-    return 0

@@ -7,33 +7,21 @@ import logging
 import os
 import sys
 import time
-import traceback
 import warnings
-from contextlib import contextmanager
-from pathlib import Path
 
 # before torch: thread oversubscription of several ranks on one CPU, and fork warnings of the fast tokenizers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from lavis.common.registry import registry  # noqa: E402
 
-from lavis_evlgen import distributed, plugin  # noqa: E402, F401
-from lavis_evlgen.compat.environment import MissingExtra  # noqa: E402
-from lavis_evlgen.config import ConfigError, EvlgenConfig  # noqa: E402
-from lavis_evlgen.datasets import DataError  # noqa: E402
-from lavis_evlgen.datasets.facts import adapted_sets  # noqa: E402
-from lavis_evlgen.media.file_checks import advice, system_error  # noqa: E402
+from lavis_evlgen import distributed  # noqa: E402
+from lavis_evlgen.config import EvlgenConfig, config_errors  # noqa: E402
+from lavis_evlgen.errors import explanation  # noqa: E402
 from lavis_evlgen.runners.determinism import be_deterministic  # noqa: E402
-from lavis_evlgen.runners.skipped_samples import TooManyBadImages  # noqa: E402
-from lavis_evlgen.runners.step import NonFinite  # noqa: E402
 from lavis_evlgen.runners.stopping import signals  # noqa: E402
-from lavis_evlgen.tasks.base import adapted_task  # noqa: E402
+from lavis_evlgen.tasks.build import build_data  # noqa: E402
 from lavis_evlgen.tasks.settings import SharedRunSettings  # noqa: E402
 from lavis_evlgen.weights.bundle import trained_section  # noqa: E402
-from lavis_evlgen.weights.sources import WeightsError  # noqa: E402
-
-# Problems that the user can fix: shown as one line, without a stack trace.
-USER_ERRORS = (ConfigError, DataError, WeightsError, MissingExtra, TooManyBadImages, NonFinite)
 
 EPILOG = """examples:
   python {script} --cfg-path projects/evlgen/quickstart.yaml
@@ -59,25 +47,6 @@ def set_up_logging():
     logging.basicConfig(level=level, format=f"%(asctime)s {name}%(message)s", datefmt="%H:%M:%S", force=True)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="timm|fairscale|torchvision")
-
-
-@contextmanager
-def config_errors():
-    """During set-up, a value that our own code refuses is a mistake in the config; other code's errors are bugs."""
-    try:
-        yield
-    except USER_ERRORS:
-        raise
-    except (ValueError, RuntimeError) as error:
-        if not Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(Path(__file__).parent):
-            raise
-        raise ConfigError(str(error)) from error
-
-
-def build_data(cfg: EvlgenConfig):
-    """(task, data sets by name and split) of a config, LAVIS's own adapted to the base classes here."""
-    task = adapted_task(registry.get_task_class(cfg.run_cfg.task).setup_task(cfg=cfg))
-    return task, adapted_sets(task.build_datasets(cfg))
 
 
 def build(cfg: EvlgenConfig):
@@ -109,22 +78,6 @@ def run(args, evaluate: bool = False):
     runner.train()
     distributed.stop()
     return runner
-
-
-def one_line(error: Exception) -> str:
-    """The message alone: what comes from a data worker carries the worker's whole stack trace."""
-    text = str(error)
-    if text.startswith("Caught ") and "Original Traceback" in text:
-        return text.strip().splitlines()[-1].partition(": ")[2]
-    return text
-
-
-def explanation(error: Exception) -> str | None:
-    """The one line for what a user can fix; None for a bug, whose trace is wanted."""
-    if isinstance(error, USER_ERRORS):
-        return one_line(error)
-    refused = system_error(error)
-    return None if refused is None else advice(refused)
 
 
 def main(script: str, purpose: str, evaluate: bool = False, argv=None):

@@ -7,6 +7,7 @@ import torch
 import yaml
 
 from lavis_evlgen import launch
+from lavis_evlgen.errors import UserError
 from tests.run_tools import EXIT_USER_ERROR, ROOT
 from tests.test_cli import pictures
 
@@ -138,7 +139,7 @@ def test_an_error_that_is_not_ours_keeps_its_trace(runs, monkeypatch):
     monkeypatch.setattr(launch, "build", lambda cfg: int("a bug elsewhere"))
     with pytest.raises(ValueError, match="a bug elsewhere") as error:
         runs.command()
-    assert not isinstance(error.value, launch.USER_ERRORS)
+    assert not isinstance(error.value, UserError)
 
 
 def test_the_projects_say_what_to_do_where_their_data_is_not(runs, capsys):

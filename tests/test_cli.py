@@ -9,7 +9,7 @@ from PIL import Image
 
 from lavis_evlgen import cli
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.tools import doctor
+from lavis_evlgen.tools.doctor import checks as doctor
 from tests.run_tools import ROOT, checkpoint
 from tests.tiny import tiny_llama
 

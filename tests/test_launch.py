@@ -10,7 +10,7 @@ import pytest
 
 from lavis_evlgen import cli
 from lavis_evlgen.datasets import DataError
-from lavis_evlgen.launch import explanation, one_line
+from lavis_evlgen.errors import explanation, one_line
 from lavis_evlgen.reporting.run_card import write_run_card
 from tests.run_tools import ROOT, Runs
 

@@ -3,6 +3,7 @@
 What happens at import needs an interpreter that has not imported LAVIS yet, hence the subprocesses.
 """
 
+import importlib
 import os
 import subprocess
 import sys
@@ -19,12 +20,12 @@ from lavis_evlgen.compat.environment import release
 
 ROOT = Path(__file__).resolve().parent.parent
 TRANSFORMERS = release(transformers.__version__)
-# the folder on the path stands for the package, so that the bridge is there and nothing is applied yet
-WITHOUT_APPLY = (
+# the folder on the path stands for the package, whose __init__ would have `import lavis` bridged
+WITHOUT_BRIDGES = (
     "import sys, types\n"
     "package = types.ModuleType('lavis_evlgen'); package.__path__ = ['lavis_evlgen']\n"
     "sys.modules['lavis_evlgen'] = package\n"
-    "from lavis_evlgen import lavis_bridge\n"
+    "from lavis_evlgen.compat import lavis_bridge\n"
 )
 
 
@@ -46,11 +47,11 @@ def test_import_lavis_fails_without_the_bridge_from_transformers_4_56():
         assert done.returncode == 0, done.stderr
 
 
-def test_generate_runners_and_cache_root_are_missing_until_apply():
-    """One interpreter, before and after: what `apply()` records is exactly what was missing."""
+def test_generate_runners_and_cache_root_are_missing_without_bridges():
+    """One interpreter, before and after: what is recorded is exactly what was missing."""
     done = run_python(
-        WITHOUT_APPLY
-        + "lavis_bridge.reexport_pruning_helpers()\n"
+        WITHOUT_BRIDGES
+        + "lavis_bridge.before_import()\n"
         "import lavis\n"
         "from lavis.common.registry import registry\n"
         "from lavis.models.blip2_models.Qformer import BertLMHeadModel\n"
@@ -60,7 +61,7 @@ def test_generate_runners_and_cache_root_are_missing_until_apply():
         "            'linear_warmup_cosine_lr' in registry.mapping['lr_scheduler_name_mapping'],\n"
         "            registry.get_path('cache_root'))\n"
         "print(*state())\n"
-        "lavis_bridge.apply()\n"
+        "lavis_bridge.after_import()\n"
         "print(*state())\n"
         "print(*[name for name, _ in lavis_bridge.applied()])\n",
         LAVIS_CACHE="/some/cache",
@@ -76,9 +77,11 @@ def test_generate_runners_and_cache_root_are_missing_until_apply():
         assert before[0] == "False"
 
 
-def test_apply_is_idempotent_and_says_why():
+def test_bridges_are_applied_once_and_say_why():
+    importlib.import_module("lavis")
     before = lavis_bridge.applied()
-    lavis_bridge.apply()
+    lavis_bridge.before_import()
+    lavis_bridge.after_import()
     assert lavis_bridge.applied() == before
     names = [name for name, _ in before]
     assert len(set(names)) == len(names) and all(reason for _, reason in before)
@@ -88,7 +91,7 @@ def test_apply_is_idempotent_and_says_why():
 
 @pytest.mark.parametrize("module_name, class_name", lavis_bridge.GENERATING)
 def test_lavis_classes_can_generate_and_keep_their_own_methods(module_name, class_name):
-    model_class = getattr(sys.modules[module_name], class_name)
+    model_class = getattr(importlib.import_module(module_name), class_name)
     assert issubclass(model_class, transformers.GenerationMixin) and model_class.can_generate()
     assert "prepare_inputs_for_generation" in vars(model_class)
     order = model_class.__mro__

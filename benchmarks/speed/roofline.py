@@ -27,7 +27,7 @@ from benchmarks.common.timing import RESULTS
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
-from lavis_evlgen.tools.cost.estimate import HARDWARE
+from lavis_evlgen.tools.cost.hardware import HARDWARE
 from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, backward, without_weights
 
 BANDWIDTH = {"h200": 4.8e12, "h100": 3.35e12, "a100-80g": 2.0e12}  # bytes a second, the makers' data sheets

@@ -33,7 +33,7 @@ from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.optim import adamw
 from lavis_evlgen.runners.step import TrainingStep
-from lavis_evlgen.tools.cost.estimate import HARDWARE
+from lavis_evlgen.tools.cost.hardware import HARDWARE
 
 
 def peak_gb(device: torch.device, call: Callable) -> float | None:

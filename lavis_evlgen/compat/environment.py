@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from types import ModuleType
 
+from lavis_evlgen.errors import UserError
+
 MEND = "run `bash run_scripts/setup_environment.sh`, or `pip install --no-deps -r requirements.lock`"
 PYTHON = ((3, 10), (3, 12))
 
@@ -24,7 +26,7 @@ class BrokenEnvironment(ImportError):
     """The environment cannot run EVLGen; the message names the package, the need and the mend."""
 
 
-class MissingExtra(ImportError):
+class MissingExtra(UserError, ImportError):
     """A package of an optional extra is not installed."""
 
 

@@ -1,9 +1,9 @@
 """Every bridge over a difference between LAVIS 1.0.2 and what it runs on, each with its reason.
 
-LAVIS 1.0.2 was written for transformers 4.25 and for one cluster. `apply()` makes `import lavis`
+LAVIS 1.0.2 was written for transformers 4.25 and for one cluster. What is here makes `import lavis`
 and its models work on transformers 4.49 to 4.57; each bridge looks whether it is needed, does one
-thing, and is recorded in `applied()`. No LAVIS file is edited, and no warning
-is silenced but those that `import lavis` itself raises about torch's old names.
+thing, and is recorded in `applied()`. No LAVIS file is edited, and no warning is silenced but those
+that `import lavis` itself raises about torch's old names. `lavis_import` calls this when LAVIS is imported.
 """
 
 import importlib
@@ -35,17 +35,25 @@ GENERATING = (
 REPEATED_BY_LAVIS = ("query_embeds", "encoder_hidden_states", "encoder_attention_mask")
 
 
-def apply() -> None:
-    """Apply the bridges that this environment needs, once; a second call does nothing."""
+def before_import() -> None:
+    """What has to be in place before the first `import lavis`."""
+    environment.import_torchvision()  # LAVIS would, and its error would not say what to do
+    reexport_pruning_helpers()
+
+
+@contextmanager
+def without_import_warnings():
+    """Within: no warnings of LAVIS's old imports, at which its users can do nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*(torch.jit.script|torch.cuda.amp)")
+        yield
+
+
+def after_import() -> None:
+    """Apply the bridges that need LAVIS imported, once; a second call does nothing."""
     global _done
     if _done:
         return
-    environment.import_torchvision()  # LAVIS would, and its error would not say what to do
-    reexport_pruning_helpers()  # before the first `import lavis`, which is what it makes possible
-    with warnings.catch_warnings():  # of its old imports, at which its users can do nothing
-        warnings.filterwarnings("ignore", category=FutureWarning, message=".*(torch.jit.script|torch.cuda.amp)")
-        import lavis  # noqa: F401  registers LAVIS's models, tasks, builders and processors
-
     restore_generate()
     repeat_for_beams_once()
     contrast_without_processes()
@@ -56,7 +64,7 @@ def apply() -> None:
 
 
 def applied() -> list[tuple[str, str]]:
-    """(name, reason) of each bridge that `apply()` found necessary, in order."""
+    """(name, reason) of each bridge that was found necessary, in order."""
     return list(_applied)
 
 

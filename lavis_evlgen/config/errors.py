@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import difflib
+import traceback
+from contextlib import contextmanager
+from pathlib import Path
+
+import lavis_evlgen
+from lavis_evlgen.errors import UserError
 
 _LONGEST = 80  # characters of a value in a message
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A config that cannot be used; the message names the file, the key, its value and what it must be."""
+
+
+@contextmanager
+def config_errors():
+    """During set-up, a value that our own code refuses is a mistake in the config; other code's errors are bugs."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if not raised_in.is_relative_to(Path(lavis_evlgen.__file__).parent):
+            raise
+        raise ConfigError(str(error)) from error
 
 
 def one_line(error: Exception) -> str:

@@ -1,30 +1,14 @@
-"""`evlgen demo`: its arguments."""
+"""`evlgen demo`: what it is asked for, checked."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from lavis_evlgen.compat.environment import require
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.media.images import MOST_MEGAPIXELS
+from lavis_evlgen.tools.load_trained import load
 
 
-def add_command(commands, load):
-    """`evlgen demo` among the subcommands; load(args) -> (model, image processor, decoding, device, seed | None)."""
-    p = commands.add_parser("demo", help="a page in the browser: caption pictures, ask about them, see their tokens")
-    p.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint), or a bundle's folder")
-    p.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
-    p.add_argument("--pictures", type=Path, metavar="DIR", help="pictures or clips to pick from (default: drawn ones)")
-    p.add_argument("--host", default="127.0.0.1", help="address to serve on (127.0.0.1: this machine alone)")
-    p.add_argument("--port", type=int, default=7860, help="default: 7860")
-    p.add_argument("--max-upload", type=float, default=20.0, metavar="MB", help="largest upload (20)")
-    p.add_argument("--max-pixels", type=float, default=40.0, metavar="MILLIONS",
-                   help="most pixels of a picture or of one frame, in millions (40)")  # fmt: skip
-    p.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="default: cpu")
-    p.set_defaults(run_command=lambda args: demo(args, load))
-
-
-def demo(args, load) -> int:
+def main(args) -> int:
     """Load the model and serve the page until interrupted."""
     require("gradio", "demo")  # before a model that may take minutes to load
     for name, value in (("--max-upload", args.max_upload), ("--max-pixels", args.max_pixels)):

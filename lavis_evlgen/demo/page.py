@@ -37,7 +37,7 @@ from lavis_evlgen.demo.examples import drawn_scenes, from_folder, thumbnails
 from lavis_evlgen.demo.own_requests import OwnRequestsOnly
 from lavis_evlgen.demo.uploads import Limits, preview, read
 from lavis_evlgen.media.video import takes_clips
-from lavis_evlgen.tools.tokens.plots import STYLES
+from lavis_evlgen.tools.tokens import STYLES
 
 QUEUE = 100  # requests that may wait; later ones are refused
 ANSWER_LENGTH = 10  # evlgen_vqa's

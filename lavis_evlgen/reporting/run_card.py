@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lavis_evlgen.media.file_checks import writing
+from lavis_evlgen.errors import writing
 from lavis_evlgen.reporting.provenance import provenance
 
 _DATA_KEYS = ("name", "split", "size", "fingerprint")

@@ -15,13 +15,14 @@ from pathlib import Path
 
 from lavis_evlgen import distributed
 from lavis_evlgen.datasets import ImageShards
+from lavis_evlgen.errors import UserError
 from lavis_evlgen.reporting.json_lines import drop_rows_after, read_json_lines
 
 # shares are of at least this many: one bad sample among the first ten is not yet a tenth of the set
 LEAST_SAMPLES, LEAST_SHARDS = 1000, 100
 
 
-class TooManyBadImages(RuntimeError):
+class TooManyBadImages(UserError, RuntimeError):
     """More of the data is unreadable than the config tolerates."""
 
 

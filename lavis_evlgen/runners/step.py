@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lavis_evlgen import distributed
+from lavis_evlgen.errors import UserError
 from lavis_evlgen.models.precision import auto_precision, autocast_type
 from lavis_evlgen.weights.integrity import all_finite
 
@@ -22,7 +23,7 @@ def amp_of(run):
 PATIENCE_AT_END = 5  # skipped steps in a row that are too many where no more steps follow
 
 
-class NonFinite(RuntimeError):
+class NonFinite(UserError, RuntimeError):
     """Training has diverged."""
 
 

@@ -1,4 +1,4 @@
-"""Runs side by side: one table and one picture, from run cards and logs alone."""
+"""`evlgen compare`, runs side by side: one table and one picture, from run cards and logs alone."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.reporting.json_lines import read_json_lines
+from lavis_evlgen.reporting.plots import comparison_plot
 from lavis_evlgen.tools import tables
 from lavis_evlgen.tools.paper import paper_row
 
@@ -145,3 +146,15 @@ def show(rows: list[tuple[str, ...]]) -> str:
 def markdown(rows: list[tuple[str, ...]]) -> str:
     """The table as Markdown."""
     return tables.markdown(COLUMNS, rows)
+
+
+def main(args) -> int:
+    """Print the table, what makes scores not comparable, and where the picture is."""
+    runs = read_runs(args.runs)
+    rows = table_rows(runs)
+    print(markdown(rows) if args.markdown else show(rows))
+    for difference in unlike(runs):
+        print(f"note: {difference}")
+    path = comparison_plot(args.out, {run.name: run.rows for run in runs})
+    print(f"picture: {path}")
+    return 0

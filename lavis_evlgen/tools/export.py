@@ -1,4 +1,4 @@
-"""A bundle out of a run: the weights of one of its checkpoints, its config, and what that checkpoint scored."""
+"""`evlgen export`: a bundle of a run, with the weights of a checkpoint, its config and what it scored."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from lavis.common.registry import registry
 
 from lavis_evlgen.runners import checkpoints
 from lavis_evlgen.tasks.captioning import decoding_of
+from lavis_evlgen.tools.load_trained import run_config
+from lavis_evlgen.tools.model_options import model_options
 from lavis_evlgen.weights.bundle import bundle_config, empty_model, write_bundle
 from lavis_evlgen.weights.trainable import check_trainable
 from lavis_evlgen.weights.untrusted import USER_ONLY_KEYS
@@ -41,3 +43,10 @@ def _card(folder: Path, run: dict, step: int) -> dict | None:
     by_split = {card["data"]["split"]: card for card in cards if card.get("step") == step}
     splits = [*(run.get("test_splits") or []), *(run.get("valid_splits") or [])]
     return next((by_split[split] for split in splits if split in by_split), None)
+
+
+def main(args) -> int:
+    """Write a bundle of a run's checkpoint."""
+    cfg, checkpoint = run_config(Path(args.run), args.checkpoint)
+    print(export_run(cfg, checkpoint, args.out, model_options(args.options)))
+    return 0

@@ -24,13 +24,6 @@ READERS = {"run": ("runner", "task"), "model": ("model",), "datasets": ("builder
 REFERENCE = {"type": "string", "pattern": r"\$\{.+\}"}  # to another value of the config
 
 
-def add_command(commands):
-    k = commands.add_parser("keys", help="every config key: what it does, takes and defaults to")
-    k.add_argument("section", nargs="?", choices=SECTIONS, help="only this section")
-    k.add_argument("--json-schema", action="store_true", help="print a JSON schema of run configs, for editors")
-    k.set_defaults(run_command=print_keys)
-
-
 def print_keys(args) -> int:
     """Print the keys that each registered class says it reads."""
     if args.json_schema:

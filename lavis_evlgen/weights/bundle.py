@@ -21,7 +21,7 @@ from lavis_evlgen.config import ConfigError, nearest
 from lavis_evlgen.config.as_trained import STARTS
 from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.config.values import refuse_unknown
-from lavis_evlgen.media.file_checks import writing
+from lavis_evlgen.errors import writing
 from lavis_evlgen.reporting.run_card import plain
 from lavis_evlgen.weights.frozen_identity import frozen_identity
 from lavis_evlgen.weights.integrity import DIGESTS, sha256_of

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from lavis_evlgen.compat.environment import missing_extra
+from lavis_evlgen.errors import UserError
 from lavis_evlgen.media.file_checks import first_bytes, wrong_content
 from lavis_evlgen.weights.integrity import check_digest, read_torch
 
@@ -28,7 +29,7 @@ def on_meta() -> bool:
     return torch.get_default_device().type == "meta"
 
 
-class WeightsError(FileNotFoundError):
+class WeightsError(UserError, FileNotFoundError):
     """Weights that are not there, or are not what the config says they are."""
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from lavis_evlgen import launch
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.errors import UserError
 from lavis_evlgen.reporting.sweep_plot import sweep_plot
 from lavis_evlgen.runners import checkpoints
 from lavis_evlgen.tools.sweeps import runs as sweep_runs
@@ -119,7 +120,7 @@ def in_this_process(monkeypatch):
         log.parent.mkdir(parents=True, exist_ok=True)
         try:
             launch.run(SimpleNamespace(cfg_path=cfg_path, options=[*trial.options, *place]))
-        except launch.USER_ERRORS as error:
+        except UserError as error:
             log.write_text(f"train.py: {error}\n")
             code = 2
         return SimpleNamespace(poll=lambda: code, returncode=code, terminate=list, wait=list)

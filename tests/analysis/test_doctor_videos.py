@@ -1,6 +1,6 @@
 from lavis_evlgen.datasets import VideoCaptionDataset
 from lavis_evlgen.datasets.base import CaptionedImage
-from lavis_evlgen.tools.doctor import check_images
+from lavis_evlgen.tools.doctor.checks import check_images
 from tests.clip_tools import write_clip
 
 

@@ -13,7 +13,8 @@ from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
 from lavis_evlgen.runners.cost import flops_per_image
-from lavis_evlgen.tools.cost.estimate import ASSUMED, HARDWARE, RESULTS, Speed, auto_on, speed_of
+from lavis_evlgen.tools.cost.estimate import Speed, auto_on, speed_of
+from lavis_evlgen.tools.cost.hardware import ASSUMED, HARDWARE, RESULTS
 from lavis_evlgen.tools.cost.step_memory import Alive, step_flops, step_memory
 from lavis_evlgen.weights.bundle import empty_model
 from tests.runners.test_cost import step_of

@@ -13,7 +13,7 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.connectors import build_connector
 from lavis_evlgen.models.connectors.pooling import AveragePooling
 from lavis_evlgen.processors.images import EvlgenImageEvalProcessor
-from lavis_evlgen.tools.tokens import plots
+from lavis_evlgen.tools.tokens import STYLES, plots
 from lavis_evlgen.tools.tokens.maps import TokenMap, layer_maps, shown, untrained, words_of
 from tests.models.test_quickstart_parts import missing
 from tests.test_cli import evlgen
@@ -181,7 +181,7 @@ def test_connectors_without_layers_and_without_a_map():
 def test_pictures_are_drawn(tmp_path):
     picture, cells = np.random.default_rng(0).random((28, 28, 3)), np.repeat([[1, 2], [2, 3]], 2, 0).repeat(2, 1)
     maps = [TokenMap(np.arange(16).reshape(4, 4), 16, 0), TokenMap(cells, 4, 1)]
-    for style in plots.STYLES:
+    for style in STYLES:
         png, svg = plots.overview(
             tmp_path / style, picture, {"before training": maps[0], "trained": maps[1]}, style, "a caption with $x_1$"
         )

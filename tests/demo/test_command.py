@@ -11,17 +11,21 @@ from lavis_evlgen.demo import command
 
 
 def arguments(*words: str) -> argparse.Namespace:
-    return cli._parser().parse_args(["demo", "--run", "somewhere", *words])
+    return cli.parser().parse_args(["demo", "--run", "somewhere", *words])
 
 
-def never(args):
-    raise AssertionError("the model was loaded")
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch):
+    def never(args):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(command, "load", never)
 
 
 def test_without_gradio_it_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(MissingExtra, match="gradio is not installed: run `uv sync --extra demo`"):
-        command.demo(arguments(), never)
+        command.main(arguments())
 
 
 @pytest.mark.parametrize(
@@ -35,7 +39,7 @@ def test_without_gradio_it_says_how_to_get_it(monkeypatch):
 def test_arguments_that_cannot_be(words, says, monkeypatch):
     monkeypatch.setattr(command, "require", lambda *names: None)
     with pytest.raises(command.ConfigError, match=says):
-        command.demo(arguments(*words), never)
+        command.main(arguments(*words))
 
 
 def test_it_serves_this_machine_alone_unless_told_otherwise():

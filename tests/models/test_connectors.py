@@ -13,7 +13,7 @@ from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.models.connectors import CONNECTORS, READS, build_connector
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.runners.progress import part_rows
-from lavis_evlgen.tools.doctor import check_weights
+from lavis_evlgen.tools.doctor.checks import check_weights
 from lavis_evlgen.weights.sources import WeightsError
 from lavis_evlgen.weights.trainable import trainable_state
 from tests.run_tools import Runs, losses

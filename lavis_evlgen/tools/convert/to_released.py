@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lavis_evlgen.media.file_checks import writing
+from lavis_evlgen.errors import writing
 from lavis_evlgen.tools.convert.from_released import NAMES, PROJECTIONS, shape_of
 from lavis_evlgen.weights.bundle import EXTRA, WEIGHTS, find_bundle, read_config
 from lavis_evlgen.weights.sources import WeightsError, read_state_dict

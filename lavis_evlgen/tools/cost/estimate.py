@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,44 +16,12 @@ from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.precision import auto_precision, autocast_type, check_halves
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tools import tables
+from lavis_evlgen.tools.cost.hardware import CPU, HARDWARE
 from lavis_evlgen.tools.cost.macs import amount
 from lavis_evlgen.tools.cost.step_memory import StepMemory, step_flops, step_memory
 from lavis_evlgen.weights.bundle import empty_model
 
-RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
-ASSUMED = 0.37  # of a GPU's peak, where no step was measured on it: what the paper's hours on A100s are in these FLOPs
 CONTEXT, LOST = 1e9, 0.05  # bytes of CUDA's context and libraries; share that the allocator's gaps cost
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """gb: memory; half and single: dense FLOPs a second by the maker's data sheet, on tensor cores and in float32."""
-
-    name: str
-    gb: float
-    half: float
-    single: float
-    bf16: bool = True
-
-    def is_called(self, device: str) -> bool:
-        """Whether the driver's name of a device, such as NVIDIA A100-SXM4-80GB, is of this chip."""
-        return re.search(rf"\b{self.name}\b", device) is not None
-
-
-HARDWARE = {
-    "h200": Hardware("H200", 141, 989e12, 67e12),
-    "h100": Hardware("H100", 80, 989e12, 67e12),
-    "a100-80g": Hardware("A100", 80, 312e12, 19.5e12),
-    "a100-40g": Hardware("A100", 40, 312e12, 19.5e12),
-    "l40s": Hardware("L40S", 48, 362e12, 91.6e12),
-    "a6000": Hardware("A6000", 48, 155e12, 38.7e12),
-    "a10": Hardware("A10", 24, 125e12, 31.2e12),
-    "4090": Hardware("4090", 24, 165e12, 82.6e12),
-    "3090": Hardware("3090", 24, 71e12, 35.6e12),
-    "v100": Hardware("V100", 32, 125e12, 15.7e12, bf16=False),
-    "t4": Hardware("T4", 16, 65e12, 8.1e12, bf16=False),
-}
-CPU = "cpu"  # no data sheet: only what was measured
 
 
 @dataclass(frozen=True)
@@ -209,22 +176,6 @@ def words(found: Estimate) -> str:
         f"a second; {found.steps} steps in {found.hours:.3g} hours, without evaluation and waiting for data",
     ]
     return "\n".join(lines)
-
-
-def add_command(commands):
-    """`evlgen estimate` among the subcommands of the `evlgen` parser."""
-    p = commands.add_parser("estimate", help="memory and hours of a run config on a GPU, before there is one")
-    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
-    p.add_argument("--gpu", required=True, choices=(*HARDWARE, CPU), help="the kind of GPU, or cpu")
-    p.add_argument("--gpus", type=int, default=1, metavar="N", help="how many, all nodes counted (1)")
-    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py: model.tome_r=16")
-    p.add_argument("--text-tokens", type=int, metavar="N", help="tokens of the caption, BOS and end counted "
-                   "(default: max_txt_len, the longest)")  # fmt: skip
-    p.add_argument("--mfu", type=float, default=ASSUMED, help="share of the data sheet's peak to assume where no step "
-                   f"was measured on this hardware ({ASSUMED})")  # fmt: skip
-    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="files of benchmarks/speed/step.py "
-                   "(the project's benchmarks/results)")  # fmt: skip
-    p.set_defaults(run_command=main)
 
 
 def main(args) -> int:

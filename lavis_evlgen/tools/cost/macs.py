@@ -254,17 +254,6 @@ def as_json(cost: Cost) -> str:
     return json.dumps({**asdict(cost), "parts": parts, "flops": cost.flops}, indent=2)
 
 
-def add_command(commands):
-    """`evlgen macs` among the subcommands of the `evlgen` parser."""
-    p = commands.add_parser("macs", help="MACs, parameters and training FLOPs of a config, by part")
-    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
-    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py: model.tome_r=16")
-    p.add_argument("--text-tokens", type=int, metavar="N", help="tokens of the caption, BOS and end counted "
-                   "(default: max_txt_len, the longest)")  # fmt: skip
-    p.add_argument("--json", action="store_true", help="print all figures unrounded, as JSON")
-    p.set_defaults(run_command=main)
-
-
 def main(args) -> int:
     """Print the table, or JSON."""
     if args.text_tokens is not None and args.text_tokens < 1:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import sys
 from itertools import groupby
-from pathlib import Path
 from statistics import mean, stdev
 
 from lavis_evlgen.config import ConfigError, EvlgenConfig
@@ -19,25 +18,6 @@ from lavis_evlgen.tools.sweeps import sweep
 from lavis_evlgen.tools.sweeps.sweep import Row, Trial
 
 _PLOTTED = ("CIDEr", "accuracy", "loss, right")  # the first that there is
-
-
-def add_command(commands):
-    """`evlgen ablate` among the subcommands of the `evlgen` parser."""
-    p = commands.add_parser("ablate", help="train a grid of config values and seeds; a table and a picture")
-    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/quickstart.yaml")
-    p.add_argument("--sweep", action="append", required=True, metavar="KEY=VALUES", dest="sweeps",
-                   help="values of a config key, parted by commas: model.tome_r=10,13,16; several: all combinations")
-    p.add_argument("--seeds", default="1", metavar="N|SEEDS",
-                   help="how many seeds, from the config's on (3), or which (42,1,2); default: the config's alone")
-    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py, for every run")
-    beside = p.add_mutually_exclusive_group()
-    beside.add_argument("--gpus", metavar="GPUS", help="run on these at the same time, one run each: 0,1 "
-                        "(default: one run after another, on what the config says)")
-    beside.add_argument("--jobs", type=int, default=1, metavar="N",
-                        help="on a CPU: so many runs beside each other, which share its threads (1)")
-    p.add_argument("--out", type=Path, default=Path("output/ablate"), metavar="DIR",
-                   help="where runs, logs and results go; the same again continues (output/ablate)")  # fmt: skip
-    p.set_defaults(run_command=main)
 
 
 def main(args) -> int:

@@ -11,24 +11,14 @@ import torch
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import UnreadableImage
 from lavis_evlgen.media.images import open_image
+from lavis_evlgen.tools.load_trained import load
 from lavis_evlgen.tools.tokens import maps as token_maps
 from lavis_evlgen.tools.tokens import plots
 
 
-def add_command(commands, load):
-    """`evlgen tokens` among the subcommands; load(args) -> (model, image processor, decoding, device, seed | None)."""
-    p = commands.add_parser("tokens", help="pictures of merged tokens: which patches each token stands for")
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
-    p.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint), or a bundle's folder")
-    p.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
-    p.add_argument("--style", default="mean", choices=plots.STYLES,
-                   help="mean: patches in the mean colour of their token; outline: regions over the photo")  # fmt: skip
-    p.add_argument("--before", action="store_true", help="the connector before training beside the trained one")
-    p.add_argument("--layers", action="store_true", help="also every layer: a strip and an animated GIF")
-    p.add_argument("--words", action="store_true", help="also which token each word of the caption relies on")
-    p.add_argument("--out", type=Path, default=Path("tokens"), metavar="DIR", help="where pictures go (tokens)")
-    p.add_argument("--device", default="cpu", choices=("cpu", "cuda", "auto"), help="default: cpu")
-    p.set_defaults(run_command=lambda args: draw(args, *load(args)))
+def main(args) -> int:
+    """Load the model and draw."""
+    return draw(args, *load(args))
 
 
 def draw(args, model, processor, decoding: dict, device: torch.device, seed: int | None) -> int:

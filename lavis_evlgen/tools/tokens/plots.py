@@ -17,7 +17,6 @@ from PIL import Image
 
 from lavis_evlgen.tools.tokens.maps import TokenMap, Word
 
-STYLES = ("mean", "outline")
 _INK, _GREY, _BLUE = "#1f2328", "#5c636d", "#2563a8"
 _DPI = 150
 _PANEL = 2.6  # inches

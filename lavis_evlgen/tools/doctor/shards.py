@@ -9,7 +9,7 @@ from pathlib import Path
 from lavis_evlgen.datasets import ImageShards, UnreadableImage
 from lavis_evlgen.datasets.shards.reader import read_shard
 from lavis_evlgen.media.file_checks import Unreadable
-from lavis_evlgen.tools.doctor import Finding
+from lavis_evlgen.tools.doctor.checks import Finding
 
 _DECODED = 256  # samples of each shard that is looked into
 

@@ -1,0 +1,1 @@
+"""`evlgen doctor`: checks of data, weights and memory before training."""
