@@ -1,8 +1,8 @@
-"""Write requirements.lock: the versions that `uv sync --all-extras` installs, for plain pip.
+"""Write requirements.lock: the versions that `setup_environment.sh --latest` resolved, which it installs otherwise.
 
-    uv run --no-sync python run_scripts/make_lock.py
+    bash run_scripts/setup_environment.sh --latest && uv run --no-sync python run_scripts/make_lock.py
 
-Plain pip cannot lift LAVIS's stale pins, so it installs this list without looking at dependencies:
+Plain pip, which cannot lift LAVIS's stale pins, can install this list too, without looking at dependencies:
 
     pip install --no-deps -r requirements.lock && pip install --no-deps -e .
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Build or refresh the project's environment in .venv, from any working directory.
+# Build or refresh the project's environment in .venv, in the versions of requirements.lock, from any working directory.
 #
-#   bash run_scripts/setup_environment.sh            extras quickstart and dev
-#   bash run_scripts/setup_environment.sh NAME...    these extras instead
+#   bash run_scripts/setup_environment.sh            all that the lock lists: extras quickstart and dev
+#   bash run_scripts/setup_environment.sh NAME...    these extras instead, in the versions of the lock
+#   bash run_scripts/setup_environment.sh --transformers VERSION [NAME...]    with another transformers than the lock's
+#   bash run_scripts/setup_environment.sh --latest [NAME...]    the newest versions that setup.py and the index allow;
+#                                                    run_scripts/make_lock.py then records them in requirements.lock
 #
-# uv is used because plain pip cannot lift the two stale pins in LAVIS's metadata (see pyproject.toml).
 # UV_PROJECT_ENVIRONMENT names another folder than .venv, as for every uv command.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -39,18 +41,53 @@ if ! command -v uv >/dev/null; then
     command -v uv >/dev/null || fail "uv was installed but is not on the PATH: add its folder to PATH and run this again."
 fi
 
-extras=()
-[ $# -gt 0 ] || set -- quickstart dev
-for extra in "$@"; do
-    extras+=(--extra "$extra")
-done
-
-# uv picks the Python itself: any 3.10-3.12 on the machine (requires-python), else one it fetches.
-# decord's wheel says inside that it is for CPython 3.6, so uv would reinstall it at every sync, under
-# the feet of whatever runs; a sync that would do nothing else is skipped.
+latest='' transformers=''
+case ${1:-} in
+--latest) latest=1 && shift ;;
+--transformers) transformers=${2:?which version of transformers?} && shift 2 ;;
+esac
 environment=${UV_PROJECT_ENVIRONMENT:-.venv}
-plan=$(uv sync "${extras[@]}" --dry-run 2>&1) || fail "uv cannot resolve the environment: $plan"
-if [ ! -x "$environment/bin/python" ] || grep -E '^ [-+~] ' <<<"$plan" | grep -qv '^ ~ decord=='; then
-    uv sync "${extras[@]}"
+
+if [ -n "$latest" ]; then
+    # uv, because plain pip cannot lift the stale pins in LAVIS's metadata (see pyproject.toml)
+    [ $# -gt 0 ] || set -- quickstart dev
+    uv sync --upgrade "${@/#/--extra=}"
+    echo "environment $environment has the newest versions ($((SECONDS - started)) s)"
+    exit
+fi
+
+# uv picks the Python itself: any 3.10-3.12 on the machine (requires-python), else one it fetches
+[ -x "$environment/bin/python" ] || uv venv "$environment"
+
+lock=requirements.lock
+if [ -n "$transformers" ]; then
+    lock=$(mktemp --suffix .txt)
+    trap 'rm -f "$lock"' EXIT
+    grep -vE '^(transformers|tokenizers|huggingface-hub)==' requirements.lock >"$lock" # what depends on its version
+fi
+if [ $# -gt 0 ]; then
+    wanted=(--editable ".[$(IFS=, && echo "$*")]" --constraint "$lock")
+else
+    wanted=(--no-deps --requirement "$lock")
+fi
+
+# decord's wheel says inside that it is for CPython 3.6, so uv would reinstall it every time, under the feet of
+# whatever runs; an installation that would do nothing else, or only this package again, is skipped. What is installed
+# is known without the index; --offline makes that quick.
+plan() {
+    uv pip install --python "$environment" --dry-run "$@" 2>&1
+}
+changes=$(plan --offline "${wanted[@]}") || changes=$(plan "${wanted[@]}") ||
+    fail "uv cannot install the versions of requirements.lock: $changes"
+if grep -E '^ [-+~] ' <<<"$changes" | grep -qvE '^ ~ decord==|^ [-+~] lavis-evlgen( |==)'; then
+    uv pip install --python "$environment" "${wanted[@]}"
+fi
+if [ -n "$transformers" ]; then
+    # without --no-config the project's override of transformers would win over the version asked for
+    uv pip install --python "$environment" --no-config "transformers==$transformers"
+fi
+command=$environment/bin/evlgen # as new as the last installation of this package
+if [ ! -x "$command" ] || [ setup.py -nt "$command" ] || [ pyproject.toml -nt "$command" ]; then
+    uv pip install --python "$environment" --no-deps --editable .
 fi
 echo "environment $environment is up to date ($((SECONDS - started)) s)"

@@ -213,5 +213,6 @@ def test_the_lock_satisfies_setup_and_check_on_each_python(python, monkeypatch):
             assert requirement.name not in locked, f"two versions of {requirement.name} for Python {python}"
             locked[requirement.name] = next(iter(requirement.specifier)).version
     for wanted in wanted_by_setup(monkeypatch):
+        assert wanted.name in locked, f"{wanted} is in setup.py and not in the lock: run run_scripts/make_lock.py"
         assert wanted.specifier.contains(locked[wanted.name]), f"{wanted} but {locked[wanted.name]} is locked"
     check(locked, tuple(map(int, python.split(".")[:2])))
