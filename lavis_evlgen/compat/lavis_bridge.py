@@ -7,17 +7,19 @@ that `import lavis` itself raises about torch's old names. `lavis_import` calls 
 """
 
 import importlib
+import importlib.util
 import logging
 import os
+import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from lavis_evlgen.compat import environment
+from lavis_evlgen.compat import dropped_names, environment
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ def before_import() -> None:
     """What has to be in place before the first `import lavis`."""
     environment.import_torchvision()  # LAVIS would, and its error would not say what to do
     reexport_pruning_helpers()
+    supply_model_parallel_utils()
 
 
 @contextmanager
@@ -74,9 +77,15 @@ def _record(name: str, reason: str) -> None:
 
 
 def reexport_pruning_helpers() -> None:
-    """transformers >= 4.56 dropped three re-exports that `lavis/models/med.py:40` imports."""
+    """transformers >= 4.56 dropped three re-exports that `lavis/models/med.py:40` imports; 5 dropped one itself."""
     from transformers import modeling_utils, pytorch_utils
 
+    if not hasattr(pytorch_utils, "find_pruneable_heads_and_indices"):
+        pytorch_utils.find_pruneable_heads_and_indices = dropped_names.find_pruneable_heads_and_indices
+        _record(
+            "find_pruneable_heads_and_indices",
+            "transformers.pytorch_utils has it no longer (>= 5), and `import lavis` needs it",
+        )
     missing = [name for name in PRUNING_HELPERS if not hasattr(modeling_utils, name)]
     for name in missing:
         setattr(modeling_utils, name, getattr(pytorch_utils, name))
@@ -86,6 +95,17 @@ def reexport_pruning_helpers() -> None:
             f"transformers.modeling_utils no longer re-exports {', '.join(missing)} (>= 4.56), "
             "which `import lavis` needs",
         )
+
+
+def supply_model_parallel_utils() -> None:
+    """transformers 5 dropped a module that `lavis/models/blip2_models/modeling_t5.py:51` imports."""
+    name = "transformers.utils.model_parallel_utils"
+    if name in sys.modules or importlib.util.find_spec(name) is not None:
+        return
+    module = ModuleType(name, "In place of a module that transformers 5 dropped (lavis_evlgen/compat).")
+    module.assert_device_map, module.get_device_map = dropped_names.assert_device_map, dropped_names.get_device_map
+    sys.modules[name] = module
+    _record("supply_model_parallel_utils", f"{name} is gone (>= 5), and `import lavis` needs it")
 
 
 def restore_generate() -> None:

@@ -49,5 +49,6 @@ def test_it_serves_this_machine_alone_unless_told_otherwise():
 
 def test_models_without_a_connector_are_named(monkeypatch):
     monkeypatch.setattr(command, "require", lambda *names: None)
+    monkeypatch.setattr(command, "load", lambda args: (3, None, {}, None, None))
     with pytest.raises(command.ConfigError, match="int has no connector"):
-        command.demo(arguments(), lambda args: (3, None, {}, None, None))
+        command.main(arguments())
