@@ -121,7 +121,7 @@ def test_stage_1_beams_are_no_worse_than_greedy(tmp_path, monkeypatch):
 def test_beams_fail_without_the_bridge(model_class, make, tmp_path, monkeypatch):
     assert f"repeat_for_beams_once:{model_class.__name__}" in dict(lavis_bridge.applied())
     model = make(tmp_path, monkeypatch)
-    original = staticmethod(GenerationMixin._expand_inputs_for_generation)
+    original = vars(GenerationMixin)["_expand_inputs_for_generation"]  # a static method up to transformers 4
     monkeypatch.setattr(model_class, "_expand_inputs_for_generation", original)
     with pytest.raises((RuntimeError, ValueError), match="size|batch|shape"):
         model.generate({"image": pictures(2)}, num_beams=3)

@@ -51,8 +51,7 @@ def opt_folder(folder: Path) -> Path:
     redraw(tiny_opt()).save_pretrained(folder)
     tiny_tokenizer().backend_tokenizer.model.save(str(folder))  # vocab.json, merges.txt
     ends = dict.fromkeys(("bos_token", "eos_token"), "</s>") | {"pad_token": "<pad>", "unk_token": "<unk>"}
-    files = {"vocab_file": str(folder / "vocab.json"), "merges_file": str(folder / "merges.txt")}
-    GPT2Tokenizer(**files, **ends, add_bos_token=True).save_pretrained(folder)
+    GPT2Tokenizer.from_pretrained(folder, **ends, add_bos_token=True).save_pretrained(folder)
     return folder
 
 

@@ -19,7 +19,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 from PIL import Image, ImageOps
 
-from lavis_evlgen.compat import dropped_names, environment
+from lavis_evlgen.compat import environment, transformers5
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +31,20 @@ PRUNING_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indice
 GENERATING = (
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
     ("lavis.models.blip2_models.modeling_opt", "OPTForCausalLM"),
+)
+BERTS = ("lavis.models.med", "lavis.models.blip_models.nlvr_encoder", "lavis.models.blip2_models.Qformer")
+# LAVIS's classes whose output weights are their embeddings, in the words of transformers 5: target -> source
+_BERT_TIED = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+TIED = (
+    ("lavis.models.med", "BertLMHeadModel", _BERT_TIED),
+    ("lavis.models.med", "BertForMaskedLM", _BERT_TIED),
+    ("lavis.models.blip2_models.Qformer", "BertLMHeadModel", _BERT_TIED),
+    ("lavis.models.blip2_models.Qformer", "BertForMaskedLM", _BERT_TIED),
+    (
+        "lavis.models.blip2_models.modeling_opt",
+        "OPTForCausalLM",
+        {"lm_head.weight": "model.decoder.embed_tokens.weight"},
+    ),
 )
 # what BLIP-2's `generate` repeats for the beams before it calls the classes above (blip2_opt.py:215,
 # blip2_qformer.py:289)
@@ -57,8 +71,10 @@ def after_import() -> None:
     global _done
     if _done:
         return
+    supply_model_methods()
     restore_generate()
     repeat_for_beams_once()
+    keep_mask_of_queries()
     contrast_without_processes()
     stretch_contrast()
     register_runners_and_schedulers()
@@ -81,7 +97,7 @@ def reexport_pruning_helpers() -> None:
     from transformers import modeling_utils, pytorch_utils
 
     if not hasattr(pytorch_utils, "find_pruneable_heads_and_indices"):
-        pytorch_utils.find_pruneable_heads_and_indices = dropped_names.find_pruneable_heads_and_indices
+        pytorch_utils.find_pruneable_heads_and_indices = transformers5.find_pruneable_heads_and_indices
         _record(
             "find_pruneable_heads_and_indices",
             "transformers.pytorch_utils has it no longer (>= 5), and `import lavis` needs it",
@@ -103,9 +119,29 @@ def supply_model_parallel_utils() -> None:
     if name in sys.modules or importlib.util.find_spec(name) is not None:
         return
     module = ModuleType(name, "In place of a module that transformers 5 dropped (lavis_evlgen/compat).")
-    module.assert_device_map, module.get_device_map = dropped_names.assert_device_map, dropped_names.get_device_map
+    module.assert_device_map, module.get_device_map = transformers5.assert_device_map, transformers5.get_device_map
     sys.modules[name] = module
     _record("supply_model_parallel_utils", f"{name} is gone (>= 5), and `import lavis` needs it")
+
+
+def supply_model_methods() -> None:
+    """transformers 5 dropped methods that LAVIS's own BERTs call, and no longer ties weights that are not named."""
+    from transformers import PreTrainedModel
+
+    if hasattr(PreTrainedModel, "invert_attention_mask"):
+        return
+    for module_name in BERTS:
+        base = importlib.import_module(module_name).BertPreTrainedModel
+        for name in ("get_head_mask", "invert_attention_mask", "init_weights", "tie_weights"):
+            setattr(base, name, getattr(transformers5, name))
+        base._init_weights = transformers5.with_position_ids(base._init_weights)
+    for module_name, class_name, tied in TIED:
+        getattr(importlib.import_module(module_name), class_name)._tied_weights_keys = tied
+    _record(
+        "supply_model_methods",
+        "transformers.PreTrainedModel has no get_head_mask and invert_attention_mask, and init_weights() no longer "
+        "does what post_init() does (>= 5), for LAVIS's BERTs and OPT",
+    )
 
 
 def restore_generate() -> None:
@@ -138,7 +174,7 @@ def repeat_for_beams_once() -> None:
         model_class = getattr(importlib.import_module(module_name), class_name)
         if model_class._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation:
             continue
-        model_class._expand_inputs_for_generation = staticmethod(_repeat_unrepeated)
+        model_class._expand_inputs_for_generation = _repeat_unrepeated
         _record(
             f"repeat_for_beams_once:{class_name}",
             f"BLIP-2's generate repeats {', '.join(REPEATED_BY_LAVIS)} num_beams times, and transformers "
@@ -146,14 +182,38 @@ def repeat_for_beams_once() -> None:
         )
 
 
-def _repeat_unrepeated(expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+def keep_mask_of_queries() -> None:
+    """transformers 5 drops an attention mask of ones, and LAVIS's OPT then makes one that leaves the queries out."""
+    import transformers
+
+    if environment.release(transformers.__version__) < (5,):
+        return
+    opt = importlib.import_module("lavis.models.blip2_models.modeling_opt").OPTForCausalLM
+    prepare = opt.prepare_inputs_for_generation
+
+    def prepare_inputs_for_generation(self, input_ids=None, query_embeds=None, attention_mask=None, **kwargs):
+        if attention_mask is None and query_embeds is not None:
+            attention_mask = input_ids.new_ones(len(input_ids), query_embeds.shape[1] + input_ids.shape[1])
+        return prepare(self, input_ids, query_embeds=query_embeds, attention_mask=attention_mask, **kwargs)
+
+    opt.prepare_inputs_for_generation = prepare_inputs_for_generation
+    _record(
+        "keep_mask_of_queries",
+        "transformers' generate() hands on no attention mask where it is all ones (>= 5), and LAVIS's OPT, whose mask "
+        "is of queries and prompt, then makes one of the prompt alone",
+    )
+
+
+def _repeat_unrepeated(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
     """In place of GenerationMixin._expand_inputs_for_generation: (input_ids, model_kwargs), a row for each beam."""
     from transformers import GenerationMixin
 
     rows = None if input_ids is None else len(input_ids) * expand_size
     there = {k: v for k in REPEATED_BY_LAVIS if (v := model_kwargs.get(k)) is not None and len(v) == rows}
     others = {k: v for k, v in model_kwargs.items() if k not in there}
-    input_ids, others = GenerationMixin._expand_inputs_for_generation(
+    # a static method up to transformers 4
+    expand = vars(GenerationMixin)["_expand_inputs_for_generation"].__get__(self)
+    input_ids, others = expand(
         expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **others
     )
     return input_ids, others | there

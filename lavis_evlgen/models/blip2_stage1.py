@@ -90,10 +90,12 @@ class Blip2Stage1(Blip2Qformer):
         if on_meta():  # LAVIS makes room for the tokenizer's own words, with statistics of weights that are not there
             sizes["vocab_size"] = len(self.tokenizer)
         config = BertConfig(
-            **sizes | {"encoder_width": vision_width, "query_length": num_query_token},
-            add_cross_attention=True,
-            cross_attention_freq=cross_attention_freq,
-        )
+            **sizes
+            | {
+                "encoder_width": vision_width, "query_length": num_query_token,
+                "add_cross_attention": True, "cross_attention_freq": cross_attention_freq,
+            }
+        )  # fmt: skip
         qformer = BertLMHeadModel(config)
         if not on_meta():
             _load_bert(qformer, bert_state(folder), folder)

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote, urlparse
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lavis_evlgen.compat.environment import missing_extra
@@ -223,7 +224,32 @@ def check_floating(state: dict, own: dict[str, torch.Tensor], source: str):
             raise WeightsError(f"{source}: {name} is no tensor but {type(value).__name__}")
         if not value.is_floating_point() or value.layout != torch.strided:
             kind = str(value.dtype).removeprefix("torch.") + ("" if value.layout == torch.strided else ", sparse")
-            raise WeightsError(
-                f"{source}: {name} holds numbers of type {kind}, and weights are floating-point numbers: the file is "
-                "broken, or quantised"
-            )
+            raise _not_floating(source, name, kind)
+
+
+def check_files_floating(folder: str, what: str):
+    """Raises WeightsError for a matrix of whole numbers in the safetensors files of a folder; a hub id passes.
+
+    transformers 5 turns them into floating-point numbers as it loads, so that `check_floating` cannot see them.
+    """
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with _opened(path, what) as file:
+            for name in file.keys():
+                kind = file.get_slice(name).get_dtype()
+                if name.endswith(".weight") and kind[0] in "IUB" and kind != "BF16":
+                    raise _not_floating(f"{what}: {path}", name, kind)
+
+
+def _opened(path: Path, what: str):
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        words = f"{what}: {str(path.parent)!r} is no model of the kind needed: it is broken ({error})"
+        raise WeightsError(words) from error
+
+
+def _not_floating(source: str, name: str, kind: str) -> WeightsError:
+    return WeightsError(
+        f"{source}: {name} holds numbers of type {kind}, and weights are floating-point numbers: the file is "
+        "broken, or quantised"
+    )

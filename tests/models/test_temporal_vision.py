@@ -41,14 +41,14 @@ def lavis_clip(block):  # (L, B, D)
 
 def clip(block):
     return (
-        lambda x: x + first(block.self_attn(block.layer_norm1(x), None, None)),
+        lambda x: x + first(block.self_attn(block.layer_norm1(x), attention_mask=None)),
         lambda x: block.mlp(block.layer_norm2(x)),
     )
 
 
 def siglip(block):
     return (
-        lambda x: x + first(block.self_attn(block.layer_norm1(x), None)),
+        lambda x: x + first(block.self_attn(block.layer_norm1(x), attention_mask=None)),
         lambda x: block.mlp(block.layer_norm2(x)),
     )
 

@@ -18,7 +18,14 @@ from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, up_to_end
 from lavis_evlgen.models.language.tokenizer import TextEncoder, pad_rows
 from lavis_evlgen.models.precision import DTYPES, freeze
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
-from lavis_evlgen.weights.sources import check_floating, load_from_hub, on_meta, refuse_kernels, resolve
+from lavis_evlgen.weights.sources import (
+    check_files_floating,
+    check_floating,
+    load_from_hub,
+    on_meta,
+    refuse_kernels,
+    resolve,
+)
 
 
 def load_language_model(source: str, precision: str, trust_remote_code: bool = False):
@@ -46,13 +53,16 @@ def folder_and_file(path: str) -> tuple[str, dict[str, str]]:
 
 
 def _from_pretrained(path: str, precision: str, **kwargs):
+    if "gguf_file" not in kwargs:  # the config first: it tells of code in the folder, whatever the tokenizer is
+        config = load_from_hub(AutoConfig.from_pretrained, path, "llm_model", **kwargs)
+        if not kwargs["trust_remote_code"]:
+            refuse_kernels(config, path, "llm_model")
     tokenizer = load_from_hub(AutoTokenizer.from_pretrained, path, "llm_model", **kwargs)
     dtype = DTYPES[precision]
     if on_meta():
         model = empty_language_model(path, **kwargs)
     else:
-        if not kwargs["trust_remote_code"] and "gguf_file" not in kwargs:
-            refuse_kernels(load_from_hub(AutoConfig.from_pretrained, path, "llm_model", **kwargs), path, "llm_model")
+        check_files_floating(path, "llm_model")
         model = load_from_hub(
             AutoModelForCausalLM.from_pretrained, path, "llm_model", torch_dtype=dtype, **kwargs
         )

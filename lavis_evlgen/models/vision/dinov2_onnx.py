@@ -13,6 +13,12 @@ from lavis_evlgen.compat.environment import require
 from lavis_evlgen.weights.sources import WeightsError
 
 PREFIX = "backbone."
+RENAMED = (
+    ("attention.attention.query", "attention.q_proj"),
+    ("attention.attention.key", "attention.k_proj"),
+    ("attention.attention.value", "attention.v_proj"),
+    ("attention.output.dense", "attention.o_proj"),
+)
 
 
 def dinov2_from_onnx(path: str) -> Dinov2Model:
@@ -39,6 +45,7 @@ def dinov2_from_onnx(path: str) -> Dinov2Model:
         attn_implementation="sdpa",
     )
     model = Dinov2Model(config)
+    state = {_as_in(model, name): tensor for name, tensor in state.items()}
     # only used by masked pre-training; absent from exports
     state["embeddings.mask_token"] = torch.zeros(1, width)
     result = model.load_state_dict(state, strict=False)
@@ -48,6 +55,15 @@ def dinov2_from_onnx(path: str) -> Dinov2Model:
             f"unknown {result.unexpected_keys[:3]}"
         )
     return model.eval()
+
+
+def _as_in(model: Dinov2Model, name: str) -> str:
+    """The name that the model here has for a weight: transformers 5 renamed those of the attention."""
+    if name in model.state_dict():
+        return name
+    for before, now in RENAMED:
+        name = name.replace(before, now)
+    return name
 
 
 def _linear_weights(graph, tensors) -> dict[str, torch.Tensor]:

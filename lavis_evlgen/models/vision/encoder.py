@@ -24,6 +24,7 @@ from lavis_evlgen.models.vision.dinov2_onnx import dinov2_from_onnx
 from lavis_evlgen.models.vision.eva_attention import fuse_attention
 from lavis_evlgen.weights.sources import (
     WeightsError,
+    check_files_floating,
     check_floating,
     load_from_hub,
     on_meta,
@@ -247,6 +248,7 @@ def _hugging_face_model(source: str, trust_remote_code: bool) -> nn.Module:
     if on_meta():
         with _LinspaceOnCPU():
             return load_from_hub(lambda _: create(config, **build), source, "vit_model")
+    check_files_floating(source, "vit_model")
     model = load_from_hub(model_class.from_pretrained, source, "vit_model", torch_dtype=torch.float32, **trust)
     weights = dict(model.named_parameters())
     check_floating(weights, dict.fromkeys(weights, torch.empty(0)), f"vit_model: {source}")
