@@ -19,6 +19,7 @@ import yaml
 from transformers import BertConfig, BertModel
 
 from lavis_evlgen import launch
+from lavis_evlgen.models.vision.dinov2_onnx import RENAMED
 from tests.tiny import IMAGE_SIZE, tiny_dinov2, tiny_llama, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,8 @@ def redraw(model: torch.nn.Module) -> torch.nn.Module:
     """Weights as a function of their names, so that they do not depend on the order in which a library draws."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            for before, now in RENAMED:  # the names of transformers 4, in every version
+                name = name.replace(now, before)
             if parameter.ndim > 1:
                 generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))

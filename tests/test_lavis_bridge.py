@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image, ImageOps
 
-from lavis_evlgen.compat import lavis_bridge
+from lavis_evlgen.compat import lavis_bridge, transformers5
 from lavis_evlgen.compat.environment import release
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +101,6 @@ def test_lavis_classes_can_generate_and_keep_their_own_methods(module_name, clas
 
 def test_a_tiny_lavis_opt_generates_from_embeddings():
     """The two BLIP-2 paths that the bridge is for: stage 2 hands the language model embeddings."""
-    import torch
     from lavis.models.blip2_models.modeling_opt import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(0)
@@ -153,3 +153,65 @@ def test_autocontrast_does_not_make_pictures_white():
         found = {augment(Image.fromarray(pixels)).tobytes() for _ in range(20)}
     assert found == {pixels.tobytes(), expected.tobytes()}  # applied half of the time
     assert "stretch_contrast" in dict(lavis_bridge.applied())
+
+
+# --- what transformers 5 dropped (compat/transformers5.py)
+
+OF_TRANSFORMERS_5 = {"find_pruneable_heads_and_indices", "supply_model_parallel_utils", "supply_model_methods",
+                     "keep_mask_of_queries"}  # fmt: skip
+
+
+def test_what_transformers_5_dropped_is_supplied_there_alone():
+    importlib.import_module("lavis")
+    names = {name for name, _ in lavis_bridge.applied()}
+    assert names & OF_TRANSFORMERS_5 == (OF_TRANSFORMERS_5 if TRANSFORMERS >= (5,) else set())
+
+
+def test_pruneable_heads_are_those_of_transformers_4():
+    found = transformers5.find_pruneable_heads_and_indices
+    heads, rows = found([1, 3], 3, 2, {0, 3})  # of four heads, 0 and 3 are gone: 1 is the first that is left
+    assert heads == {1} and rows.tolist() == [2, 3, 4, 5]
+    if TRANSFORMERS < (5,):
+        theirs = transformers.pytorch_utils.find_pruneable_heads_and_indices
+        for arguments in ([0], 4, 3, set()), ([2, 4], 4, 3, {0}), ([1], 3, 2, {1}):
+            assert found(*arguments)[0] == theirs(*arguments)[0]
+            assert found(*arguments)[1].tolist() == theirs(*arguments)[1].tolist()
+
+
+def test_device_maps_share_the_layers_out():
+    assert transformers5.get_device_map(5, [0, 1]) == {0: [0, 1, 2], 1: [3, 4]}
+    transformers5.assert_device_map({0: [0, 2], 1: [1]}, 3)
+    for wrong in ({0: [0, 1]}, {0: [0, 1], 1: [1, 2]}, {0: [0, 1, 2, 3]}):
+        with pytest.raises(ValueError, match="each of 0 to 2 has to be there once"):
+            transformers5.assert_device_map(wrong, 3)
+
+
+def test_masks_are_those_of_transformers_4():
+    model = torch.nn.Linear(1, 1)
+    model.dtype = torch.float32
+    least = torch.finfo(torch.float32).min
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])  # (B, L)
+    inverted = transformers5.invert_attention_mask(model, mask)
+    assert torch.equal(inverted, torch.tensor([[0, 0, least], [0, least, least]])[:, None, None])
+    square = transformers5.invert_attention_mask(model, mask[:, None].expand(-1, 2, -1))  # (B, T, L)
+    assert torch.equal(square, inverted.expand(-1, -1, 2, -1))
+    assert transformers5.get_head_mask(model, None, 2) == [None, None]
+    heads = transformers5.get_head_mask(model, torch.tensor([1, 0, 1]), 2)
+    assert heads.shape == (2, 1, 3, 1, 1) and heads.flatten().tolist() == [1, 0, 1, 1, 0, 1]
+    if TRANSFORMERS < (5,):
+        theirs = transformers.PreTrainedModel
+        assert torch.equal(inverted, theirs.invert_attention_mask(model, mask))
+
+
+def test_a_loaded_lavis_bert_has_its_positions_and_its_ties(tmp_path):
+    """transformers 5 loads it in two: one bias by two names, and positions that are in no file."""
+    from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
+
+    config = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+                        max_position_embeddings=6, encoder_width=8, add_cross_attention=True, cross_attention_freq=2,
+                        query_length=2)  # fmt: skip
+    transformers.BertModel(transformers.BertConfig(**config.to_dict())).save_pretrained(tmp_path)
+    model = BertLMHeadModel.from_pretrained(tmp_path, config=config)
+    head = model.cls.predictions
+    assert model.bert.embeddings.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
+    assert head.decoder.weight is model.bert.embeddings.word_embeddings.weight and head.decoder.bias is head.bias
