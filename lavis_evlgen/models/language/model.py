@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Logits
 from lavis_evlgen.models.compile import eager
 from lavis_evlgen.models.language import gguf
 from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, up_to_end
+from lavis_evlgen.models.language.prompt_attention import PromptAttention
 from lavis_evlgen.models.language.tokenizer import TextEncoder, pad_rows
 from lavis_evlgen.models.precision import DTYPES, freeze
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
@@ -90,7 +91,8 @@ class LanguageModel(nn.Module):
     `[BOS][visual prompt][prompt][caption]` (bos="before"). Right padding for the loss, left for generation.
 
     bos_token: as TextEncoder. label_bos: whether `loss` counts the BOS behind the visual prompt as a label where the
-    prompt is empty; None: as the released code does with this family of language models. Raises ValueError.
+    prompt is empty; None: as the released code does with this family of language models. prompt_attention: causal,
+    visual or prefix (prompt_attention.py). Raises ValueError.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class LanguageModel(nn.Module):
         max_txt_len: int = 32,
         bos_token: str | None = None,
         label_bos: bool | None = None,
+        prompt_attention: str = "causal",
     ):
         super().__init__()
         if bos not in ("before", "after"):
@@ -113,6 +116,7 @@ class LanguageModel(nn.Module):
         self.label_bos = self._labels_bos(label_bos)
         self.width = self.embed[0].embedding_dim
         self._check_head()
+        self.prompt_attention = PromptAttention(llm, prompt_attention)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -179,8 +183,13 @@ class LanguageModel(nn.Module):
     def _head(self, hidden: Tensor) -> Tensor:
         return self.llm.get_output_embeddings()(hidden)
 
-    def _assemble(self, visual: Tensor, visual_mask: Tensor | None, rows: list[list[int]]):
-        """Embeddings (B, T, D), mask (B, T) and the column where the text rows start; padded on the right."""
+    def _assemble(
+        self, visual: Tensor, visual_mask: Tensor | None, rows: list[list[int]], prompt_lengths: list[int]
+    ):
+        """Embeddings (B, T, D), mask (B, T), members of the prompt (B, T), the column where the text rows start.
+
+        Padded on the right. prompt_lengths: ids of the text prompt that each row begins with.
+        """
         batch, n_visual, _ = visual.shape
         bos_id = self.text.bos_id
         if bos_id is not None and self.bos == "after":
@@ -190,12 +199,23 @@ class LanguageModel(nn.Module):
         if visual_mask is None:
             visual_mask = mask.new_ones(batch, n_visual)
         parts, masks = [visual.to(self.dtype), self.embed[0](ids)], [visual_mask.long(), mask]
+        members = [visual_mask.bool(), self._prompt_members(mask, prompt_lengths)]
         if bos_id is not None and self.bos == "before":
             first = torch.full((batch, 1), bos_id, device=visual.device)
             parts.insert(0, self.embed[0](first))
             masks.insert(0, torch.ones_like(first))
+            members.insert(0, torch.zeros_like(first, dtype=torch.bool))
         embeds, mask = torch.cat(parts, 1), torch.cat(masks, 1)
-        return embeds, mask, embeds.shape[1] - ids.shape[1]
+        return embeds, mask, torch.cat(members, 1), embeds.shape[1] - ids.shape[1]
+
+    def _prompt_members(self, mask: Tensor, prompt_lengths: list[int]) -> Tensor:
+        """Of text rows (B, S), which tokens see each other with the visual prompt: (B, S)."""
+        if self.prompt_attention.kind != "prefix":
+            return torch.zeros_like(mask, dtype=torch.bool)
+        first = int(self.text.bos_id is not None and self.bos == "after")
+        positions = torch.arange(mask.shape[1], device=mask.device)
+        ends = torch.tensor(prompt_lengths, device=mask.device).unsqueeze(1) + first
+        return (positions >= first) & (positions < ends)
 
     def loss(
         self, visual: Tensor, texts: list[str], prompts: list[str], mask: Tensor | None = None
@@ -231,18 +251,21 @@ class LanguageModel(nn.Module):
         first: the label of each text's BOS, where that stands behind the visual prompt; None: it has none.
         """
         ragged = mask is not None
-        embeds, mask, start = self._assemble(visual, mask, [ids for ids, _ in pairs])
+        lengths = [next((n for n, label in enumerate(labels) if label != IGNORE), len(labels)) for _, labels in pairs]
+        embeds, mask, members, start = self._assemble(visual, mask, [ids for ids, _ in pairs], lengths)
         extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows
         first = [IGNORE] * len(pairs) if first is None else first
         rows = [[IGNORE] * start + [bos] * extra + lab for bos, (_, lab) in zip(first, pairs, strict=True)]
         labels = pad_rows(rows, IGNORE, "right", visual.device)
         if ragged:
-            embeds, mask, labels = _pads_to("right", mask, embeds, mask, labels)
+            embeds, mask, labels, members = _pads_to("right", mask, embeds, mask, labels, members)
         if self.training:
             more = -embeds.shape[1] % self.length_multiple
             embeds, labels = F.pad(embeds, (0, 0, 0, more)), F.pad(labels, (0, more), value=IGNORE)
+            members = F.pad(members, (0, more))
         # all padding is on the right, behind what looks back: no mask is needed, and without one attention is fused
-        hidden = self.body(embeds)
+        with self.prompt_attention.within(members):
+            hidden = self.body(embeds)
         return prefix_lm_loss(hidden, labels, head)
 
     def token_log_probs(
@@ -250,9 +273,10 @@ class LanguageModel(nn.Module):
     ) -> tuple[list[int], Tensor]:
         """Of one caption, visual (1, P, D_l): its N ids with the end token, and their log-probabilities (N,), nats."""
         ids, labels = self.text.caption(prompt, text, self.text_limit)
-        embeds, mask, _ = self._assemble(visual, mask, [ids])  # (1, T, D)
         own = [label for label in labels if label != IGNORE]  # the last N of the sequence
-        hidden = self.body(embeds, mask)[0, -len(own) - 1 : -1]  # (N, D)
+        embeds, mask, members, _ = self._assemble(visual, mask, [ids], [len(ids) - len(own)])  # (1, T, D)
+        with self.prompt_attention.within(members):
+            hidden = self.body(embeds, mask)[0, -len(own) - 1 : -1]  # (N, D)
         chosen = torch.tensor(own, device=hidden.device).unsqueeze(1)
         return own, self._head(hidden).float().log_softmax(-1).gather(1, chosen).squeeze(1)
 
@@ -298,9 +322,9 @@ class LanguageModel(nn.Module):
     def _generate(self, visual: Tensor, prompts: list[str], mask: Tensor | None, **decoding) -> Tensor:
         """Generated ids (N, T), without the prompt."""
         rows = [self.text.encode(p.rstrip()) for p in prompts]
-        embeds, mask, _ = self._assemble(visual, mask, rows)
-        embeds, mask = _pads_to("left", mask, embeds, mask)
-        with eager():
+        embeds, mask, members, _ = self._assemble(visual, mask, rows, [len(row) for row in rows])
+        embeds, mask, members = _pads_to("left", mask, embeds, mask, members)
+        with eager(), self.prompt_attention.within(members):
             return self.llm.generate(
                 inputs_embeds=embeds,
                 attention_mask=mask,
