@@ -90,12 +90,12 @@ def tiny_opt(vocab_size: int = 320, seed: int = 0, **kw) -> OPTForCausalLM:
 
 
 def tiny_language_model(
-    kind: str = "llama", bos: str = "after", max_txt_len: int = 32, **kw
+    kind: str = "llama", bos: str = "after", max_txt_len: int = 32, llm_train=None, **kw
 ) -> LanguageModel:
-    """kind: llama or opt, with that family's BOS and end-of-caption tokens."""
+    """kind: llama or opt, with that family's BOS and end-of-caption tokens. llm_train: as LanguageModel."""
     if kind == "opt":
-        return LanguageModel(tiny_opt(**kw), tiny_tokenizer(bos="</s>"), bos, max_txt_len)
-    return LanguageModel(tiny_llama(**kw), tiny_tokenizer(), bos, max_txt_len)
+        return LanguageModel(tiny_opt(**kw), tiny_tokenizer(bos="</s>"), bos, max_txt_len, llm_train=llm_train)
+    return LanguageModel(tiny_llama(**kw), tiny_tokenizer(), bos, max_txt_len, llm_train=llm_train)
 
 
 def tiny_dinov2(seed: int = 0, **kw) -> Dinov2Model:
@@ -172,16 +172,17 @@ def tiny_evlgen(
     seed: int = 0,
     connector=None,
     kind=EVLGen,
+    llm_train=None,
     **kw,
 ) -> EVLGen:
     """EVLGen of about 30,000 numbers on the CPU, float32, in training mode.
 
-    llm: llama | opt; vision: a VisionEncoder; connector: TomeFormerConfig fields; kw goes to the class `kind`
-    (prompt, prompt_scale, lr_scale).
+    llm: llama | opt; llm_train: as LanguageModel; vision: a VisionEncoder; connector: TomeFormerConfig fields; kw goes
+    to the class `kind` (prompt, prompt_scale, lr_scale).
     """
     vision = vision or tiny_vision(seed=seed)
     connector = tiny_connector(vision, seed, **connector or {})
-    model = kind(vision, connector, tiny_language_model(llm, bos, max_txt_len, seed=seed), **kw)
+    model = kind(vision, connector, tiny_language_model(llm, bos, max_txt_len, llm_train, seed=seed), **kw)
     if "prompt_scale" not in kw:
         torch.manual_seed(seed)
         nn.init.normal_(model.llm_proj.weight, std=_SPREAD)

@@ -17,7 +17,7 @@ from typing import Any
 from lavis_evlgen.config.keys import Settings, key
 
 # where training started from: an evaluation does not repeat it, and a bundle's own weights take its place
-STARTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned")
+STARTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned", "llm_adapter")
 # no part of what was learnt: room for a text, number formats of frozen weights, where a file lies, whether code of
 # others may run. The config file's own value is used where it gives one
 OF_THE_EVALUATION = ("max_txt_len", "vit_precision", "llm_precision", "vit_path", "trust_remote_code")

@@ -28,16 +28,17 @@ def recompute_llm(model: nn.Module, wanted):
 
 
 def recompute(blocks: Iterable[nn.Module]):
-    """Each block keeps its inputs alone where gradients pass through it; elsewhere it runs as it is written."""
+    """Each block keeps its inputs alone where it or what is below it trains; elsewhere it runs as it is written."""
     for block in blocks:
         block.forward = partial(_forward, block)  # a partial: in a deep copy of the model it holds the copy's block
 
 
 def _forward(block: nn.Module, *args, **kwargs):
     forward = partial(type(block).forward, block)
-    if not torch.is_grad_enabled() or not any(_has_grad(value) for value in tree_leaves((args, kwargs))):
+    values = (*tree_leaves((args, kwargs)), *block.parameters())
+    if not torch.is_grad_enabled() or not any(map(_has_grad, values)):
         return forward(*args, **kwargs)
-    # frozen blocks are in eval mode and draw nothing
+    # the language model is in eval mode and draws nothing
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 

@@ -19,7 +19,9 @@ from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.connectors import ConnectorSettings, VisualPrompt, build_connector
 from lavis_evlgen.models.facts import ModelFacts
 from lavis_evlgen.models.generation import Generates
+from lavis_evlgen.models.language.llm_train import LlmTrain, training_of
 from lavis_evlgen.models.language.model import LanguageModel, load_language_model
+from lavis_evlgen.models.language.prompt_attention import KINDS as PROMPT_ATTENTION
 from lavis_evlgen.models.precision import PRECISIONS, check_precision
 from lavis_evlgen.models.vision.encoder import VisionSettings, vision_of
 from lavis_evlgen.nn import across_picture_share
@@ -28,7 +30,7 @@ from lavis_evlgen.weights.frozen_identity import check_identity
 from lavis_evlgen.weights.trainable import facts_of_checkpoint, load_checkpoint_file, model_section
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
-PARTS = ("ln_vision", "input_proj", "connector", "llm_proj", "soft_prompt")
+PARTS = ("ln_vision", "input_proj", "connector", "llm_proj", "soft_prompt", "language_model")
 
 
 @dataclass(kw_only=True)
@@ -52,6 +54,15 @@ class LanguageSettings(Settings):
         "whether captions without a prompt also teach the BOS behind the visual prompt; empty: as released (OPT true, "
         "others false)", None,
     )  # fmt: skip
+    prompt_attention: Literal[PROMPT_ATTENTION] = key(
+        "which tokens of the prompt see each other in both directions: causal (as released: none), visual (visual "
+        "tokens), prefix (the text prompt too)", "causal",
+    )  # fmt: skip
+    llm_train: Literal["lora", "full"] | LlmTrain | None = key(
+        "what of the language model learns: nothing (left out), lora, {lora: {rank: 16, alpha: 32, targets: "
+        "all-linear}}, or full", None, at_least=1, at_most=LARGEST["max_txt_len"],
+    )  # fmt: skip
+    llm_adapter: str | None = key("folder of a LoRA adapter in peft's format that llm_train=lora starts from", None)
 
 
 @dataclass(kw_only=True)
@@ -140,8 +151,10 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         return f"{self.visual_encoder.num_tokens} visual -> {self.connector.num_output_tokens} in the prompt"
 
     def additions(self) -> list[set[str]]:
-        """Groups of trainable tensors that `pretrained` may lack as a whole (checkpoints.load_trainable)."""
-        return [] if self.soft_prompt is None else [{"soft_prompt"}]
+        """Groups of trainable tensors that `pretrained` may lack as a whole (weights/trainable.py)."""
+        prefix = "language_model."
+        learns = {name for name, p in self.named_parameters() if name.startswith(prefix) and p.requires_grad}
+        return [group for group in ({"soft_prompt"} if self.soft_prompt is not None else set(), learns) if group]
 
     @property
     def device(self) -> torch.device:
@@ -260,7 +273,8 @@ def build_evlgen(cls, cfg, vision_of=vision_of, **more) -> EVLGen:
     precision = check_precision(settings.llm_precision, "llm_precision")
     language_model = LanguageModel(
         *load_language_model(llm or opt, precision, settings.trust_remote_code), settings.bos, settings.max_txt_len,
-        settings.bos_token, settings.label_bos,
+        settings.bos_token, settings.label_bos, settings.prompt_attention, training_of(settings.llm_train),
+        settings.llm_adapter,
     )  # fmt: skip
     return cls(
         vision, connector, language_model, settings.prompt, settings.prompt_scale, settings.lr_scale,

@@ -59,7 +59,8 @@ def run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
 def _model_of_run(cfg: dict, checkpoint: Path, device):
     """(model, evaluation image processor) as the run had them."""
     # the run's own checkpoint holds all that trains: what it started from need not be there any more
-    model_cfg = OmegaConf.create({**cfg["model"], "pretrained": None, "finetuned": None, "load_finetuned": False})
+    starts = {"pretrained": None, "finetuned": None, "load_finetuned": False, "llm_adapter": None}
+    model_cfg = OmegaConf.create({**cfg["model"], **starts})
     model = known("arch", model_cfg.get("arch"), registry.get_model_class, checkpoint).from_config(model_cfg)
     model.load_checkpoint(str(checkpoint))
     dataset = next((section for section in cfg["datasets"].values() if isinstance(section, dict)), {})

@@ -100,7 +100,7 @@ class Bundled:
         folder = find_bundle(model_type, cls, revision)
         content = read_config(folder)
         _check_class(cls, content, folder)
-        weights = {"pretrained": str(folder), "load_pretrained": True, "load_finetuned": False}
+        weights = {"pretrained": str(folder), "load_pretrained": True, "load_finetuned": False, "llm_adapter": None}
         model = cls.from_config(OmegaConf.create({**content["model"], **changes, **weights}))
         model.preprocess, model.decoding = content.get("preprocess"), content.get("decoding")
         return model.eval()

@@ -35,7 +35,8 @@ def frozen_identity(model: nn.Module) -> Identity:
         frozen = not parameter.requires_grad and not parameter.is_meta and parameter.is_floating_point()
         if frozen and not NOT_THE_FILES.search(name):
             part, _, rest = name.partition(".")
-            parts.setdefault(part, {})[rest] = parameter
+            # peft's name for a weight with an adapter beside it: the weight is the same
+            parts.setdefault(part, {})[rest.replace(".base_layer.", ".")] = parameter
     return {part: _identity_of(tensors) for part, tensors in parts.items()}
 
 

@@ -17,9 +17,14 @@ RELEASED = "VL_proj.weight"  # only checkpoints of the released implementation h
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict without frozen parameters and without the buffers of frozen modules."""
-    frozen = frozen_names(model)
-    return {k: v for k, v in model.state_dict().items() if k not in frozen}
+    """State dict without frozen parameters and without the buffers of frozen modules; tied weights once."""
+    left_out = frozen_names(model) | second_names(model)
+    return {k: v for k, v in model.state_dict().items() if k not in left_out}
+
+
+def second_names(model: nn.Module) -> set[str]:
+    """Further names of parameters that go by several, such as a language model's head that is its embeddings."""
+    return {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
 
 
 def frozen_names(model: nn.Module) -> set[str]:
@@ -65,9 +70,9 @@ def check_numbers(state: dict[str, torch.Tensor], source: str) -> None:
 
 def check_trainable(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
     """Raises WeightsError unless `state` has every trainable tensor of `model`, in its shape, and no unknown one."""
-    own, frozen = model.state_dict(), frozen_names(model)
+    own, may_lack = model.state_dict(), frozen_names(model) | second_names(model)
     check_floating(state, own, f"checkpoint {source}")
-    missing = [k for k in own if k not in state and k not in frozen]
+    missing = [k for k in own if k not in state and k not in may_lack]
     unknown = [k for k in state if k not in own]
     shapes = [
         f"{k} is {tuple(state[k].shape)} there, {tuple(own[k].shape)} here"

@@ -1,4 +1,4 @@
-"""A frozen causal language model and its tokenizer behind one interface: a loss and a generator.
+"""A causal language model and its tokenizer behind one interface: a loss and a generator. Frozen, unless it is told.
 
 OPT, LLaMA, Vicuna, Qwen, SmolLM and any other `AutoModelForCausalLM` differ in tokenizer facts, not in class.
 """
@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Logits
 from lavis_evlgen.models.compile import eager
 from lavis_evlgen.models.language import gguf
 from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, up_to_end
+from lavis_evlgen.models.language.llm_train import Lora, make_trainable
 from lavis_evlgen.models.language.prompt_attention import PromptAttention
 from lavis_evlgen.models.language.tokenizer import TextEncoder, pad_rows
 from lavis_evlgen.models.precision import DTYPES, freeze
@@ -92,7 +93,8 @@ class LanguageModel(nn.Module):
 
     bos_token: as TextEncoder. label_bos: whether `loss` counts the BOS behind the visual prompt as a label where the
     prompt is empty; None: as the released code does with this family of language models. prompt_attention: causal,
-    visual or prefix (prompt_attention.py). Raises ValueError.
+    visual or prefix (prompt_attention.py). llm_train: what of the language model learns (None: nothing); llm_adapter:
+    the folder that LoRA starts from (llm_train.py). Raises ValueError.
     """
 
     def __init__(
@@ -104,11 +106,13 @@ class LanguageModel(nn.Module):
         bos_token: str | None = None,
         label_bos: bool | None = None,
         prompt_attention: str = "causal",
+        llm_train: str | Lora | None = None,
+        llm_adapter: str | None = None,
     ):
         super().__init__()
         if bos not in ("before", "after"):
             raise ValueError(f"bos: {bos!r} is not one of before, after")
-        self.llm = freeze(llm)
+        self.llm, self.llm_train = freeze(llm), llm_train
         self.bos, self.max_txt_len = bos, max_txt_len
         self.length_multiple = 1  # of sequences in training: few shapes for a compiler
         self.embed = [llm.get_input_embeddings()]  # in a list: the module stays registered once
@@ -117,10 +121,11 @@ class LanguageModel(nn.Module):
         self.width = self.embed[0].embedding_dim
         self._check_head()
         self.prompt_attention = PromptAttention(llm, prompt_attention)
+        make_trainable(llm, llm_train, llm_adapter)
 
     def train(self, mode: bool = True):
         super().train(mode)
-        self.llm.eval()  # frozen means eval mode, always
+        self.llm.eval()  # always: without dropout, whether it learns or not
         return self
 
     def _labels_bos(self, asked: bool | None) -> bool:
