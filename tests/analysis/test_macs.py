@@ -174,6 +174,29 @@ def test_it_counts_what_a_real_step_does(runs, connector):
     assert {p.name for p in cost.parts if p.trains} == trained
 
 
+@pytest.mark.parametrize("llm_train", ["full", {"lora": {"rank": 4}}], ids=["full", "lora"])
+def test_a_language_model_that_learns(runs, llm_train):
+    """A trained one costs 6 FLOPs a MAC; beside adapters the frozen one still costs 4, and they 6."""
+    section = runs.config["model"] | {"llm_train": llm_train, "vit_precision": "fp32", "llm_precision": "fp32"}
+    model = EVLGen.from_config(OmegaConf.create(section)).eval()
+    language, caption = model.language_model, "a red square and a blue circle"
+    ids, _ = language.text.caption(model.prompt, caption, language.text_limit)
+    cost = cost_of(OmegaConf.create(section), text_tokens=1 + len(ids))
+    with sdpa_kernel(SDPBackend.MATH):
+        real = flops_per_image(step_of(model), {"image": pictures(1), "text_input": [caption]})
+    assert cost.step_flops == real
+    learns = sum(p.numel() for p in language.parameters() if p.requires_grad)
+    if llm_train == "full":
+        assert (part(cost, "language model").factor, part(cost, "head").factor) == (6, 6)
+        assert part(cost, "language model").parameters + part(cost, "head").parameters == learns
+        return
+    adapters, frozen = part(cost, "LoRA adapters"), part(cost, "language model")
+    plain = part(cost_of(OmegaConf.create(section | {"llm_train": None}), 1 + len(ids)), "language model")
+    assert (adapters.parameters, adapters.trains, adapters.factor) == (learns, True, 6)
+    assert adapters.macs == learns * (cost.prompt_tokens + cost.text_tokens)
+    assert (frozen.parameters, frozen.trains, frozen.factor, frozen.macs) == (plain.parameters, False, 4, plain.macs)
+
+
 def test_longer_texts_cost_the_language_model_more(runs):
     short, long = (cost_of(OmegaConf.create(runs.config["model"]), text_tokens=n) for n in (10, 20))
     assert part(short, "vision encoder") == part(long, "vision encoder")

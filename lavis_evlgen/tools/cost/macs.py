@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.language.llm_train import is_adapter
 from lavis_evlgen.tools import tables
 from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, without_weights
 from lavis_evlgen.tools.cost.step_memory import caption_tokens
@@ -30,6 +31,7 @@ COLUMNS = ("part", "parameters", "", "MACs, linear layers", "MACs, all", "FLOPs 
 # products of activations with weights; whatever else is counted multiplies activations with each other
 _aten = torch.ops.aten
 LINEAR = {_aten.mm, _aten.addmm, _aten.convolution, _aten._convolution}
+ADAPTERS = "LoRA adapters"
 FORWARD, TRAINED, PASSED = 2, 6, 4  # FLOPs of a step per MAC: no gradient; all gradients; only those of activations
 
 
@@ -113,6 +115,10 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int) -> Cost:
         found["connector"] = connector
         prompt, found["llm_proj"] = counted(lambda: model.llm_proj(prompt.tokens))
         hidden, found["language model"] = counted(lambda: body(prompt))
+        if ADAPTERS in sizes:  # each of their numbers is a product at each position
+            own = sizes[ADAPTERS][0] * hidden.shape[1]
+            linear, products = found["language model"]
+            found |= {"language model": (linear - own, products), ADAPTERS: (own, 0)}
         logits, found["head"] = counted(lambda: head(hidden[:, -labels:]))
         step = _step(model, logits.sum(), found)
     parts = [_part(name, *sizes[name], *macs) for name, macs in found.items()]
@@ -206,7 +212,8 @@ def _sizes(model: EVLGen) -> dict[str, tuple[int, bool]]:
         if name.startswith("visual_encoder."):
             part = "vision encoder"
         elif name.startswith("language_model."):
-            part = "head" if id(parameter) in head else "language model"
+            part = ADAPTERS if is_adapter(name) else "head" if id(parameter) in head else "language model"
+            sizes.setdefault(part, (0, False))
         else:
             part = model.part_of(name)
         sizes[part] = (sizes[part][0] + parameter.numel(), sizes[part][1] or parameter.requires_grad)
