@@ -19,7 +19,7 @@ from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.connectors import ConnectorSettings, VisualPrompt, build_connector
 from lavis_evlgen.models.facts import ModelFacts
 from lavis_evlgen.models.generation import Generates
-from lavis_evlgen.models.language.llm_train import LlmTrain, training_of
+from lavis_evlgen.models.language.llm_train import LlmTrain, Lora, save_adapter, training_of
 from lavis_evlgen.models.language.model import LanguageModel, load_language_model
 from lavis_evlgen.models.language.prompt_attention import KINDS as PROMPT_ATTENTION
 from lavis_evlgen.models.precision import PRECISIONS, check_precision
@@ -155,6 +155,15 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         prefix = "language_model."
         learns = {name for name, p in self.named_parameters() if name.startswith(prefix) and p.requires_grad}
         return [group for group in ({"soft_prompt"} if self.soft_prompt is not None else set(), learns) if group]
+
+    def save_adapter(self, folder, weights: dict[str, Tensor]):
+        """Of a bundle's `weights`, the language model's LoRA adapter in peft's format; nothing where it has none."""
+        if isinstance(self.language_model.llm_train, Lora):
+            prefix = "language_model.llm."
+            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            section = self.config or {}
+            base = section.get("llm_model") or section.get("opt_model")
+            save_adapter(self.language_model.llm, folder, base, own)
 
     @property
     def device(self) -> torch.device:

@@ -11,7 +11,7 @@ from lavis_evlgen.runners import checkpoints
 from lavis_evlgen.tasks.captioning import decoding_of
 from lavis_evlgen.tools.load_trained import run_config
 from lavis_evlgen.tools.model_options import model_options
-from lavis_evlgen.weights.bundle import bundle_config, empty_model, write_bundle
+from lavis_evlgen.weights.bundle import ADAPTER, bundle_config, empty_model, write_bundle
 from lavis_evlgen.weights.trainable import check_trainable
 from lavis_evlgen.weights.untrusted import USER_ONLY_KEYS
 
@@ -32,7 +32,7 @@ def export_run(cfg: dict, checkpoint: Path, out: str, changes: dict) -> str:
     config = bundle_config(model, preprocess, decoding_of(cfg["run"]), changes)
     config["frozen_weights"] = content.get("frozen_weights") or {}  # the model here has no weights to tell them from
     card = _card(checkpoint.parent, cfg["run"], content["step"])
-    write_bundle(out, content["model"], config, card)
+    model.save_adapter(write_bundle(out, content["model"], config, card) / ADAPTER, content["model"])
     told = f"its {card['data']['split']} results are in README.md" if card else "no evaluation of that step was found"
     return f"{out}: {len(content['model'])} tensors of {checkpoint.name}, step {content['step']}; {told}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -39,6 +40,7 @@ from lavis_evlgen.weights.untrusted import (
 )
 
 WEIGHTS, CONFIG, README, EXTRA = "model.safetensors", "config.json", "README.md", "extra.safetensors"
+ADAPTER = "adapter"  # folder, of a language model with LoRA
 FORMAT = 1
 
 
@@ -49,6 +51,9 @@ class Bundled:
     preprocess: dict | None = None  # LAVIS's section: image and text processors
     decoding: dict | None = None  # arguments of `generate` that its run used
 
+    def save_adapter(self, folder, weights: dict[str, torch.Tensor]):
+        """Write what of a bundle's weights other tools can read alone; a model may have nothing of that kind."""
+
     def save_pretrained(self, folder, preprocess=None, decoding=None, card=None, **changes) -> Path:
         """Write a bundle; returns the folder.
 
@@ -56,8 +61,10 @@ class Bundled:
         decoding: arguments of `generate`; card: a run card (dict) for README.md; changes: keys of the model
         section that config.json should have otherwise, such as llm_model="facebook/opt-2.7b" for a local folder.
         """
-        content = bundle_config(self, preprocess, decoding, changes)
-        return write_bundle(folder, trainable_state(self), content, card)
+        content, weights = bundle_config(self, preprocess, decoding, changes), trainable_state(self)
+        folder = write_bundle(folder, weights, content, card)
+        self.save_adapter(folder / ADAPTER, weights)
+        return folder
 
     def push_to_hub(self, repo_id, private=None, token=None, commit_message=None, **saving) -> str:
         """Upload a bundle to the hub (the repository is made if need be); returns the commit's address.
@@ -78,7 +85,8 @@ class Bundled:
             )
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:
-            write_bundle(folder, trainable_state(self), content, card, repo_id)
+            weights = trainable_state(self)
+            self.save_adapter(write_bundle(folder, weights, content, card, repo_id) / ADAPTER, weights)
             repo = api.create_repo(repo_id, private=private, exist_ok=True, repo_type="model").repo_id
             message = commit_message or f"lavis_evlgen {__version__}"
             return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message))
@@ -267,7 +275,9 @@ def write_bundle(folder, state: dict, content: dict, card: dict | None = None, n
     Raises WeightsError for a folder that holds anything but a bundle.
     """
     folder = Path(folder).expanduser()
-    strange = [p.name for p in folder.glob("*") if p.name not in (WEIGHTS, CONFIG, README, EXTRA)]
+    known = [WEIGHTS, CONFIG, README, EXTRA]
+    known += [ADAPTER] if (folder / ADAPTER / "adapter_config.json").exists() else []
+    strange = [p.name for p in folder.glob("*") if p.name not in known]
     if strange or folder.is_file():
         raise WeightsError(f"{folder} is no empty folder{f': it holds {strange[0]}' if strange else ''}; give another")
     for key, path in local_sources(content["model"]).items():
@@ -275,6 +285,8 @@ def write_bundle(folder, state: dict, content: dict, card: dict | None = None, n
     check_plain(content, f"{folder}/{CONFIG}")  # what would be refused when it is read
     folder.mkdir(parents=True, exist_ok=True)
     (folder / EXTRA).unlink(missing_ok=True)
+    if ADAPTER in known:  # of the bundle that is written over
+        shutil.rmtree(folder / ADAPTER)
     for file, tensors in ((WEIGHTS, state), (EXTRA, extra)):
         if tensors:
             whole = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}

@@ -102,16 +102,17 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
-def adapter_state(llm: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors by the names they have in peft's files."""
-    own = {name: value for name, value in llm.state_dict().items() if is_adapter(name)}
+def adapter_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of a language model's state dict, the adapter's tensors by the names they have in peft's files."""
+    own = {name: value for name, value in state.items() if is_adapter(name)}
     return {_PREFIX + name.replace(f".{_NAME}.", "."): value.detach().cpu().contiguous() for name, value in own.items()}
 
 
-def save_adapter(llm: nn.Module, folder, base_model: str | None = None) -> Path:
+def save_adapter(llm: nn.Module, folder, base_model: str | None = None, state: dict[str, Tensor] | None = None) -> Path:
     """Write the adapter as peft does: `PeftModel.from_pretrained(language_model, folder)` has the same weights.
 
-    base_model: the name that the language model goes by. Raises ValueError where there is no adapter.
+    base_model: the name that the language model goes by. state: the tensors, where `llm` is on the meta device (None:
+    its own). Raises ValueError where there is no adapter.
     """
     config = (getattr(llm, "peft_config", None) or {}).get(_NAME)
     if config is None:
@@ -120,7 +121,8 @@ def save_adapter(llm: nn.Module, folder, base_model: str | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     config.base_model_name_or_path, config.inference_mode = base_model, True
     config.save_pretrained(str(folder))
-    save_file(adapter_state(llm), folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    tensors = adapter_state(llm.state_dict() if state is None else state)
+    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     return folder
 
 
@@ -131,7 +133,7 @@ def load_adapter(llm: nn.Module, training: Lora, folder: Path):
     file = folder / ADAPTER_WEIGHTS
     if not file.is_file():
         raise WeightsError(f"llm_adapter: {file} does not exist")
-    state, own = read_state_dict(str(file), "llm_adapter"), adapter_state(llm)
+    state, own = read_state_dict(str(file), "llm_adapter"), adapter_state(llm.state_dict())
     check_floating(state, own, str(file))
     wrong = sorted(set(state) ^ set(own)) or [name for name in own if own[name].shape != state[name].shape]
     if wrong:
