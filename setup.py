@@ -26,6 +26,7 @@ INSTALL = [
     "pillow>=10",
     "safetensors>=0.4",
     "huggingface-hub>=0.24",
+    "peft>=0.15",
     "sentencepiece>=0.2",
     "pycocoevalcap>=1.2",
     "tensorboard>=2.16",
@@ -43,7 +44,7 @@ QUICKSTART = [
     "easy-vqa==1.0",
 ]
 DEMO = ["gradio>=6.17,<7"]
-DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.6", "playwright>=1.49", *DEMO]
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "playwright>=1.49", *DEMO]
 
 setup(
     name="lavis-evlgen",
