@@ -207,10 +207,11 @@ def test_a_loaded_lavis_bert_has_its_positions_and_its_ties(tmp_path):
     """transformers 5 loads it in two: one bias by two names, and positions that are in no file."""
     from lavis.models.blip2_models.Qformer import BertConfig, BertLMHeadModel
 
-    config = BertConfig(vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-                        max_position_embeddings=6, encoder_width=8, add_cross_attention=True, cross_attention_freq=2,
-                        query_length=2)  # fmt: skip
-    transformers.BertModel(transformers.BertConfig(**config.to_dict())).save_pretrained(tmp_path)
+    sizes = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 8, "max_position_embeddings": 6}  # fmt: skip
+    queries = {"encoder_width": 8, "add_cross_attention": True, "cross_attention_freq": 2, "query_length": 2}
+    transformers.BertModel(transformers.BertConfig(**sizes)).save_pretrained(tmp_path)
+    config = BertConfig(**sizes, **queries)
     model = BertLMHeadModel.from_pretrained(tmp_path, config=config)
     head = model.cls.predictions
     assert model.bert.embeddings.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
