@@ -17,8 +17,8 @@ from lavis.common.registry import registry  # noqa: E402
 from lavis_evlgen import distributed  # noqa: E402
 from lavis_evlgen.config import EvlgenConfig, config_errors  # noqa: E402
 from lavis_evlgen.errors import explanation  # noqa: E402
+from lavis_evlgen.runners.checkpointing.stopping import signals  # noqa: E402
 from lavis_evlgen.runners.determinism import be_deterministic  # noqa: E402
-from lavis_evlgen.runners.stopping import signals  # noqa: E402
 from lavis_evlgen.tasks.build import build_data  # noqa: E402
 from lavis_evlgen.tasks.settings import SharedRunSettings  # noqa: E402
 from lavis_evlgen.weights.bundle import trained_section  # noqa: E402

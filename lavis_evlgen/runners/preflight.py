@@ -8,7 +8,7 @@ from pathlib import Path
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import ImageShards
-from lavis_evlgen.runners.stopping import save_every
+from lavis_evlgen.runners.checkpointing.stopping import save_every
 
 
 def sets_with(datasets: dict, split: str) -> dict:

@@ -12,7 +12,7 @@ from lavis_evlgen.config import EvlgenConfig
 from lavis_evlgen.models.facts import facts_of
 from lavis_evlgen.reporting.plots import caption_sheet
 from lavis_evlgen.reporting.run_card import run_card, write_run_card
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.progress import part_rows
 from lavis_evlgen.runners.step import amp_of
 

@@ -21,20 +21,20 @@ from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.compile import check_parts, compile_parts, eager
 from lavis_evlgen.models.precision import check_halves, check_precision
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
+from lavis_evlgen.runners.checkpointing.evaluation_resume import kept_rows, own_rows
+from lavis_evlgen.runners.checkpointing.lock import RunLock
+from lavis_evlgen.runners.checkpointing.resume import RunState
+from lavis_evlgen.runners.checkpointing.stopping import StopCheck, exit_code, save_every, signals
 from lavis_evlgen.runners.cost import flops_per_image
-from lavis_evlgen.runners.evaluation_resume import kept_rows, own_rows
-from lavis_evlgen.runners.lock import RunLock
 from lavis_evlgen.runners.optim import adamw, schedule_of
 from lavis_evlgen.runners.preflight import check_evaluation, check_splits, check_training, sets_with
 from lavis_evlgen.runners.progress import Progress, startup_table
 from lavis_evlgen.runners.report import Reporter
-from lavis_evlgen.runners.resume import RunState
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.runners.shard_progress import ShardProgress
 from lavis_evlgen.runners.skipped_samples import SkippedSamples, check_unreadable
 from lavis_evlgen.runners.step import TrainingStep, amp_of
-from lavis_evlgen.runners.stopping import StopCheck, exit_code, save_every, signals
 from lavis_evlgen.tasks.base import adapted_task
 from lavis_evlgen.weights.trainable import frozen_names, load_trainable
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lavis.common.registry import registry
 
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.tasks.captioning import decoding_of
 from lavis_evlgen.tools.load_trained import run_config
 from lavis_evlgen.tools.model_options import model_options

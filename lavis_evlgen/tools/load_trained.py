@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.tasks.captioning import decoding_of
 from lavis_evlgen.tasks.settings import SharedRunSettings
 from lavis_evlgen.weights.bundle import is_bundle, read_config

@@ -15,7 +15,7 @@ from lavis_evlgen import launch
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.errors import UserError
 from lavis_evlgen.reporting.sweep_plot import sweep_plot
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.tools.sweeps import runs as sweep_runs
 from lavis_evlgen.tools.sweeps import sweep
 from lavis_evlgen.tools.sweeps.ablate import _curves, unlike

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.weights.sources import WeightsError, read_state_dict
 from tests.run_tools import Runs, checkpoint, same_tensors
 from tests.test_cli import evlgen

@@ -5,7 +5,7 @@ import resource
 
 import pytest
 
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.weights.sources import WeightsError
 from tests.faults.processes import forked, on_two_ranks
 from tests.faults.test_kill import content

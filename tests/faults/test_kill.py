@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from tests.faults.processes import forked, run
 from tests.run_tools import losses
 

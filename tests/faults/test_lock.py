@@ -10,8 +10,8 @@ import time
 import pytest
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import checkpoints, lock
-from lavis_evlgen.runners.lock import RunLock
+from lavis_evlgen.runners.checkpointing import checkpoints, lock
+from lavis_evlgen.runners.checkpointing.lock import RunLock
 from lavis_evlgen.runners.step import TrainingStep
 from tests.faults.processes import forked, on_two_ranks, run
 from tests.run_tools import checkpoint, losses

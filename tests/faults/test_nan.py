@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from lavis_evlgen import distributed
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.step import TrainingStep
 from tests.faults.processes import on_two_ranks
 from tests.run_tools import checkpoint, log, losses

@@ -7,9 +7,9 @@ import pytest
 
 from lavis_evlgen import distributed, launch
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import checkpoints, lock, stopping
+from lavis_evlgen.runners.checkpointing import checkpoints, lock, stopping
+from lavis_evlgen.runners.checkpointing.stopping import StopCheck, save_every, signals
 from lavis_evlgen.runners.step import TrainingStep
-from lavis_evlgen.runners.stopping import StopCheck, save_every, signals
 from lavis_evlgen.runners.trainer import Trainer
 from tests.faults.processes import forked, on_two_ranks, run
 from tests.run_tools import checkpoint, losses

@@ -6,7 +6,7 @@ import pytest
 
 from lavis_evlgen.datasets.facts import adapted
 from lavis_evlgen.reporting.json_lines import read_json_lines
-from lavis_evlgen.runners import checkpoints as state
+from lavis_evlgen.runners.checkpointing import checkpoints as state
 from lavis_evlgen.runners.skipped_samples import TooManyBadImages, check_unreadable
 from tests.run_tools import checkpoint, losses, same_tensors
 

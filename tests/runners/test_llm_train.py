@@ -7,7 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from tests.run_tools import Runs, checkpoint, losses, same_tensors
 from tests.runners.conftest import on_two_ranks
 from tests.test_cli import evlgen

@@ -6,8 +6,13 @@ import pytest
 import torch
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import checkpoints
-from lavis_evlgen.runners.evaluation_resume import PartialRows, rows_in_parts, settings_digest, weights_digest
+from lavis_evlgen.runners.checkpointing import checkpoints
+from lavis_evlgen.runners.checkpointing.evaluation_resume import (
+    PartialRows,
+    rows_in_parts,
+    settings_digest,
+    weights_digest,
+)
 from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 
 IDENTITY = {"weights": "a", "data": "b", "settings": "c", "ranks": "0 of 1"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.weights.sources import WeightsError
 from tests.run_tools import checkpoint, log, losses, same_tensors
 from tests.runners.conftest import KILLED_AFTER

@@ -8,7 +8,7 @@ from PIL import Image
 
 from lavis_evlgen import launch
 from lavis_evlgen.config import EvlgenConfig
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.optim import LinearWarmupCosineStepLR
 from tests.run_tools import checkpoint, log, losses, same_tensors
 

@@ -11,8 +11,8 @@ import torch
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.facts import adapted_sets
 from lavis_evlgen.datasets.shards.stream import SHARD_ORDER, START, Bad, StreamPosition, Tally
-from lavis_evlgen.runners import checkpoints as state
 from lavis_evlgen.runners import shard_progress
+from lavis_evlgen.runners.checkpointing import checkpoints as state
 from lavis_evlgen.runners.progress import read_json_lines
 from lavis_evlgen.runners.shard_progress import ShardProgress
 from lavis_evlgen.runners.skipped_samples import SkippedInShards, SkippedSamples, TooManyBadImages

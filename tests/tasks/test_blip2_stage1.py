@@ -13,7 +13,7 @@ from PIL import Image
 
 from lavis_evlgen import cli, launch
 from lavis_evlgen.datasets import DataError
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.tasks.blip2_stage1 import Blip2Stage1Task
 from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
 from tests.tiny_blip2 import (

@@ -6,7 +6,7 @@ import logging
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.runners import checkpoints
+from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.preflight import sets_with
 from lavis_evlgen.runners.step import ADVICE, NonFinite
 from lavis_evlgen.weights.frozen_identity import NAMED_BY, frozen_identity, other_parts

@@ -15,7 +15,7 @@ from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.loading import eval_loader
 from lavis_evlgen.reporting.json_lines import read_json_lines
-from lavis_evlgen.runners.resume import MAY_CHANGE, flat
+from lavis_evlgen.runners.checkpointing.resume import MAY_CHANGE, flat
 from lavis_evlgen.weights.trainable import trainable_state
 
 ROWS = "2"  # raise it when what a row holds changes: rows of two kinds cannot be scored together
