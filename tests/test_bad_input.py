@@ -37,7 +37,7 @@ def test_a_config_that_is_not_there(runs, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", ["/no/such/folder", "./weights.onnx"])
 def test_missing_weights(runs, capsys, key, path):
     line = complaint(runs, capsys, f"model.{key}={path}")
-    assert f"{key}: {path} does not exist" in line and "mend the path" in line
+    assert f"{key}: {path} does not exist" in line and "fix the path" in line
 
 
 def test_a_folder_without_weights(runs, capsys, tmp_path):

@@ -215,4 +215,7 @@ def test_a_loaded_lavis_bert_has_its_positions_and_its_ties(tmp_path):
     model = BertLMHeadModel.from_pretrained(tmp_path, config=config)
     head = model.cls.predictions
     assert model.bert.embeddings.position_ids.tolist() == [[0, 1, 2, 3, 4, 5]]
-    assert head.decoder.weight is model.bert.embeddings.word_embeddings.weight and head.decoder.bias is head.bias
+    assert head.decoder.weight is model.bert.embeddings.word_embeddings.weight
+    assert not head.decoder.bias.any()
+    # up to transformers 4 they are two in a loaded model, of which `predictions.bias` is neither read nor set
+    assert TRANSFORMERS < (5,) or head.decoder.bias is head.bias

@@ -134,7 +134,7 @@ def supply_model_methods() -> None:
         base = importlib.import_module(module_name).BertPreTrainedModel
         for name in ("get_head_mask", "invert_attention_mask", "init_weights", "tie_weights"):
             setattr(base, name, getattr(transformers5, name))
-        base._init_weights = transformers5.with_position_ids(base._init_weights)
+        base._init_weights = transformers5.with_what_no_file_holds(base._init_weights)
     for module_name, class_name, tied in TIED:
         getattr(importlib.import_module(module_name), class_name)._tied_weights_keys = tied
     _record(

@@ -74,15 +74,17 @@ def tie_weights(self, *args, **kwargs) -> None:
             predictions.decoder.bias = predictions.bias
 
 
-def with_position_ids(init_weights_of: Callable) -> Callable:
-    """`_init_weights` of LAVIS's BERTs, which also fills `position_ids`.
+def with_what_no_file_holds(init_weights_of: Callable) -> Callable:
+    """`_init_weights` of LAVIS's BERTs, which also fills `position_ids` and the bias of the word head.
 
-    transformers 5 builds a model that it loads without memory, and a buffer that is in no file is then left undefined.
+    transformers 5 builds a model that it loads without memory, and what is in no file is then left undefined.
     """
 
     def _init_weights(self, module: nn.Module):
         init_weights_of(self, module)
         if (positions := module._buffers.get("position_ids")) is not None:  # (1, most positions)
             positions.copy_(torch.arange(positions.shape[1]))
+        if type(module).__name__ == "BertLMPredictionHead":
+            module.bias.data.zero_()
 
     return _init_weights

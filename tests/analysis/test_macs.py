@@ -206,7 +206,7 @@ def test_longer_texts_cost_the_language_model_more(runs):
 
 
 def test_what_cannot_be_counted_is_named():
-    with pytest.raises(ConfigError, match="cannot count blip2_opt; it counts evlgen_blip2, evlgen"):
+    with pytest.raises(ConfigError, match="cannot count blip2_opt; it counts evlgen, evlgen_blip2"):
         cost_of(OmegaConf.create({"arch": "blip2_opt"}))
 
 

@@ -85,7 +85,7 @@ def cost_of(model_cfg, text_tokens: int | None = None) -> Cost:
     cls = registry.get_model_class(model_cfg.arch)
     counters = {EVLGen: evlgen_cost, Blip2Stage1: stage1_cost}
     if cls not in counters:
-        known = ", ".join(n for n, c in registry.mapping["model_name_mapping"].items() if c in counters)
+        known = ", ".join(sorted(n for n, c in registry.mapping["model_name_mapping"].items() if c in counters))
         raise ConfigError(f"model.arch: evlgen macs cannot count {model_cfg.arch}; it counts {known}")
     model = empty_model(cls, model_cfg)
     longest = model.language_model.max_txt_len if cls is EVLGen else model.max_txt_len
