@@ -15,7 +15,7 @@ INSTALL = [
     "salesforce-lavis==1.0.2",
     "torch>=2.4",
     "torchvision",
-    "transformers>=4.49,<5",
+    "transformers>=4.49,<6",
     "numpy>=2",
     "opencv-python-headless>=4.10",
     "decord>=0.6",

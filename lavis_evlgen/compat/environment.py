@@ -57,7 +57,7 @@ NEEDS = (
     Need("salesforce-lavis", exactly="1.0.2", why="an unpinned install gives 1.0.0, another library"),
     Need("torch", least="2.4"),
     Need("torchvision"),
-    Need("transformers", least="4.49", below="5", why="LAVIS's metadata asks for <4.27, which has no LLaMA"),
+    Need("transformers", least="4.49", below="6", why="LAVIS's metadata asks for <4.27, which has no LLaMA"),
     Need("numpy", least="2"),
     Need("opencv-python-headless", least="4.10", why="the 4.5.5 that LAVIS pins cannot load with numpy 2"),
     Need("timm", exactly="0.4.12", why="LAVIS imports modules that later versions moved"),
