@@ -170,3 +170,19 @@ def test_no_tracked_file_names_a_machine_or_a_package_host():
         text = path.read_text(encoding="utf-8", errors="replace")
         wrong += [f"{name} holds {word}" for word in FORBIDDEN if word in text]
     assert not wrong, "\n".join(wrong)
+
+
+def test_paths_in_the_guides_exist():
+    """CONTRIBUTING.md and docs/architecture.md send people to files: each `path` in them is there."""
+    wrong = []
+    for guide in ("CONTRIBUTING.md", "docs/architecture.md"):
+        text = (ROOT / guide).read_text(encoding="utf-8")
+        named = set(re.findall(r"`([\w./*]+(?:\.(?:py|yaml|sh|md)|/))`", text))
+        named |= set(re.findall(r"`([\w/]+\.py)[: ]", text))
+        assert len(named) > 20
+        # rows of the table of folders name what is inside them
+        bases = (ROOT, PACKAGE, *(PACKAGE / name for name in ("runners", "tools", "models", "datasets")))
+        for path in named:
+            if not any(list(base.glob(path.rstrip("/"))) for base in bases):
+                wrong.append(f"{guide}: {path}")
+    assert not wrong, "\n".join(wrong)

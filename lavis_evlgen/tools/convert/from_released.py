@@ -1,4 +1,4 @@
-"""Checkpoints of the released implementation (`{"model": {...}}`), to a bundle of ours (back: `releasing.py`).
+"""Checkpoints of the released implementation (`{"model": {...}}`), to a bundle of ours (back: `to_released.py`).
 
 Every key of the file is used, kept aside, left out or refused, and the report says which:
 

@@ -1,4 +1,4 @@
-"""A bundle as a checkpoint of the released implementation, the way back of `released.py`, bit for bit."""
+"""A bundle as a checkpoint of the released implementation, the way back of `from_released.py`, bit for bit."""
 
 from __future__ import annotations
 

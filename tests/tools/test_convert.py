@@ -270,9 +270,9 @@ def test_a_model_trained_here_goes_to_the_released_layout(folders, tmp_path, cap
 @pytest.mark.parametrize("kind, projection", {v: k for k, v in from_released.TYPES.items()}.items())
 def test_the_papers_sizes_are_known(kind, projection, layers, monkeypatch):
     """At full size, without memory: the file's shapes choose model type, ViT and language model."""
-    monkeypatch.setattr("tests.models.test_released.H", 768)
-    monkeypatch.setattr("tests.models.test_released.D_V", 1408)
-    monkeypatch.setattr("tests.models.test_released.D_L", projection[1])
+    monkeypatch.setattr("tests.tools.test_convert.H", 768)
+    monkeypatch.setattr("tests.tools.test_convert.D_V", 1408)
+    monkeypatch.setattr("tests.tools.test_convert.D_L", projection[1])
     monkeypatch.setattr(torch, "randn", lambda *shape, generator=None: torch.empty(shape, device="meta"))
     state = checkpoint(projection[0], layers, hidden=3072)
     monkeypatch.setattr(from_released, "read_state_dict", lambda path, what: state)
@@ -293,7 +293,7 @@ def test_the_papers_sizes_are_known(kind, projection, layers, monkeypatch):
 def test_the_released_clip_runs_23_blocks(options, vit, monkeypatch):
     """LAVIS's class drops two more of the 24 than the released code does."""
     for name, size in (("H", 768), ("D_V", 1024), ("D_L", 2560)):
-        monkeypatch.setattr(f"tests.models.test_released.{name}", size)
+        monkeypatch.setattr(f"tests.tools.test_convert.{name}", size)
     monkeypatch.setattr(torch, "randn", lambda *shape, generator=None: torch.empty(shape, device="meta"))
     state = checkpoint("opt_proj", 12, hidden=3072)
     monkeypatch.setattr(from_released, "read_state_dict", lambda path, what: state)

@@ -10,8 +10,8 @@ import yaml
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.config.run_config import registry
+from tests.config.test_run_config import PARTS, load
 from tests.run_tools import run_config, write_config
-from tests.test_config import PARTS, load
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from lavis_evlgen.compat.environment import (
     torch_wanted_by_torchvision,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 GOOD = {
     "salesforce-lavis": "1.0.2",
     "torch": "2.15.0",

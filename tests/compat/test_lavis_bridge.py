@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from lavis_evlgen.compat import lavis_bridge, transformers5
 from lavis_evlgen.compat.environment import release
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TRANSFORMERS = release(transformers.__version__)
 # the folder on the path stands for the package, whose __init__ would have `import lavis` bridged
 WITHOUT_BRIDGES = (

@@ -6,10 +6,10 @@ import torch
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
 from lavis_evlgen.models.vision.encoder import LAVIS_VITS, build_empty
 from lavis_evlgen.tools.convert import from_released
-from tests.models.test_released import D_V, checkpoint, folders, save  # noqa: F401  (folders: a fixture)
 from tests.run_tools import same_tensors
 from tests.test_cli import evlgen
 from tests.tiny import clips
+from tests.tools.test_convert import D_V, checkpoint, folders, save  # noqa: F401  (folders: a fixture)
 
 BLOCKS = 3
 

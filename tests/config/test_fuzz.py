@@ -13,8 +13,8 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.config.run_config import PROCESSORS, registry
 from lavis_evlgen.config.values import taken
+from tests.config.test_run_config import load
 from tests.run_tools import ROOT
-from tests.test_config import load
 
 HUGE = 10**400
 VALUES = [
