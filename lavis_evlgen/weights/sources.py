@@ -126,6 +126,8 @@ def load_from_hub(call, source: str, what: str, **kwargs):
                 f"{what}: cannot load {source!r}: not a folder here, and the hub did not give it. Put the weights in "
                 f"a folder and set {what} to it, or check the id and the network. ({_first_line(error)})"
             ) from error
+        if not kwargs.get("trust_remote_code") and _names_code(source):
+            raise _brings_code(source, what) from error
         reason = why_unreadable(error)
         raise WeightsError(f"{what}: {source!r} is no model of the kind needed: {reason}") from error
 
@@ -135,6 +137,12 @@ def _brings_code(source: str, what: str) -> WeightsError:
         f"{what}: {source!r} brings code of its own, which is not run. Where you trust it, set "
         "model.trust_remote_code=true in the run config or with --options"
     )
+
+
+def _names_code(source: str) -> bool:
+    """Whether the config of a folder's model or tokenizer names classes of its own."""
+    files = [Path(source) / name for name in ("config.json", "tokenizer_config.json")]
+    return any(b'"auto_map"' in file.read_bytes() for file in files if file.is_file())
 
 
 def refuse_kernels(config, source: str, what: str):
