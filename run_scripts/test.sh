@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests; arguments go to pytest.
+# Run the tests, side by side on all processor cores; arguments go to pytest, which then runs on one.
 #
 #   bash run_scripts/test.sh                           in .venv
 #   bash run_scripts/test.sh --oldest                  in .venv-oldest, with the oldest transformers supported
@@ -21,4 +21,5 @@ case ${1:-} in
     ;;
 esac
 UV_PROJECT_ENVIRONMENT=$environment bash run_scripts/setup_environment.sh "${version[@]}"
+[ $# -gt 0 ] || set -- --numprocesses auto --dist loadfile # what a file's tests share is built once
 exec "$environment/bin/python" -m pytest "$@"
