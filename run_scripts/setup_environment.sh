@@ -68,7 +68,8 @@ fi
 if [ $# -gt 0 ]; then
     wanted=(--editable ".[$(IFS=, && echo "$*")]" --constraint "$lock")
 else
-    wanted=(--no-deps --requirement "$lock")
+    # as overrides too: else those of pyproject.toml would take the place of the lock's versions
+    wanted=(--no-deps --requirement "$lock" --override "$lock")
 fi
 
 # decord's wheel says inside that it is for CPython 3.6, so uv would reinstall it every time, under the feet of

@@ -7,7 +7,7 @@ import pytest
 
 from tests.run_tools import ROOT
 
-LOCKED = "pip install --python {environment} --no-deps --requirement requirements.lock"
+LOCKED = "pip install --python {environment} --no-deps --requirement requirements.lock --override requirements.lock"
 UV = """#!/usr/bin/env bash
 case "$*" in
 *--dry-run*) printf '%s\\n' "$PLAN" ;;
