@@ -33,7 +33,7 @@ def lock_lines(exported: str) -> list[str]:
     for line in exported.splitlines():
         line = PLATFORM.sub("", line).strip().removesuffix(";").strip()
         if not LINE.fullmatch(line):
-            raise SystemExit(f"make_lock: `uv export` gave {line!r}, not name==version: mend LINE here.")
+            raise SystemExit(f"make_lock: `uv export` gave {line!r}, not name==version: fix LINE here.")
         lines.append(line)
     return lines
 

@@ -3,7 +3,7 @@
 LAVIS's own metadata names versions that cannot work (`transformers<4.27`, an OpenCV that numpy 2
 cannot import), so a plain `pip install` quietly builds a wrong environment, and the failure then
 surfaces far away from its cause. `check()` reads the installed versions before torch, transformers
-or LAVIS are imported and stops with one sentence that names what is wrong and what mends it.
+or LAVIS are imported and stops with one sentence that names what is wrong and what fixes it.
 
 Standard library only: this module has to run in a broken environment.
 """
@@ -18,12 +18,12 @@ from types import ModuleType
 
 from lavis_evlgen.errors import UserError
 
-MEND = "run `bash run_scripts/setup_environment.sh`, or `pip install --no-deps -r requirements.lock`"
+FIX = "run `bash run_scripts/setup_environment.sh`, or `pip install --no-deps -r requirements.lock`"
 PYTHON = ((3, 10), (3, 12))
 
 
 class BrokenEnvironment(ImportError):
-    """The environment cannot run EVLGen; the message names the package, the need and the mend."""
+    """The environment cannot run EVLGen; the message names the package, the need and the fix."""
 
 
 class MissingExtra(UserError, ImportError):
@@ -128,7 +128,7 @@ def check(
             continue
         found = f"{need.name} {version} was found" if version else f"{need.name} is not installed"
         why = f" ({need.why})" if need.why else ""
-        raise BrokenEnvironment(f"{found} but lavis_evlgen needs {need}{why}: {MEND}.")
+        raise BrokenEnvironment(f"{found} but lavis_evlgen needs {need}{why}: {FIX}.")
     check_torch_pair(installed["torch"], installed["torchvision"], torch_wanted)
 
 
@@ -145,7 +145,7 @@ def check_torch_pair(torch: str, torchvision: str, torch_wanted: Need | None) ->
         wanted = f", which fits {torch_wanted}" if torch_wanted else ""
         raise BrokenEnvironment(
             f"torch {torch} was found with torchvision {torchvision}{wanted} but lavis_evlgen needs both "
-            f"from one build (else `operator torchvision::nms does not exist`): {MEND}."
+            f"from one build (else `operator torchvision::nms does not exist`): {FIX}."
         )
 
 
@@ -157,7 +157,7 @@ def import_torchvision() -> None:
         reason = str(error).splitlines()[0].rstrip(".")
         raise BrokenEnvironment(
             f"torchvision does not load with this torch ({reason}) but lavis_evlgen needs both from one "
-            f"build: {MEND}."
+            f"build: {FIX}."
         ) from error
 
 

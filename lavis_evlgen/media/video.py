@@ -13,7 +13,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from lavis_evlgen.compat.environment import MEND, BrokenEnvironment
+from lavis_evlgen.compat.environment import FIX, BrokenEnvironment
 from lavis_evlgen.media.file_checks import EMPTY, Unreadable, first_bytes, problem_with, wrong_content
 
 MISSING = 0.1  # share of a clip's seconds, at least one second, that may be missing at its end
@@ -151,7 +151,7 @@ def _decord() -> ModuleType:
     try:
         import decord
     except ImportError as error:
-        raise BrokenEnvironment(f"videos are read with decord, which does not load here ({error}): {MEND}.") from None
+        raise BrokenEnvironment(f"videos are read with decord, which does not load here ({error}): {FIX}.") from None
     decord.logging.set_level(decord.logging.QUIET)  # what is broken is named in our own log, once
     return decord
 

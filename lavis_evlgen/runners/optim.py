@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from lavis.common.registry import registry
 
-from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.keys import Settings, key
 from lavis_evlgen.models.facts import facts_of
 
 
@@ -37,18 +39,26 @@ class LinearWarmupCosineStepLR:
         return rate
 
 
-def schedule_of(run, optimizer, max_steps: int) -> LinearWarmupCosineStepLR:
-    """The schedule that a run section asks for. Raises ConfigError for one that `runner_evlgen` does not know."""
-    name = run.get("lr_sched", "linear_warmup_cosine_step_lr")
-    if name != "linear_warmup_cosine_step_lr":
-        raise ConfigError(f"run.lr_sched: {name!r}; runner_evlgen knows linear_warmup_cosine_step_lr")
-    return registry.get_lr_scheduler_class(name)(
-        optimizer,
-        init_lr=float(run.init_lr),
-        min_lr=float(run.get("min_lr", 0.0)),
-        max_steps=max_steps,
-        warmup_steps=int(run.get("warmup_steps", 0)),
-        warmup_start_lr=float(run.get("warmup_lr", 0.0)),
+@dataclass(kw_only=True)
+class OptimSettings(Settings):
+    """Keys of the run section about AdamW and its learning rate; training asks for those whose default is None."""
+
+    lr_sched: Literal["linear_warmup_cosine_step_lr"] = key(
+        "linear_warmup_cosine_step_lr: linear warm-up, then cosine to min_lr; moves at every step",
+        "linear_warmup_cosine_step_lr",
+    )
+    init_lr: float | None = key("learning rate after warm-up", None, at_least=0.0, at_most=100.0)
+    min_lr: float = key("learning rate at the end", 0.0, at_least=0.0, at_most=100.0, not_above="init_lr")
+    warmup_lr: float = key("learning rate at step 0", 0.0, at_least=0.0, at_most=100.0)
+    warmup_steps: int = key("steps of linear warm-up", 0, at_least=0, at_most=10**9)
+    weight_decay: float | None = key("AdamW weight decay of matrices", None, at_least=0.0, at_most=10.0)
+    beta2: float = key("AdamW beta2", 0.999, at_least=0.0, at_most=0.999999)
+
+
+def schedule_of(run: OptimSettings, optimizer, max_steps: int) -> LinearWarmupCosineStepLR:
+    """The schedule that a run's settings ask for."""
+    return LinearWarmupCosineStepLR(
+        optimizer, run.init_lr, run.min_lr, max_steps, warmup_steps=run.warmup_steps, warmup_start_lr=run.warmup_lr
     )
 
 

@@ -29,7 +29,7 @@ class Reporter:
 
     def facts(self, data: dict, images_per_step: int) -> dict[str, str]:
         """The lines under the start-up table."""
-        trainer, run = self.trainer, self.trainer.config.run_cfg
+        trainer, run = self.trainer, self.trainer.run
         tokens, on_gpu = facts_of(trainer.model).token_counts(), trainer.device.type == "cuda"
         device = torch.cuda.get_device_name(trainer.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
         return {
@@ -104,7 +104,7 @@ class Reporter:
         first_of: dict = {}
         for row in rows:
             first_of.setdefault(row["image_id"], row)
-        rows = list(first_of.values())[: int(self.trainer.config.run_cfg.get("sheet_pictures", 12))]
+        rows = list(first_of.values())[: self.trainer.run.sheet_pictures]
         if not rows:
             return
         images = [dataset.pil_image(int(row["instance_id"])) for row in rows]

@@ -7,39 +7,26 @@ from typing import Literal
 
 from lavis_evlgen.config.keys import key
 from lavis_evlgen.models.compile import PARTS
+from lavis_evlgen.runners.optim import OptimSettings
+from lavis_evlgen.runners.step import StepSettings
 from lavis_evlgen.tasks.settings import SharedRunSettings
 
 _LAVIS = "accepted from LAVIS configs; torch.distributed.run decides"
 
 
 @dataclass(kw_only=True)
-class RunSettings(SharedRunSettings):
+class RunSettings(OptimSettings, StepSettings, SharedRunSettings):
     """None as default: training asks for the key, or nothing is done where it is left out."""
 
     runner: str = key("runner_evlgen", "runner_evlgen")
     task: str = key("what is done with model and data: evlgen_captioning, evlgen_vqa, scst, or a LAVIS task")
     max_iters: int | None = key("optimizer steps of the run", None, at_least=1, at_most=10**9)
     iters_per_inner_epoch: int | None = key("evaluate and save every this many steps", None, at_least=1, at_most=10**9)
-    lr_sched: Literal["linear_warmup_cosine_step_lr"] = key(
-        "linear_warmup_cosine_step_lr: linear warm-up, then cosine to min_lr; moves at every step",
-        "linear_warmup_cosine_step_lr",
-    )
-    init_lr: float | None = key("learning rate after warm-up", None, at_least=0.0, at_most=100.0)
-    min_lr: float = key("learning rate at the end", 0.0, at_least=0.0, at_most=100.0, not_above="init_lr")
-    warmup_lr: float = key("learning rate at step 0", 0.0, at_least=0.0, at_most=100.0)
-    warmup_steps: int = key("steps of linear warm-up", 0, at_least=0, at_most=10**9)
-    weight_decay: float | None = key("AdamW weight decay of matrices", None, at_least=0.0, at_most=10.0)
-    beta2: float = key("AdamW beta2", 0.999, at_least=0.0, at_most=0.999999)
-    max_grad_norm: float = key("clip the gradient to this norm; 0: no clipping", 1.0, at_least=0.0, at_most=1e9)
     batch_size_train: int | None = key("images per rank and micro-step", None, at_least=1, at_most=10**6)
     batch_size_eval: int | None = key(
         "images per rank in evaluation; left out: batch_size_train", None, at_least=1, at_most=10**6
     )
-    accum_grad_iters: int = key("micro-steps per optimizer step", 1, at_least=1, at_most=10**6)
     num_workers: int = key("data-loading processes per rank", 0, at_least=0, at_most=1000)
-    amp: Literal[False, "bf16", "fp16", True, "auto", "fp32"] = key(
-        "autocast: false, bf16, fp16 (true means fp16, as in LAVIS), auto (bf16 where there is hardware for it)", False
-    )
     compile: bool | Literal[tuple(PARTS)] | list[Literal[tuple(PARTS)]] = key(
         "parts under torch.compile in training steps: true (all), or of vision, connector, llm", False
     )

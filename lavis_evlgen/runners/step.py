@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import contextlib
 import time
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lavis_evlgen import distributed
+from lavis_evlgen.config.keys import Settings, key
 from lavis_evlgen.errors import UserError
 from lavis_evlgen.models.precision import auto_precision, autocast_type
 from lavis_evlgen.weights.integrity import all_finite
 
 
+@dataclass(kw_only=True)
+class StepSettings(Settings):
+    """Keys of the run section that one optimizer step reads."""
+
+    amp: Literal[False, "bf16", "fp16", True, "auto", "fp32"] = key(
+        "autocast: false, bf16, fp16 (true means fp16, as in LAVIS), auto (bf16 where there is hardware for it)", False
+    )
+    accum_grad_iters: int = key("micro-steps per optimizer step", 1, at_least=1, at_most=10**6)
+    max_grad_norm: float = key("clip the gradient to this norm; 0: no clipping", 1.0, at_least=0.0, at_most=1e9)
+
+
 def amp_of(run):
-    """What `run.amp` asks for on this machine: a key of AMP, unless it is a mistake."""
-    amp = run.get("amp", False)
+    """What `run.amp` asks for on this machine: a key of AMP. run: a run section, or its settings."""
+    amp = run.amp if isinstance(run, StepSettings) else StepSettings.read(run, "run.").amp
     return auto_precision() if amp == "auto" else amp
 
 
@@ -42,9 +56,9 @@ class TrainingStep:
     def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20, objective=None):
         self.model, self.optimizer, self.device, self.patience = model, optimizer, device, patience
         self.objective = objective
-        self.accum = int(run.get("accum_grad_iters", 1))
-        self.max_norm = float(run.get("max_grad_norm", 1.0) or 0.0)
-        self.dtype = autocast_type(amp_of(run))
+        settings = run if isinstance(run, StepSettings) else StepSettings.read(run, "run.")
+        self.accum, self.max_norm = settings.accum_grad_iters, settings.max_grad_norm
+        self.dtype = autocast_type(amp_of(settings))
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
         self.skipped = torch.zeros((), device=device)  # steps left out so far

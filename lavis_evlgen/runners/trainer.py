@@ -51,47 +51,43 @@ class Trainer:
 
     def __init__(self, cfg, task, model, datasets, job_id: str):
         """As LAVIS's train.py calls it. job_id: names the run's folder where `run.run_name` does not."""
-        run = cfg.run_cfg
+        section = cfg.run_cfg
+        run = self.run = RunSettings.read(section, "run.")
         self.config, self.model = cfg, model
         self.task, self.datasets = adapted_task(task), adapted_sets(datasets)
-        self.evaluate_only = bool(run.get("evaluate", False))
-        self.compiled = check_parts(run.get("compile"))
+        self.evaluate_only, self.seed = run.evaluate, run.seed
+        self.compiled = check_parts(run.compile)
         if self.evaluate_only:
-            check_evaluation(run, cfg.model_cfg)
+            check_evaluation(section, cfg.model_cfg)
         else:
-            check_training(run, RunSettings.meanings())
+            check_training(section, RunSettings.meanings())
             check_halves(amp_of(run), check_precision(cfg.model_cfg.get("llm_precision") or "fp32", "llm_precision"))
-            recompute_llm(model, run.get("llm_grad_checkpoint"))
+            recompute_llm(model, run.llm_grad_checkpoint)
             compile_parts(model, self.compiled)
-        check_splits(run, self.datasets, self.task)
+        check_splits(section, self.datasets, self.task)
         self.output_dir, self.result_dir = make_run_folder(run, job_id)
-        self.max_iters = int(run.get("max_iters") or 0)
-        self.iters_per_inner_epoch = int(run.get("iters_per_inner_epoch") or 0)
-        self.accum_grad_iters, self.log_freq = int(run.get("accum_grad_iters", 1)), int(run.get("log_freq", 50))
-        self.valid_splits, self.test_splits = (list(run.get(key) or []) for key in ("valid_splits", "test_splits"))
-        self.seed = int(run.get("seed", 42))
-        self.device = distributed.start(run.get("device", "auto"))
+        self.max_iters, self.iters_per_inner_epoch = run.max_iters or 0, run.iters_per_inner_epoch or 0
+        self.accum_grad_iters, self.log_freq = run.accum_grad_iters, run.log_freq
+        self.valid_splits, self.test_splits = run.valid_splits, run.test_splits
+        self.device = distributed.start(run.device)
         model.to(self.device)
         self.start_step, self.best = 0, {"agg_metrics": None, "step": 0}
         self.reporter = Reporter(self)
         self.progress: Progress | None = None  # these two only in training
         self.skipped: SkippedSamples | None = None
         if not self.evaluate_only:
-            self.optimizer = adamw(
-                model, float(run.init_lr), float(run.weight_decay), float(run.get("beta2", 0.999))
-            )
+            self.optimizer = adamw(model, run.init_lr, run.weight_decay, run.beta2)
             self.lr_scheduler = schedule_of(run, self.optimizer, self.max_iters)
 
     @property
     def images_per_step(self) -> int:
         """Pictures of one optimizer step, over ranks and micro-steps."""
-        return int(self.config.run_cfg.batch_size_train) * distributed.world_size() * self.accum_grad_iters
+        return self.run.batch_size_train * distributed.world_size() * self.accum_grad_iters
 
     @property
     def images_per_draw(self) -> int:
         """Pictures that one draw of a data set from a mix stands for."""
-        run = self.config.run_cfg
-        return int(run.batch_size_train) * (1 if run.get("mix_per_rank") else distributed.world_size())
+        return self.run.batch_size_train * (1 if self.run.mix_per_rank else distributed.world_size())
 
     def train(self):
         """Train, evaluate and save as configured, or only evaluate; one run at a time in a folder."""
@@ -104,11 +100,11 @@ class Trainer:
                 lock.release()
 
     def _train(self):
-        run, data = self.config.run_cfg, sets_with(self.datasets, "train")
-        tensorboard = run.get("tensorboard", True) and distributed.is_main()
+        run, data = self.run, sets_with(self.datasets, "train")
+        tensorboard = run.tensorboard and distributed.is_main()
         self.progress = Progress(self.output_dir, self.max_iters, self.images_per_step, self.device, tensorboard)
         self.skipped = SkippedSamples(self.output_dir, data)
-        self.shards = ShardProgress(data, int(run.get("num_workers", 0)), self.skipped.shards)
+        self.shards = ShardProgress(data, run.num_workers, self.skipped.shards)
         self.step = TrainingStep(
             with_ddp(self.model, self.device), self.optimizer, self.device, run, objective=self.task.objective
         )
@@ -123,7 +119,7 @@ class Trainer:
                 self.progress.resume_at(self.start_step)
                 logging.info("\n%s", startup_table(self.model, self.reporter.facts(data, self.images_per_step)))
             asks_gpu = distributed.initialized() and self.device.type == "cuda"
-            self.stop_check = StopCheck(self.start_step, *save_every(run.get("save_every")), asks_gpu)
+            self.stop_check = StopCheck(self.start_step, *save_every(run.save_every), asks_gpu)
             batches = iter(self._train_loader(data))
             if self.shards.sets:
                 batches = self.shards.follow(batches)
@@ -133,20 +129,19 @@ class Trainer:
         self._finish()
 
     def _train_loader(self, data: dict):
-        run = self.config.run_cfg
-        ratios = run.get("train_dataset_ratios")
+        run, ratios = self.run, self.run.train_dataset_ratios
         return train_loader(
             list(data.values()),
             None if ratios is None else [float(ratios[name]) for name in data],
-            int(run.batch_size_train),
+            run.batch_size_train,
             self.seed,
             distributed.rank(),
             distributed.world_size(),
             self.start_step * self.accum_grad_iters,
-            int(run.get("num_workers", 0)),
+            run.num_workers,
             self.device.type == "cuda",
             self.shards.positions,
-            bool(run.get("mix_per_rank")),
+            run.mix_per_rank,
         )
 
     def _loop(self, batches):
@@ -230,7 +225,7 @@ class Trainer:
         self.model.eval()
         self.task.before_evaluation(model=self.model, dataset=dataset)
         kept = kept_rows(self.result_dir, split_name, dataset, self.config, self.model)
-        rows = distributed.gather_lists(own_rows(self._rows_of, dataset, self.config.run_cfg, self.device, kept))
+        rows = distributed.gather_lists(own_rows(self._rows_of, dataset, self.run, self.device, kept))
         check_unreadable(self.output_dir, split_name, dataset, [row["bad"] for row in rows if "bad" in row])
         result = None
         if distributed.is_main():
@@ -268,18 +263,18 @@ class Trainer:
         distributed.barrier()
 
 
-def make_run_folder(run, job_id: str) -> tuple[Path, Path]:
-    """(run folder, folder of results) of a run section, made; relative ones start at the current folder.
+def make_run_folder(run: RunSettings, job_id: str) -> tuple[Path, Path]:
+    """(run folder, folder of results) of a run's settings, made; relative ones start at the current folder.
 
     LAVIS would resolve output_dir against its own site-packages folder.
     """
-    resume = run.get("resume_ckpt_path")
-    if resume == "auto" and not run.get("run_name"):
+    resume = run.resume_ckpt_path
+    if resume == "auto" and not run.run_name:
         raise ConfigError("run.resume_ckpt_path=auto needs run.run_name, the folder to look in")
     if resume and resume != "auto":
         folder = Path(resume).expanduser().absolute().parent
     else:
-        folder = Path(run.output_dir).expanduser().absolute() / str(run.get("run_name") or job_id)
+        folder = Path(run.output_dir).expanduser().absolute() / str(run.run_name or job_id)
     results = folder / "result"
     results.mkdir(parents=True, exist_ok=True)
     # where LAVIS's tasks look; register_path would refuse a second run in one process

@@ -1,4 +1,4 @@
-"""Mistakes a user makes: one line that says what is wrong and how to mend it, exit code 2, no stack trace."""
+"""Mistakes a user makes: one line that says what is wrong and how to fix it, exit code 2, no stack trace."""
 
 import json
 

@@ -97,15 +97,14 @@ def own_rows(evaluate: Callable, dataset, run, device: torch.device, kept: Parti
     evaluate: from a loader of batches to their rows.
     """
     rank, world = distributed.rank(), distributed.world_size()
-    batch_size = int(run.get("batch_size_eval", run.get("batch_size_train", 1)))
+    batch_size = run.batch_size_eval or run.batch_size_train or 1
 
     def rows_of(part: slice) -> list[dict]:
-        workers, cuda = int(run.get("num_workers", 0)), device.type == "cuda"
-        return evaluate(eval_loader(dataset, batch_size, rank, world, workers, cuda, part))
+        return evaluate(eval_loader(dataset, batch_size, rank, world, run.num_workers, device.type == "cuda", part))
 
     if kept is None:
         return rows_of(slice(None))
-    return rows_in_parts(kept, len(range(rank, len(dataset), world)), int(run.keep_every) * batch_size, rows_of)
+    return rows_in_parts(kept, len(range(rank, len(dataset), world)), run.keep_every * batch_size, rows_of)
 
 
 def kept_rows(folder: Path, split: str, dataset, config, model) -> PartialRows | None:

@@ -91,7 +91,7 @@ class RunState:
 
         Returns the checkpoint's `step`, `best` and `unevaluated`, or {} for a new run.
         """
-        trainer, path = self.trainer, self.trainer.config.run_cfg.get("resume_ckpt_path")
+        trainer, path = self.trainer, self.trainer.run.resume_ckpt_path
         if path == "auto":
             path = distributed.on_main(lambda: checkpoints.last_readable(self.folder))
         if not path:
