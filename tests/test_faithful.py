@@ -8,7 +8,7 @@ import pytest
 from lavis_evlgen import plugin  # noqa: F401
 from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.models.evlgen_video import EVLGenVideo
-from lavis_evlgen.runners.trainer import RunnerEvlgen
+from lavis_evlgen.runners.trainer import Trainer
 from lavis_evlgen.tasks.captioning import EvlgenCaptionTask
 from lavis_evlgen.tasks.vqa import EvlgenVqaTask
 from tests.run_tools import ROOT
@@ -16,7 +16,7 @@ from tests.run_tools import ROOT
 PAGE = (ROOT / "docs" / "faithful.md").read_text(encoding="utf-8")
 KNOWN = {
     "model": keys_of(EVLGenVideo),
-    "run": keys_of(RunnerEvlgen, EvlgenCaptionTask, EvlgenVqaTask),
+    "run": keys_of(Trainer, EvlgenCaptionTask, EvlgenVqaTask),
 }
 
 

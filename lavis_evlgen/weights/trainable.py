@@ -17,14 +17,19 @@ RELEASED = "VL_proj.weight"  # only checkpoints of the released implementation h
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict without frozen parameters and without the buffers of frozen modules; tied weights once."""
+    """State dict without frozen parameters and the buffers of frozen modules; a language model's tied weights once."""
     left_out = frozen_names(model) | second_names(model)
     return {k: v for k, v in model.state_dict().items() if k not in left_out}
 
 
 def second_names(model: nn.Module) -> set[str]:
-    """Further names of parameters that go by several, such as a language model's head that is its embeddings."""
-    return {n for n, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    """Further names of a language model's parameters that go by several, such as a head that is the embeddings.
+
+    BLIP-2's first stage keeps both names of its word embeddings, as LAVIS's files do.
+    """
+    first = {name for name, _ in model.named_parameters()}
+    every = (name for name, _ in model.named_parameters(remove_duplicate=False))
+    return {name for name in every if name.startswith("language_model.") and name not in first}
 
 
 def frozen_names(model: nn.Module) -> set[str]:
