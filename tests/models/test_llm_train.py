@@ -152,6 +152,9 @@ def test_an_adapter_of_other_settings_is_refused(of_peft, tmp_path):
     with pytest.raises(WeightsError, match="adapter_config.json cannot be read as JSON"):
         adapted(tmp_path)
     config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text("[]")
+    with pytest.raises(WeightsError, match="adapter_config.json is no adapter's config: it holds a list"):
+        adapted(folder)
     (folder / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(WeightsError, match="use_dora=True, which is not supported"):
         adapted(folder)

@@ -102,10 +102,14 @@ def is_adapter(name: str) -> bool:
     return ".lora_A." in name or ".lora_B." in name
 
 
+def _peft_name(name: str) -> str:
+    """What peft's files call an adapter's parameter `name` of the language model."""
+    return _PREFIX + name.replace(f".{_NAME}.", ".")
+
+
 def adapter_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Of a language model's state dict, the adapter's tensors by the names they have in peft's files."""
-    own = {name: value for name, value in state.items() if is_adapter(name)}
-    return {_PREFIX + name.replace(f".{_NAME}.", "."): value.detach().cpu().contiguous() for name, value in own.items()}
+    return {_peft_name(name): value.detach().cpu().contiguous() for name, value in state.items() if is_adapter(name)}
 
 
 def save_adapter(llm: nn.Module, folder, base_model: str | None = None, state: dict[str, Tensor] | None = None) -> Path:
@@ -141,15 +145,17 @@ def load_adapter(llm: nn.Module, training: Lora, folder: Path):
             f"llm_adapter: {file} is of another language model: {len(wrong)} tensors differ, first {wrong[0]}"
         )
     check_numbers(state, str(file))
-    parameters = dict(llm.named_parameters())
-    for name in (name for name in parameters if is_adapter(name)):
-        parameters[name].copy_(state[_PREFIX + name.replace(f".{_NAME}.", ".")])
+    for name, parameter in llm.named_parameters():
+        if is_adapter(name):
+            parameter.copy_(state[_peft_name(name)])
 
 
 def _check_adapter(training: Lora, folder: Path):
     """Raises WeightsError where adapter_config.json says another rank, alpha or targets, or what is not supported."""
     file = folder / ADAPTER_CONFIG
     content = read_json(file, "llm_adapter")
+    if not isinstance(content, dict):
+        raise WeightsError(f"llm_adapter: {file} is no adapter's config: it holds a {type(content).__name__}")
     for name, plain in _UNSUPPORTED.items():
         if content.get(name) not in (plain, None):
             raise WeightsError(f"llm_adapter: {file} has {name}={content[name]!r}, which is not supported")
