@@ -22,6 +22,7 @@ from lavis_evlgen.models.generation import Generates
 from lavis_evlgen.models.language.llm_train import LlmTrain, Lora, save_adapter, training_of
 from lavis_evlgen.models.language.model import LanguageModel, load_language_model
 from lavis_evlgen.models.language.prompt_attention import KINDS as PROMPT_ATTENTION
+from lavis_evlgen.models.language.text_loss import held_out_text, text_loss
 from lavis_evlgen.models.precision import PRECISIONS, check_precision
 from lavis_evlgen.models.vision.encoder import VisionSettings, vision_of
 from lavis_evlgen.nn import across_picture_share
@@ -149,6 +150,10 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
     def token_counts(self) -> str:
         """From how many visual tokens to how many of the prompt, for the start-up table."""
         return f"{self.visual_encoder.num_tokens} visual -> {self.connector.num_output_tokens} in the prompt"
+
+    def text_loss(self) -> dict | None:
+        lm = self.language_model
+        return text_loss(lm.llm, lm.text.tokenizer, held_out_text()) if lm.llm_train else None
 
     def additions(self) -> list[set[str]]:
         """Groups of trainable tensors that `pretrained` may lack as a whole (weights/trainable.py)."""

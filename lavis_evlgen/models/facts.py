@@ -15,6 +15,10 @@ class ModelFacts:
         """The part of the model, a key of `lr_scale`, that the trainable parameter `name` belongs to."""
         return "model"
 
+    def text_loss(self) -> dict | None:
+        """Of a language model that learns, its loss on text that nobody trains on (models/language/text_loss.py)."""
+        return None
+
     def token_counts(self) -> str | None:
         """From how many visual tokens to how many of the prompt, for the start-up table; None: no such line."""
         return None

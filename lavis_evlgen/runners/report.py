@@ -16,6 +16,7 @@ from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.progress import part_rows
 from lavis_evlgen.runners.step import amp_of
 
+TEXT_LOSS = "text_loss_before.json"  # in the run folder, where the language model learns
 COLLAPSED = 1e-4  # share of a connector that answers one prompt to every picture; healthy starts dip to 5e-4
 
 
@@ -26,6 +27,7 @@ class Reporter:
         self.trainer, self.task, self.folder = trainer, trainer.task, trainer.output_dir
         self.warned = False
         self.results: dict[str, dict] = {}
+        self.text_loss_before: dict | None = None  # of a language model that learns, when the run started
 
     def facts(self, data: dict, images_per_step: int) -> dict[str, str]:
         """The lines under the start-up table."""
@@ -42,6 +44,25 @@ class Reporter:
             "data": "; ".join(d.description or f"{name}: {len(d)} rows" for name, d in data.items()),
             "run folder": str(self.folder),
         }
+
+    def starts(self, resumed: bool):
+        """Measure what the language model knows of text before it learns; a resumed run has it in a file."""
+        path = self.folder / TEXT_LOSS
+        if resumed:
+            self.text_loss_before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        elif before := facts_of(self.trainer.model.eval()).text_loss():
+            self.text_loss_before = before
+            write_run_card(path, before)
+
+    def _text_loss(self) -> dict:
+        """The run card's entry on forgetting, where the language model learns."""
+        now = facts_of(self.trainer.model).text_loss()
+        if now is None:
+            return {}
+        before = self.text_loss_before
+        start = "" if before is None else f", {before['nats_per_token']:.3f} when the run started"
+        logging.info("language model on text nobody trains on: %.3f nats a token%s", now["nats_per_token"], start)
+        return {"text_loss": {"before": before, "now": now}}
 
     def watch_collapse(self, row: dict):
         """Warn once when the prompt no longer depends on the picture (NaN, of one picture, does not say)."""
@@ -93,6 +114,7 @@ class Reporter:
                 **({} if trained is None else {"not_as_trained": trained.changed}),
             },
             step=step,
+            **self._text_loss(),
             unreadable_images={
                 split: len(result.get("unreadable", [])), "train": 0 if skipped is None else skipped.count,
             },

@@ -117,6 +117,7 @@ class Trainer:
             self.progress.skipped = round(self.step.skipped.item())
             if distributed.is_main():
                 self.progress.resume_at(self.start_step)
+                self.reporter.starts(resumed=self.start_step > 0)
                 logging.info("\n%s", startup_table(self.model, self.reporter.facts(data, self.images_per_step)))
             asks_gpu = distributed.initialized() and self.device.type == "cuda"
             self.stop_check = StopCheck(self.start_step, *save_every(run.save_every), asks_gpu)

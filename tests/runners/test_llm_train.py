@@ -33,6 +33,9 @@ def test_a_resumed_run_is_bit_equal(parts, tmp_path, llm_train):
     resumed = checkpoint(copy)
     assert losses(copy) == {step: loss for step, loss in losses(runs.output()).items() if step > 3}
     assert all(same_tensors(whole[part], resumed[part]) for part in ("model", "optimizer", "rng"))
+    texts = [json.loads((folder / "run.json").read_text())["text_loss"] for folder in (runs.output(), copy)]
+    assert texts[0]["now"] == texts[1]["now"] != texts[0]["before"]  # forgetting; a copied folder has no start
+    assert texts[1]["before"] is None
     inside = {name for name in whole["model"] if name.startswith("language_model.")}
     assert inside and (llm_train == "full") == (not any("lora_" in name for name in inside))
 
