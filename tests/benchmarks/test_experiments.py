@@ -6,10 +6,11 @@ import sys
 import types
 
 import pytest
+from PIL import Image
 
 from benchmarks.common import miniature_tables, video_tables
 from benchmarks.common.result_pages import END, START
-from benchmarks.experiments import ablations, miniature, scst_scenes, start_effects, video_scenes
+from benchmarks.experiments import ablations, flickr8k, miniature, scst_scenes, start_effects, video_scenes
 from lavis_evlgen import launch
 from lavis_evlgen.nn.merging import merge_schedule, tokens_after
 from lavis_evlgen.tools.sweeps import runs as sweep_runs
@@ -193,6 +194,41 @@ def test_what_keys_of_the_start_do_from_end_to_end(in_this_process, parts, tmp_p
     assert 0 <= found["other"][0]["least_across_picture_share"] <= 1
     assert [line.split(" | ")[0] for line in capsys.readouterr().out.splitlines() if " | " in line][1:] == [
         "| quickstart", "| other"]  # fmt: skip
+
+
+def photos(folder, per_split: int):
+    """A folder of drawn pictures and a captions file that names their splits."""
+    folder.mkdir()
+    lines = ["image,caption,split"]
+    for n in range(3 * per_split):
+        Image.new("RGB", (32, 32), (9 * n, 99, 200 - 9 * n)).save(folder / f"{n:02}.jpg")
+        lines += [f"{n:02}.jpg,colour {n} {word},{('train', 'val', 'test')[n % 3]}" for word in ("here", "there")]
+    file = folder.parent / "captions.csv"
+    file.write_text("\n".join(lines))
+    return folder, file
+
+
+def test_photos_frozen_lora_and_full_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch, capsys):
+    """Equal time: steps follow the measured step; another seed later joins the first in the table."""
+    images, file = photos(tmp_path / "photos", 4)
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs/results/flickr8k.md").read_text())
+    monkeypatch.setattr(flickr8k, "TIMING_STEPS", 2)
+    monkeypatch.setattr(flickr8k, "median", lambda values: 1.0)
+    arguments = ["--images", str(images), "--captions", str(file), "--minutes", str(2 / 60), "--arms", "frozen", "full"]
+    arguments += ["--folder", str(tmp_path / "made"), "--out", str(tmp_path / "found.json"), "--page", str(page)]
+    for seed in ("7", "8"):
+        monkeypatch.setattr(sys, "argv", ["flickr8k.py", *arguments, "--seeds", seed, "--set", *tiny(parts)])
+        flickr8k.main()
+    runs = [f"{arm}_steps2_seed{seed}" for seed in (7, 8) for arm in ("frozen", "full")]
+    assert in_this_process == [f"time{n}_{arm}" for n in (0, 1) for arm in ("frozen", "full")] + runs
+    header, _, frozen, full = rows(page.read_text().split("<!-- tables -->")[1].split("\n\n")[1])
+    found = [dict(zip(header, row, strict=True)) for row in (frozen, full)]
+    assert [row["text, nats/token: before → after"] for row in found][0] == "does not change"
+    assert " → " in found[1]["text, nats/token: before → after"] and found[1]["seeds"] == "7, 8"
+    results = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert results["frozen"][0]["trains"] < results["full"][0]["trains"] and found[0]["steps"] == "2"
+    assert page.read_text().count(".jpg |") == 4  # the four test photos, by name
 
 
 MACS = {"tomeformer": 10.0, "qformer": 16.0, "stage1": 5.0}
