@@ -19,6 +19,7 @@ from lavis_evlgen.config import EvlgenConfig, config_errors  # noqa: E402
 from lavis_evlgen.errors import explanation  # noqa: E402
 from lavis_evlgen.runners.checkpointing.stopping import signals  # noqa: E402
 from lavis_evlgen.runners.determinism import be_deterministic  # noqa: E402
+from lavis_evlgen.runners.stages import StagedRun  # noqa: E402
 from lavis_evlgen.tasks.build import build_data  # noqa: E402
 from lavis_evlgen.tasks.settings import SharedRunSettings  # noqa: E402
 from lavis_evlgen.weights.bundle import trained_section  # noqa: E402
@@ -31,12 +32,15 @@ continue a run: --options run.resume_ckpt_path=output/.../checkpoint_last.pth
 every key of run, model and datasets: evlgen keys"""
 
 
-def parser(script: str, purpose: str) -> argparse.ArgumentParser:
+def parser(script: str, purpose: str, evaluate: bool = False) -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=purpose, epilog=EPILOG.format(script=script), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("--cfg-path", required=True, help="run config, e.g. projects/evlgen/quickstart.yaml")
     p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
+    if evaluate:
+        words = "of a config with stages: the stage whose task and data are used (default: the last)"
+        p.add_argument("--stage", metavar="NAME", help=words)
     return p
 
 
@@ -59,7 +63,7 @@ def run(args, evaluate: bool = False):
     """Train, or only evaluate, as the config says; returns the runner."""
     import torch
 
-    cfg = EvlgenConfig(args, evaluate, trained_section)
+    cfg = EvlgenConfig(args, evaluate, trained_section, vars(args).get("stage"))
     with config_errors():
         settings = SharedRunSettings.read(cfg.run_cfg, "run.")
         device = distributed.start(settings.device)
@@ -73,8 +77,11 @@ def run(args, evaluate: bool = False):
     job_id = distributed.from_main(time.strftime("%Y%m%d-%H%M%S"))
     runner_cls = registry.get_runner_class(cfg.run_cfg.get("runner", "runner_evlgen"))
     with config_errors():
-        task, datasets, model = build(cfg)
-        runner = runner_cls(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
+        if cfg.stages:
+            runner = StagedRun(cfg.stages, runner_cls, job_id)
+        else:
+            task, datasets, model = build(cfg)
+            runner = runner_cls(cfg=cfg, task=task, model=model, datasets=datasets, job_id=job_id)
     runner.train()
     distributed.stop()
     return runner
@@ -82,7 +89,7 @@ def run(args, evaluate: bool = False):
 
 def main(script: str, purpose: str, evaluate: bool = False, argv=None):
     """Entry of train.py and evaluate.py: errors that the user can fix are one line, exit code 2."""
-    args = parser(script, purpose).parse_args(argv)
+    args = parser(script, purpose, evaluate).parse_args(argv)
     try:
         with signals.handled():
             run(args, evaluate)

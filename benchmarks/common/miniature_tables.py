@@ -8,8 +8,8 @@ from pathlib import Path
 from benchmarks.common.result_pages import put_between, spread
 from benchmarks.common.training_runs import ROOT, run_folder
 from lavis_evlgen.reporting.plots import comparison_plot
+from lavis_evlgen.reporting.tables import markdown
 from lavis_evlgen.tools.compare import duration, read_runs
-from lavis_evlgen.tools.tables import markdown
 
 PAGE, PICTURE = ROOT / "docs/results/miniature.md", ROOT / "docs/images/miniature.png"
 

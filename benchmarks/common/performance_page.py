@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lavis_evlgen.tools.tables import markdown
+from lavis_evlgen.reporting.tables import markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE, RESULTS = ROOT / "docs/performance.md", ROOT / "benchmarks/results"

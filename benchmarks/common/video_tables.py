@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.common.result_pages import put_between, spread
 from benchmarks.common.training_runs import ROOT
+from lavis_evlgen.reporting.tables import markdown
 from lavis_evlgen.tools.compare import duration
-from lavis_evlgen.tools.tables import markdown
 
 PAGE, PICTURE = ROOT / "docs/results/video.md", "images/video_miniature.png"
 CHANCE = 0.5  # of the order of events, for who ignores the order of frames

@@ -22,8 +22,8 @@ from benchmarks.common.result_pages import put_between, spread
 from benchmarks.common.training_runs import ROOT, training_seconds
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.reporting.sweep_plot import sweep_plot
+from lavis_evlgen.reporting.tables import markdown
 from lavis_evlgen.tools.compare import duration
-from lavis_evlgen.tools.tables import markdown
 
 CONFIG, PAGE = "projects/evlgen/flickr8k_mini.yaml", ROOT / "docs/results/ablations.md"
 GAP = "gap, nats/token"

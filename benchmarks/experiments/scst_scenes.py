@@ -32,8 +32,8 @@ from benchmarks.common.training_runs import (
 )
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
+from lavis_evlgen.reporting.tables import markdown
 from lavis_evlgen.tools.compare import duration
-from lavis_evlgen.tools.tables import markdown
 
 CONFIG, QUICKSTART = "projects/evlgen/scst_quickstart.yaml", "projects/evlgen/quickstart.yaml"
 PAGE, PICTURE = ROOT / "docs/scst.md", "images/scst_scenes.png"

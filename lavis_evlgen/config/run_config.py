@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from lavis_evlgen.config.errors import ConfigError, nearest, one_line, shown
 from lavis_evlgen.config.keys import Settings, check_values, declares, drop_nulls, key, keys_of
 from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.config.parsing import read_file, read_options, resolve_references
+from lavis_evlgen.config.stages import Stage, overlaid, take_stages
 from lavis_evlgen.config.values import Refused, refuse_unknown, takes_null
 
 SECTIONS = ("run", "model", "datasets")
@@ -47,23 +49,58 @@ class LavisProcessorSettings(Settings):
 
 
 class EvlgenConfig(Config):
-    """LAVIS's Config, with `--options` applied first: model.model_type=X selects that type's defaults too."""
+    """LAVIS's Config, with `--options` applied first: model.model_type=X selects that type's defaults too.
 
-    def __init__(self, args, evaluate: bool = False, trained_section: Callable[[str], dict] | None = None):
+    `stages`: of a training with stages, the config of each, and the sections are then those of the last; [] otherwise.
+    `stage`: which one this is the config of.
+    """
+
+    def __init__(
+        self, args, evaluate: bool = False, trained_section: Callable[[str], dict] | None = None,
+        stage: str | None = None,
+    ):  # fmt: skip
         """args: cfg_path and options; evaluate: as run.evaluate=true. trained_section: gives the model section that
-        weights carry ({} for none), which an evaluation uses in place of the file's (config/as_trained.py)."""
+        weights carry ({} for none), which an evaluation uses in place of the file's (config/as_trained.py). stage: of
+        an evaluation, the stage whose task and data are used (None: the last)."""
         self.args, self.config = args, {}
         self.evaluate, self.trained_section = evaluate, trained_section
         self.trained: AsTrained | None = None  # of an evaluation whose weights carry their section
         registry.register("configuration", self)
         self.path = Path(args.cfg_path)
+        self.stages: list[EvlgenConfig] = []
+        self.stage: Stage | None = None
         config, options = read_file(self.path), read_options(args.options or [])
+        with self._named():
+            stages = {one.name: one for one in take_stages(config, options)}
+            if stage is not None and stage not in stages:
+                raise Refused(f"--stage {stage}: no stage has this name{nearest(stage, stages)}")
+        if not stages:
+            self._read(config, options)
+            return
+        wanted = list(stages.values()) if not evaluate else [stages[stage or list(stages)[-1]]]
+        cfgs = [self._of_stage(one, config, options) for one in wanted]
+        self.config, self.trained, self.stage = cfgs[-1].config, cfgs[-1].trained, cfgs[-1].stage
+        if not self.config.run.get("evaluate"):
+            self.stages, self.stage = cfgs, None
+
+    def _read(self, config: DictConfig, options: DictConfig):
+        """Take the sections of one training or evaluation from a file's content and --options."""
         with self._named():
             self._check_sections(config)
             # strict: an option may not invent a section
             refuse_unknown(options, dict.fromkeys(SECTIONS, ""), "")
             self.config = self._merged(config, options)
         self.check()
+
+    def _of_stage(self, stage: Stage, config: DictConfig, options: DictConfig) -> EvlgenConfig:
+        """The config of a stage, as of a run of its own; the configs in its checkpoints say which stage it was."""
+        cfg = copy(self)
+        cfg.path, cfg.stage = f"{self.path}, stage {stage.name}", stage
+        with self._named():
+            layers = overlaid(stage, config, options)
+        cfg._read(*layers)
+        cfg.config.stage = stage.facts()
+        return cfg
 
     @contextmanager
     def _named(self):
@@ -154,7 +191,7 @@ class EvlgenConfig(Config):
             if not config.get(section) or not isinstance(config[section], DictConfig):
                 known = ", ".join(SECTIONS)
                 raise ConfigError(f"{self.path}: section {section!r} is missing; a run config has {known}")
-        refuse_unknown(config, dict.fromkeys(SECTIONS, ""), "")
+        refuse_unknown(config, dict.fromkeys((*SECTIONS, "stages"), ""), "")
         self._check_shapes(config)
 
     def _check_shapes(self, config):

@@ -157,15 +157,19 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
 
     def additions(self) -> list[set[str]]:
         """Groups of trainable tensors that `pretrained` may lack as a whole (weights/trainable.py)."""
+        soft_prompt = {"soft_prompt"} if self.soft_prompt is not None else set()
+        return [group for group in (soft_prompt, self.from_files()) if group]
+
+    def from_files(self) -> set[str]:
+        """What of the language model learns."""
         prefix = "language_model."
-        learns = {name for name, p in self.named_parameters() if name.startswith(prefix) and p.requires_grad}
-        return [group for group in ({"soft_prompt"} if self.soft_prompt is not None else set(), learns) if group]
+        return {name for name, p in self.named_parameters() if name.startswith(prefix) and p.requires_grad}
 
     def save_adapter(self, folder, weights: dict[str, Tensor]):
         """Of a bundle's `weights`, the language model's LoRA adapter in peft's format; nothing where it has none."""
-        if isinstance(self.language_model.llm_train, Lora):
-            prefix = "language_model.llm."
-            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        prefix = "language_model.llm."
+        own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+        if own and isinstance(self.language_model.llm_train, Lora):
             section = self.config or {}
             base = section.get("llm_model") or section.get("opt_model")
             save_adapter(self.language_model.llm, folder, base, own)

@@ -19,6 +19,11 @@ class ModelFacts:
         """Of a language model that learns, its loss on text that nobody trains on (models/language/text_loss.py)."""
         return None
 
+    def from_files(self) -> set[str]:
+        """Names of trainable parameters that start as files of others have them, or change nothing at first: until a
+        stage has trained one of them, checkpoints do without them, and they may be absent as a whole at loading."""
+        return set()
+
     def token_counts(self) -> str | None:
         """From how many visual tokens to how many of the prompt, for the start-up table; None: no such line."""
         return None

@@ -19,3 +19,21 @@ def drop_rows_after(file: Path, step: int):
     if file.exists():
         kept = [row for row in read_json_lines(file) if row["step"] <= step]
         file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def training_totals(log: list[dict]) -> list[dict]:
+    """Log rows with what the run had spent up to them: `images`, `seconds` (evaluation left out), `macs` (None
+    where the run did not count them)."""
+    before, total, rows = 0, {"images": 0.0, "seconds": 0.0, "macs": 0.0}, []
+    for row in log:
+        if "seconds_per_step" in row:  # a window of training steps, which closes at this one
+            steps, before = row["step"] - before, row["step"]
+            images = steps * row["seconds_per_step"] * row["images_per_s"]
+            counted = total["macs"] is not None and "flops_per_image" in row
+            total = {
+                "images": total["images"] + images,
+                "seconds": total["seconds"] + steps * row["seconds_per_step"],
+                "macs": total["macs"] + images * row["flops_per_image"] / 2 if counted else None,
+            }
+        rows.append({**row, **total, "images": round(total["images"])})
+    return rows

@@ -65,7 +65,11 @@ def startup_table(model: torch.nn.Module, facts: dict[str, str]) -> str:
 class Progress:
     """Collects tensors in the hot loop and reads them only when a line is due."""
 
-    def __init__(self, folder: Path, max_steps: int, images_per_step: int, device, tensorboard: bool):
+    def __init__(
+        self, folder: Path, max_steps: int, images_per_step: int, device, tensorboard: bool, label: str = ""
+    ):
+        """label: in front of every line of the log."""
+        self.label = label
         self.folder, self.max_steps, self.images_per_step, self.device = folder, max_steps, images_per_step, device
         self.file = folder / "log.jsonl"
         self.writer = None
@@ -127,8 +131,8 @@ class Progress:
             more += f"  {skipped} of {self.count} steps skipped (gradient not finite)"
             self.skipped += skipped
         logging.info(
-            "step %d/%d  loss %.4f  lr %.2e%s  %.1f images/s  data wait %.0f%%  peak %.1f GB  ETA %s",
-            step, self.max_steps, row["loss"], lr, more, row["images_per_s"],
+            "%sstep %d/%d  loss %.4f  lr %.2e%s  %.1f images/s  data wait %.0f%%  peak %.1f GB  ETA %s",
+            self.label, step, self.max_steps, row["loss"], lr, more, row["images_per_s"],
             100 * row["data_wait"], row["peak_memory_gb"], _clock(eta),
         )  # fmt: skip
         self.write(row)

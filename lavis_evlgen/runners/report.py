@@ -34,7 +34,10 @@ class Reporter:
         trainer, run = self.trainer, self.trainer.run
         tokens, on_gpu = facts_of(trainer.model).token_counts(), trainer.device.type == "cuda"
         device = torch.cuda.get_device_name(trainer.device) if on_gpu else f"cpu, {torch.get_num_threads()} threads"
+        stage = trainer.stage
+        trains = "all that the model trains" if stage is None or stage.trains is None else ", ".join(stage.trains)
         return {
+            **({} if stage is None else {"stage": f"{stage.number} of {stage.of}: {stage.name}, trains {trains}"}),
             **({} if tokens is None else {"tokens": tokens}),
             "device": f"{device}, {distributed.world_size()} process(es), amp {amp_of(run)}",
             "batch": f"{images_per_step} images a step ({run.batch_size_train} x {distributed.world_size()} ranks x "

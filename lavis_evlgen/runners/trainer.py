@@ -16,11 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.config.stages import Stage
 from lavis_evlgen.datasets.facts import adapted_sets
 from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.compile import check_parts, compile_parts, eager
 from lavis_evlgen.models.precision import check_halves, check_precision
+from lavis_evlgen.models.trains import train_mode
 from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.checkpointing.evaluation_resume import kept_rows, own_rows
 from lavis_evlgen.runners.checkpointing.lock import RunLock
@@ -49,11 +51,12 @@ class Trainer:
 
     Settings = RunSettings
 
-    def __init__(self, cfg, task, model, datasets, job_id: str):
-        """As LAVIS's train.py calls it. job_id: names the run's folder where `run.run_name` does not."""
+    def __init__(self, cfg, task, model, datasets, job_id: str, stage: Stage | None = None):
+        """As LAVIS's train.py calls it. job_id: names the run's folder where `run.run_name` does not. stage: of a run
+        with stages (runners/stages.py), which one this is."""
         section = cfg.run_cfg
         run = self.run = RunSettings.read(section, "run.")
-        self.config, self.model = cfg, model
+        self.config, self.model, self.stage = cfg, model, stage
         self.task, self.datasets = adapted_task(task), adapted_sets(datasets)
         self.evaluate_only, self.seed = run.evaluate, run.seed
         self.compiled = check_parts(run.compile)
@@ -102,7 +105,8 @@ class Trainer:
     def _train(self):
         run, data = self.run, sets_with(self.datasets, "train")
         tensorboard = run.tensorboard and distributed.is_main()
-        self.progress = Progress(self.output_dir, self.max_iters, self.images_per_step, self.device, tensorboard)
+        label = "" if self.stage is None else f"{self.stage.label}: "
+        self.progress = Progress(self.output_dir, self.max_iters, self.images_per_step, self.device, tensorboard, label)
         self.skipped = SkippedSamples(self.output_dir, data)
         self.shards = ShardProgress(data, run.num_workers, self.skipped.shards)
         self.step = TrainingStep(
@@ -146,7 +150,7 @@ class Trainer:
         )
 
     def _loop(self, batches):
-        self.model.train()
+        train_mode(self.model)
         if self.start_step < self.max_iters:
             first = next(batches)
             with eager():  # compiled regions hide their operations
@@ -212,7 +216,7 @@ class Trainer:
                     self.best = {"agg_metrics": value, "step": step}
                     names.append(checkpoints.BEST)
         self._save(step, *names)
-        self.model.train()
+        train_mode(self.model)
         if distributed.is_main():
             self.progress.draw(str(self.output_dir.name))
         distributed.barrier()
@@ -264,18 +268,22 @@ class Trainer:
         distributed.barrier()
 
 
+def run_folder(run: RunSettings, job_id: str) -> Path:
+    """The folder that a run's settings name. Raises ConfigError."""
+    resume = run.resume_ckpt_path
+    if resume == "auto" and not run.run_name:
+        raise ConfigError("run.resume_ckpt_path=auto needs run.run_name, the folder to look in")
+    if resume and resume != "auto":
+        return Path(resume).expanduser().absolute().parent
+    return Path(run.output_dir).expanduser().absolute() / str(run.run_name or job_id)
+
+
 def make_run_folder(run: RunSettings, job_id: str) -> tuple[Path, Path]:
     """(run folder, folder of results) of a run's settings, made; relative ones start at the current folder.
 
     LAVIS would resolve output_dir against its own site-packages folder.
     """
-    resume = run.resume_ckpt_path
-    if resume == "auto" and not run.run_name:
-        raise ConfigError("run.resume_ckpt_path=auto needs run.run_name, the folder to look in")
-    if resume and resume != "auto":
-        folder = Path(resume).expanduser().absolute().parent
-    else:
-        folder = Path(run.output_dir).expanduser().absolute() / str(run.run_name or job_id)
+    folder = run_folder(run, job_id)
     results = folder / "result"
     results.mkdir(parents=True, exist_ok=True)
     # where LAVIS's tasks look; register_path would refuse a second run in one process

@@ -30,9 +30,10 @@ class Shown(NamedTuple):
 class Task(BaseTask):
     """Base class of all tasks here. A task of LAVIS's own gets the defaults from `adapted_task`.
 
-    In the order in which they are called: `setup_task`, `build_datasets`, `build_model` (LAVIS's), `check_scored`,
-    `check_dataset`; in training `objective` and `watch`; for each split `before_evaluation`, `evaluation` (on every
-    rank, which calls `valid_step`), `after_evaluation`, then `curve`, `summary` and `shown` for the reports.
+    In the order in which they are called: `setup_task`, `build_datasets`, `check_arch`, `build_model` (in the first
+    stage of a run), `check_model`, `check_scored`, `check_dataset`; in training `objective` and `watch`; for each split
+    `before_evaluation`, `evaluation` (on every rank, which calls `valid_step`), `after_evaluation`, then `curve`,
+    `summary` and `shown` for the reports.
     """
 
     Settings = Settings  # the task's keys of the run section
@@ -46,6 +47,19 @@ class Task(BaseTask):
     def setup_task(cls, cfg):
         """The task of a config, of which it may read `run_cfg` and `model_cfg`."""
         return cls()
+
+    def check_arch(self, cfg):
+        """Raises ConfigError for a model.arch that the task cannot train; asked before a model is built."""
+
+    def check_model(self, cfg, model):
+        """Raises ConfigError for a model that the task's data does not fit."""
+
+    def build_model(self, cfg):
+        """LAVIS's, with the checks before and after it."""
+        self.check_arch(cfg)
+        model = super().build_model(cfg)
+        self.check_model(cfg, model)
+        return model
 
     def check_scored(self, splits: list[str]):
         """Raises ConfigError for a task that cannot score; `splits`: those that will be scored, at least one."""
@@ -113,7 +127,7 @@ class LavisTask(Task):
         super().__init__()
         self.task = task
         take_over(self, Task, task)
-        self.build_datasets, self.build_model = task.build_datasets, task.build_model
+        self.build_datasets = task.build_datasets
 
     def check_scored(self, splits: list[str]):
         if isinstance(self.task, ImageTextPretrainTask):

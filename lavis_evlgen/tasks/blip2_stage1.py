@@ -21,13 +21,12 @@ class Blip2Stage1Task(Task):
     The first two are told from the other pictures of a batch, so they depend on run.batch_size_eval.
     """
 
-    def build_model(self, cfg):
+    def check_arch(self, cfg):
         if not issubclass(registry.get_model_class(cfg.model_cfg.arch), Blip2Stage1):
             raise ConfigError(
                 f"run.task=evlgen_blip2_stage1 is for model.arch=evlgen_blip2, not {cfg.model_cfg.arch}: set "
                 "run.task=evlgen_captioning"
             )
-        return super().build_model(cfg)
 
     def check_dataset(self, name: str, dataset):
         """Raises ConfigError where no rank would get two pictures: one alone has nothing to be told from."""

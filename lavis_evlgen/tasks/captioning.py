@@ -91,13 +91,12 @@ class EvlgenCaptionTask(Task):
                 "baseline: give the split more, or take it out of the run's splits"
             )
 
-    def build_model(self, cfg):
+    def check_arch(self, cfg):
         if not issubclass(registry.get_model_class(cfg.model_cfg.arch), EVLGen):
             raise ConfigError(
                 f"run.task=evlgen_captioning captions with EVLGen models; model.arch={cfg.model_cfg.arch} is none; "
                 "use evlgen_blip2_stage1 for evlgen_blip2, image_text_pretrain for LAVIS's own blip2 and blip2_opt"
             )
-        return super().build_model(cfg)
 
     def before_evaluation(self, model, dataset, **kwargs):
         self.references = dataset.references

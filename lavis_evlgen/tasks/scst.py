@@ -126,10 +126,9 @@ class ScstTask(EvlgenCaptionTask):
             _check_start(cfg.model_cfg)
         return task
 
-    def build_model(self, cfg):
+    def check_arch(self, cfg):
         if not issubclass(registry.get_model_class(cfg.model_cfg.arch), EVLGen):
             raise ConfigError(f"run.task=scst trains EVLGen captioners; model.arch={cfg.model_cfg.arch} is none")
-        return super().build_model(cfg)
 
     def build_datasets(self, cfg):
         """The data sets; the references of the training set become the reward."""

@@ -76,9 +76,8 @@ class EvlgenVqaTask(Task):
             dataset.template = self.prompt
         return self.built
 
-    def build_model(self, cfg):
-        """LAVIS's; what will be learnt, or scored by its loss, must fit into the model's max_txt_len."""
-        model = super().build_model(cfg)
+    def check_model(self, cfg, model):
+        """What will be learnt, or scored by its loss, must fit into the model's max_txt_len."""
         run = SharedRunSettings.read(cfg.run_cfg, "run.")
         splits = run.test_splits if self.blind_share else []
         if not run.evaluate:
@@ -86,7 +85,6 @@ class EvlgenVqaTask(Task):
         for dataset in self._question_sets():
             if dataset.split in splits:
                 self._check_room(model.language_model, dataset)
-        return model
 
     def _question_sets(self) -> list:
         return [d for splits in self.built.values() for d in splits.values() if isinstance(d, QuestionDataset)]

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lavis_evlgen.config import ConfigError
-from lavis_evlgen.reporting.json_lines import read_json_lines
+from lavis_evlgen.reporting import tables
+from lavis_evlgen.reporting.json_lines import read_json_lines, training_totals
 from lavis_evlgen.reporting.plots import comparison_plot
-from lavis_evlgen.tools import tables
+from lavis_evlgen.reporting.stage_files import LEDGER, stage_folders
 from lavis_evlgen.tools.paper import paper_row
 
 COLUMNS = ("run", "connector", "trains", "steps", "images", "time", "GMACs/image", "CIDEr", "blind CIDEr",
@@ -30,7 +31,10 @@ class RunRecord:
 
 
 def read_runs(folders: list[str | Path]) -> list[RunRecord]:
-    """Run folders of train.py; those of the same name are numbered. Raises ConfigError that names a bad one."""
+    """Run folders of train.py; those of the same name are numbered, and one of a run with stages stands for those of
+    its stages. Raises ConfigError that names a bad one."""
+    # RUN/* of a run with stages names its ledger too
+    folders = [one for folder in folders if Path(folder).name != LEDGER for one in stage_folders(folder) or [folder]]
     runs, names = [read_run(folder) for folder in folders], [Path(folder).resolve().name for folder in folders]
     for n, run in enumerate(runs):
         run.name = f"{names[n]} ({names[: n + 1].count(names[n])})" if names.count(names[n]) > 1 else names[n]
@@ -48,25 +52,7 @@ def read_run(folder: str | Path) -> RunRecord:
         content["metrics"], content["config"]["model"], content["data"]["split"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{card} is not a run card ({type(error).__name__}: {error})") from error
-    return RunRecord(folder.name, content, _with_totals(read_json_lines(folder / "log.jsonl")))
-
-
-def _with_totals(log: list[dict]) -> list[dict]:
-    """Log rows with what the run had spent up to them: `images`, `seconds` (evaluation left out), `macs` (None
-    where the run did not count them)."""
-    before, total, rows = 0, {"images": 0.0, "seconds": 0.0, "macs": 0.0}, []
-    for row in log:
-        if "seconds_per_step" in row:  # a window of training steps, which closes at this one
-            steps, before = row["step"] - before, row["step"]
-            images = steps * row["seconds_per_step"] * row["images_per_s"]
-            counted = total["macs"] is not None and "flops_per_image" in row
-            total = {
-                "images": total["images"] + images,
-                "seconds": total["seconds"] + steps * row["seconds_per_step"],
-                "macs": total["macs"] + images * row["flops_per_image"] / 2 if counted else None,
-            }
-        rows.append({**row, **total, "images": round(total["images"])})
-    return rows
+    return RunRecord(folder.name, content, training_totals(read_json_lines(folder / "log.jsonl")))
 
 
 def unlike(runs: list[RunRecord]) -> list[str]:

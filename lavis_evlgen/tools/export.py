@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lavis.common.registry import registry
 
+from lavis_evlgen.models.facts import facts_of
 from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.tasks.captioning import decoding_of
 from lavis_evlgen.tools.load_trained import run_config
@@ -26,7 +27,7 @@ def export_run(cfg: dict, checkpoint: Path, out: str, changes: dict) -> str:
     # what a person says about code of others counts while its tokenizer is read, and is never written down
     section = cfg["model"] | {key: changes[key] for key in USER_ONLY_KEYS if key in changes}
     model = empty_model(registry.get_model_class(section["arch"]), section)
-    check_trainable(model, content["model"], str(checkpoint))
+    check_trainable(model, content["model"], str(checkpoint), [facts_of(model).from_files()])
     dataset = next(iter(cfg["datasets"].values()))
     preprocess = {kind: dataset[kind] for kind in ("vis_processor", "text_processor") if kind in dataset}
     config = bundle_config(model, preprocess, decoding_of(cfg["run"]), changes)

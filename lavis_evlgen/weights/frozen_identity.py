@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lavis_evlgen.weights.sources import WeightsError
+from lavis_evlgen.weights.trainable import is_kept
 
 TENSORS, VALUES = 8, 16  # of each part, spread over its tensors; of each of those, spread over its values
 # bf16 has 8 bits of mantissa: rounding moves a value by a 256th at most, and the other one may be rounded too
 ROUNDING = 2**-7
-# not compared: position embeddings that are resized to the picture when they are loaded (LAVIS's ViTs), and poolers, of
-# which no output is read: many files have none, and it is then drawn at random
-NOT_THE_FILES = re.compile(r"(^|\.)(pos_embed|positional_embedding|pooler)(\.|$)")
+# not compared: position embeddings that are resized to the picture when they are loaded (LAVIS's ViTs); poolers, of
+# which no output is read: many files have none, and it is then drawn at random; adapters that no stage has trained yet
+NOT_THE_FILES = re.compile(r"(^|\.)(pos_embed|positional_embedding|pooler|lora_A|lora_B)(\.|$)")
 
 Identity = dict[str, dict]
 
@@ -32,7 +33,7 @@ def frozen_identity(model: nn.Module) -> Identity:
     """
     parts: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
-        frozen = not parameter.requires_grad and not parameter.is_meta and parameter.is_floating_point()
+        frozen = not is_kept(parameter) and not parameter.is_meta and parameter.is_floating_point()
         if frozen and not NOT_THE_FILES.search(name):
             part, _, rest = name.partition(".")
             # peft's name for a weight with an adapter beside it: the weight is the same

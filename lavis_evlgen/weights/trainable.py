@@ -1,9 +1,12 @@
-"""Checkpoints hold what trains, and load strictly: exactly the frozen weights may be absent."""
+"""Checkpoints hold what trains, and load strictly: exactly the frozen weights may be absent.
+
+What one stage of a run has trained and a later one freezes is in the checkpoints of the later one too: `keep`.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -16,10 +19,25 @@ from lavis_evlgen.weights.untrusted import check_frozen_weights, checked_model
 RELEASED = "VL_proj.weight"  # only checkpoints of the released implementation have a tensor of this name
 
 
+def keep(parameter: nn.Parameter, kept: bool):
+    """Whether checkpoints hold a parameter while it is frozen; one that has a gradient is in them anyway."""
+    parameter.kept = kept
+
+
+def is_kept(parameter: nn.Parameter) -> bool:
+    """Whether checkpoints hold a parameter: it trains, or was kept."""
+    return parameter.requires_grad or getattr(parameter, "kept", False)
+
+
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """State dict without frozen parameters and the buffers of frozen modules; a language model's tied weights once."""
-    left_out = frozen_names(model) | second_names(model)
+    """State dict of what is kept, without the buffers of other modules; a language model's tied weights once."""
+    left_out = left_out_names(model)
     return {k: v for k, v in model.state_dict().items() if k not in left_out}
+
+
+def left_out_names(model: nn.Module) -> set[str]:
+    """Names that a state dict has and a checkpoint has not."""
+    return _names_without(model, is_kept) | second_names(model)
 
 
 def second_names(model: nn.Module) -> set[str]:
@@ -34,10 +52,15 @@ def second_names(model: nn.Module) -> set[str]:
 
 def frozen_names(model: nn.Module) -> set[str]:
     """Names of parameters without gradient, and of buffers in modules that hold no trainable parameter."""
+    return _names_without(model, lambda parameter: parameter.requires_grad)
+
+
+def _names_without(model: nn.Module, belongs: Callable[[nn.Parameter], bool]) -> set[str]:
+    """Names of parameters that do not belong, and of buffers in modules that hold none that does."""
     # tied weights (an LLM's head and its embeddings) go by both their names
-    names = {n for n, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    names = {n for n, p in model.named_parameters(remove_duplicate=False) if not belongs(p)}
     for prefix, module in model.named_modules():
-        if not any(p.requires_grad for p in module.parameters()):
+        if not any(map(belongs, module.parameters())):
             dot = prefix + "." if prefix else ""
             names.update(dot + n for n, _ in module.named_buffers())
     return names
@@ -50,15 +73,7 @@ def load_trainable(model: nn.Module, state: dict, source: str, additions: Iterab
     checkpoint of a simpler model lacks; a group that is absent as a whole stays as built, and is counted in the log.
     Raises WeightsError that names what differs.
     """
-    own = model.state_dict()
-    absent = [group for group in additions if group and not group & set(state)]
-    for group in absent:
-        numbers = sum(own[name].numel() for name in group)
-        logging.info(
-            "%s has none of %d tensors (%d numbers) such as %s: they start as built",
-            source, len(group), numbers, min(group),
-        )  # fmt: skip
-    check_trainable(model, state | {name: own[name] for group in absent for name in group}, source)
+    check_trainable(model, state, source, additions)
     check_numbers(state, source)
     model.load_state_dict(state, strict=False)
 
@@ -73,9 +88,22 @@ def check_numbers(state: dict[str, torch.Tensor], source: str) -> None:
         )
 
 
-def check_trainable(model: nn.Module, state: dict[str, torch.Tensor], source: str) -> None:
-    """Raises WeightsError unless `state` has every trainable tensor of `model`, in its shape, and no unknown one."""
-    own, may_lack = model.state_dict(), frozen_names(model) | second_names(model)
+def check_trainable(
+    model: nn.Module, state: dict[str, torch.Tensor], source: str, additions: Iterable[set[str]] = ()
+) -> None:
+    """Raises WeightsError unless `state` has every trainable tensor of `model`, in its shape, and no unknown one.
+
+    additions: as load_trainable.
+    """
+    own, may_lack = model.state_dict(), left_out_names(model)
+    for group in additions:
+        if group and not group & set(state):
+            numbers = sum(own[name].numel() for name in group)
+            logging.info(
+                "%s has none of %d tensors (%d numbers) such as %s: they start as built",
+                source, len(group), numbers, min(group),
+            )  # fmt: skip
+            may_lack |= group
     check_floating(state, own, f"checkpoint {source}")
     missing = [k for k in own if k not in state and k not in may_lack]
     unknown = [k for k in state if k not in own]

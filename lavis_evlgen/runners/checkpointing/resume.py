@@ -137,12 +137,7 @@ class RunState:
                 "lose its position in the data: keep run.batch_size_train x ranks x run.accum_grad_iters, or start a "
                 f"new run from these weights with model.pretrained={path}"
             )
-        for part in other_parts(saved.get("frozen_weights") or {}, frozen_identity(self.trainer.model)):
-            raise ConfigError(
-                f"{path} was trained with another {part} than this run has: resume with the same one "
-                f"({' or '.join(f'model.{key}' for key in NAMED_BY.get(part, ('...',)))}), or start a new run from "
-                f"these weights with model.pretrained={path}"
-            )
+        check_frozen(self.trainer.model, saved, path)
         self._check_draws(saved, path)
         now = flat(self.trainer.config.to_dict())
         then = flat(saved.get("config", now))
@@ -166,6 +161,16 @@ class RunState:
                 "run.mix_per_rank=true) and run.accum_grad_iters, or start a new run from these weights with "
                 f"model.pretrained={path}"
             )
+
+
+def check_frozen(model, saved: dict, path):
+    """Raises ConfigError where a run's checkpoint was trained with other frozen weights than `model` has."""
+    for part in other_parts(saved.get("frozen_weights") or {}, frozen_identity(model)):
+        raise ConfigError(
+            f"{path} was trained with another {part} than this run has: resume with the same one "
+            f"({' or '.join(f'model.{key}' for key in NAMED_BY.get(part, ('...',)))}), or start a new run from "
+            f"these weights with model.pretrained={path}"
+        )
 
 
 # settings that say where and how fast, not what

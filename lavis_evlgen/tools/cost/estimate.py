@@ -14,8 +14,8 @@ from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.precision import auto_precision, autocast_type, check_halves
+from lavis_evlgen.reporting import tables
 from lavis_evlgen.runners.settings import RunSettings
-from lavis_evlgen.tools import tables
 from lavis_evlgen.tools.cost.hardware import CPU, HARDWARE
 from lavis_evlgen.tools.cost.macs import amount
 from lavis_evlgen.tools.cost.step_memory import StepMemory, step_flops, step_memory

@@ -22,7 +22,7 @@ from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.language.llm_train import is_adapter
-from lavis_evlgen.tools import tables
+from lavis_evlgen.reporting import tables
 from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, without_weights
 from lavis_evlgen.tools.cost.step_memory import caption_tokens
 from lavis_evlgen.weights.bundle import empty_model

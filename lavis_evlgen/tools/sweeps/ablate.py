@@ -8,11 +8,11 @@ from itertools import groupby
 from statistics import mean, stdev
 
 from lavis_evlgen.config import ConfigError, EvlgenConfig
+from lavis_evlgen.reporting import tables
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.reporting.sweep_plot import sweep_plot
 from lavis_evlgen.tasks.settings import SharedRunSettings
-from lavis_evlgen.tools import tables
 from lavis_evlgen.tools.sweeps import runs as sweep_runs
 from lavis_evlgen.tools.sweeps import sweep
 from lavis_evlgen.tools.sweeps.sweep import Row, Trial

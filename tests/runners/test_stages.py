@@ -1,0 +1,236 @@
+"""Runs with stages: one model, trained in one stage after another; what each keeps, and how they go on."""
+
+import copy
+import json
+import signal
+
+import pytest
+import torch
+
+from lavis_evlgen.config import ConfigError
+from lavis_evlgen.runners.stage_ledger import StageLedger
+from lavis_evlgen.runners.stages import StagedRun, seed_of
+from lavis_evlgen.runners.trainer import Trainer
+from tests.faults.processes import on_two_ranks, run
+from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
+
+ALIGN = {"name": "align", "trains": ["ln_vision.*", "connector.*", "llm_proj.*"]}
+LANGUAGE = {"name": "language", "trains": ["llm_proj.*", "language_model.*"], "run": {"init_lr": 1e-3, "max_iters": 3}}
+REFROZEN = {"name": "last", "trains": ["connector.*"], "run": {"valid_splits": ["val"], "max_iters": 3}}
+PARTS = ("model", "optimizer", "rng", "best", "step", "unevaluated")
+
+
+def staged(parts, folder, *stages, llm_train="full", **run) -> Runs:
+    """Two steps a stage unless it says otherwise; dropout, so that what draws shows."""
+    runs = Runs(parts, folder, **{"max_iters": 2, "iters_per_inner_epoch": 2, "sheet_pictures": 0, **run})
+    runs.config["model"] |= {"dropout": 0.2, "llm_train": llm_train}
+    runs.config["stages"] = copy.deepcopy(list(stages))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def three(parts, tmp_path_factory) -> Runs:
+    """Align, train the language model too, then the connector alone; nobody writes to its folder."""
+    runs = staged(parts, tmp_path_factory.mktemp("three"), ALIGN, LANGUAGE, REFROZEN)
+    runs.runner = runs.train()
+    return runs
+
+
+def rows(runs: Runs) -> list[dict]:
+    return json.loads((runs.output() / "stages.json").read_text())["stages"]
+
+
+def assert_same(runs: Runs, expected: Runs):
+    """Every stage ended as it did there, bit for bit."""
+    for row in rows(expected):
+        ours, theirs = (one.output() / row["folder"] for one in (runs, expected))
+        assert losses(ours) == losses(theirs)
+        a, b = checkpoint(ours), checkpoint(theirs)
+        assert all(same_tensors(a[part], b[part]) for part in PARTS), row["name"]
+
+
+def test_one_empty_stage_is_a_run_without_stages(parts, tmp_path):
+    plain = staged(parts, tmp_path / "plain", valid_splits=["val"])
+    del plain.config["stages"]
+    plain.train()
+    one = staged(parts, tmp_path / "one", {}, valid_splits=["val"])
+    one.train()
+    folder = one.output() / "1_stage1"
+    timed = ("images_per_s", "data_wait", "seconds_per_step", "peak_memory_gb")
+    logs = [[{k: v for k, v in row.items() if k not in timed} for row in log(f)] for f in (folder, plain.output())]
+    assert logs[0] == logs[1] and len(losses(folder)) == 2
+    a, b = checkpoint(folder), checkpoint(plain.output())
+    assert all(same_tensors(a[part], b[part]) for part in PARTS)
+    assert a["config"]["run"]["seed"] == b["config"]["run"]["seed"]
+
+
+def test_what_does_not_train_stays_bit_equal(three, parts, tmp_path):
+    first, second, third = (checkpoint(three.output() / row["folder"])["model"] for row in rows(three))
+    language = {name for name in second if name.startswith("language_model.")}
+    assert language and not language & set(first), "a language model that no stage has trained is not saved"
+    assert set(second) == set(third) == set(first) | language
+    assert {name for name in first if not torch.equal(first[name], second[name])} == {
+        name for name in first if name.startswith("llm_proj.")
+    }
+    moved = {name for name in third if not torch.equal(second[name], third[name])}
+    assert moved and all(name.startswith("connector.") for name in moved)
+    start = dict(three.runner.model.named_parameters())  # of the last stage, which leaves the ViT as it was
+    assert all(not p.requires_grad for name, p in start.items() if not name.startswith("connector."))
+
+
+def test_the_trained_language_model_differs_from_its_file(three, parts):
+    from transformers import AutoModelForCausalLM
+
+    file = AutoModelForCausalLM.from_pretrained(parts["llm_model"]).state_dict()
+    third = checkpoint(three.output() / "3_last")["model"]
+    assert not torch.equal(third["language_model.llm.lm_head.weight"], file["lm_head.weight"])
+
+
+def test_the_ledger_says_what_was_done(three):
+    found = rows(three)
+    assert [row["state"] for row in found] == ["done"] * 3
+    assert [row["folder"] for row in found] == ["1_align", "2_language", "3_last"]
+    assert [row["start"] for row in found] == [None, "1_align/checkpoint_last.pth", "2_language/checkpoint_last.pth"]
+    assert [row["steps"] for row in found] == [2, 3, 3]
+    assert found[2]["scores"]["split"] == "val" and found[2]["scores"]["loss_right"] > 0
+    assert found[0]["scores"] is None
+    for row in found:
+        by_step = losses(three.output() / row["folder"])
+        assert row["loss"] == {"first": by_step[1], "last": by_step[row["steps"]]}
+
+
+def test_each_stage_has_a_seed_of_its_own(three):
+    seeds = [checkpoint(three.output() / row["folder"])["config"]["run"]["seed"] for row in rows(three)]
+    assert seeds == [seed_of(42, number) for number in (1, 2, 3)]
+    assert seeds[0] == 42 and len(set(seeds)) == 3 and max(seeds) <= 4 * 10**9
+
+
+def test_the_config_of_a_stage_is_a_run_of_its_own(three, parts, tmp_path):
+    """A stage is what train.py does with its run and data sets, model.pretrained being the stage before."""
+    config = checkpoint(three.output() / "2_language")["config"]
+    assert config["stage"] == {"name": "language", "number": 2, "of": 3, "trains": LANGUAGE["trains"]}
+    assert config["model"]["pretrained"] == str(three.output() / "1_align" / "checkpoint_last.pth")
+    assert config["run"]["max_iters"] == 3 and config["run"]["init_lr"] == 1e-3
+
+
+class Interrupted(BaseException):
+    """What an interrupted process leaves behind is what is in its files."""
+
+
+def interrupted(monkeypatch, runs: Runs, owner, name: str, call: int, before: bool):
+    """Run until the `call`-th call of owner.name, and end there: before it, or after it."""
+    original, calls = getattr(owner, name), []
+
+    def ends(*args, **kwargs):
+        calls.append(name)
+        if len(calls) == call and before:
+            raise Interrupted
+        result = original(*args, **kwargs)
+        if len(calls) == call:
+            raise Interrupted
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, ends)
+        with pytest.raises(Interrupted):
+            runs.train("run.resume_ckpt_path=auto")
+
+
+BETWEEN = {
+    "before the ledger is written at all": (StageLedger, "begin", 1, True),
+    "the first stage has not begun": (StageLedger, "start", 1, True),
+    "in the first stage": (Trainer, "_log", 2, False),
+    "the first stage ends, and the ledger does not know": (StageLedger, "end", 1, True),
+    "between the first and the second": (StageLedger, "end", 1, False),
+    "the second stage has loaded its start": (StagedRun, "_load", 1, False),
+    "the second stage has begun": (StageLedger, "start", 2, False),
+    "in the second stage, after a checkpoint": (Trainer, "_log", 5, True),
+    "between the second and the third": (StageLedger, "end", 2, False),
+    "in the last evaluation": (Trainer, "eval_epoch", 1, True),
+}
+
+
+@pytest.mark.parametrize("moment", BETWEEN)
+def test_interrupted_anywhere_goes_on_bit_for_bit(three, tmp_path, monkeypatch, moment):
+    runs = three.copy(tmp_path)
+    interrupted(monkeypatch, runs, *BETWEEN[moment])
+    runs.train("run.resume_ckpt_path=auto")
+    assert_same(runs, three)
+    assert [row["state"] for row in rows(runs)] == ["done"] * 3
+
+
+def test_kill_9_in_the_second_stage(three, tmp_path):
+    runs = three.copy(tmp_path)
+    with run(runs, "run.resume_ckpt_path=auto") as process:
+        process.wait_for(lambda: losses(runs.output() / "2_language"))
+        process.send(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert rows(runs)[0]["state"] == "done" and rows(runs)[2]["state"] == "waiting"
+    runs.train("run.resume_ckpt_path=auto")
+    assert_same(runs, three)
+
+
+def test_a_finished_stage_is_not_repeated(three, tmp_path, monkeypatch):
+    runs = three.copy(tmp_path)
+    interrupted(monkeypatch, runs, StageLedger, "end", 2, False)
+    before = {f: f.stat().st_mtime_ns for f in runs.output().glob("[12]_*/*") if f.is_file()}
+    runs.train("run.resume_ckpt_path=auto")
+    assert {f: f.stat().st_mtime_ns for f in before} == before
+    runner = runs.train("run.resume_ckpt_path=auto")
+    assert runner.trainer is None and [row["state"] for row in rows(runs)] == ["done"] * 3
+
+
+def test_a_changed_config_is_refused_by_name(three):
+    words = "stages.language: run.max_iters: 3 -> 4. Resume with the config"
+    with pytest.raises(ConfigError, match=words):
+        three.train("run.resume_ckpt_path=auto", "stages.language.run.max_iters=4")
+    with pytest.raises(ConfigError, match="holds the stages.json of another run"):
+        three.train()
+    with pytest.raises(ConfigError, match="goes on by run.resume_ckpt_path=auto"):
+        three.train(f"run.resume_ckpt_path={three.output()}/1_align/checkpoint_last.pth")
+
+
+def test_best_weights_are_tested_and_the_last_are_passed_on(parts, tmp_path):
+    """The test of a stage leaves its best weights in the model."""
+    scored = {"valid_splits": ["val"], "test_splits": ["test"], "iters_per_inner_epoch": 1}
+    runs = staged(parts, tmp_path, {"run": scored}, {"trains": ["connector.*"]}, llm_train=None)
+    runs.train()
+    folders = [runs.output() / row["folder"] for row in rows(runs)]
+    before, after = (checkpoint(folder)["model"] for folder in folders)
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {name for name in before if not name.startswith("connector.")} <= same < set(before)
+
+
+def test_frozen_parts_are_loaded_once(parts, tmp_path, monkeypatch):
+    from lavis_evlgen.models import evlgen
+
+    built = []
+    monkeypatch.setattr(evlgen, "load_language_model", lambda *a, load=evlgen.load_language_model: built.append(a) or
+                        load(*a))  # fmt: skip
+    staged(parts, tmp_path, ALIGN, {"trains": ["connector.*"]}, llm_train=None, max_iters=1).train()
+    assert len(built) == 1
+
+
+def test_a_frozen_connector_draws_no_dropout(parts, tmp_path):
+    runs = staged(parts, tmp_path, {"trains": ["llm_proj.*"]}, llm_train=None, max_iters=1)
+    model = runs.train().model
+    assert not model.connector.training and not any(m.training for m in model.connector.modules())
+    assert model.llm_proj.training and not model.ln_vision.training
+
+
+@pytest.mark.parametrize("llm_train", ["full", {"lora": {"rank": 4, "alpha": 8}}], ids=["full", "lora"])
+def test_two_ranks_are_one(parts, tmp_path, llm_train):
+    stages = [ALIGN, LANGUAGE, {"name": "last", "trains": ["connector.*"]}]
+    one = staged(parts, tmp_path / "one", *stages, llm_train=llm_train, batch_size_train=4)
+    two = staged(parts, tmp_path / "two", *stages, llm_train=llm_train, batch_size_train=2)
+    for runs in (one, two):
+        runs.config["model"]["dropout"] = 0.0
+    ranks = on_two_ranks(two)
+    assert [rank.code for rank in ranks] == [0, 0], ranks[0].words + ranks[1].words
+    one.train()
+    for row in rows(one):
+        ours, theirs = (runs.output() / row["folder"] for runs in (one, two))
+        assert losses(theirs) == pytest.approx(losses(ours), abs=1e-5)
+        a, b = checkpoint(ours)["model"], checkpoint(theirs)["model"]
+        assert set(a) == set(b) and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
+    assert [row["state"] for row in rows(two)] == ["done"] * 3
