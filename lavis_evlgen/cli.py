@@ -88,6 +88,8 @@ def _doctor(commands):
     p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
     p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py")
     p.add_argument("--limit", type=int, help="look at this many pictures of each split (default: all)")
+    p.add_argument("--parameters", action="store_true", help="print what the model trains by name, for trains of a "
+                   "stage, and check nothing")  # fmt: skip
 
 
 def _compare(commands):
@@ -201,7 +203,7 @@ def _shards(commands):
 def _keys(commands):
     p = _command(commands, "keys", "lavis_evlgen.tools.keys:print_keys",
                  "every config key: what it does, takes and defaults to")  # fmt: skip
-    p.add_argument("section", nargs="?", choices=("run", "model", "datasets"), help="only this section")
+    p.add_argument("section", nargs="?", choices=("run", "model", "datasets", "stages"), help="only this section")
     p.add_argument("--json-schema", action="store_true", help="print a JSON schema of run configs, for editors")
 
 

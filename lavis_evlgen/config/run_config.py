@@ -97,8 +97,9 @@ class EvlgenConfig(Config):
         cfg = copy(self)
         cfg.path, cfg.stage = f"{self.path}, stage {stage.name}", stage
         with self._named():
-            layers = overlaid(stage, config, options)
-        cfg._read(*layers)
+            config, options = overlaid(stage, config, options)
+        leave_other_tasks_keys(config.get("run"), stage)
+        cfg._read(config, options)
         cfg.config.stage = stage.facts()
         return cfg
 
@@ -277,6 +278,16 @@ class EvlgenConfig(Config):
             if given is not None and wanted is not None and given != wanted:
                 words = f"{place}.{name}={given}, but model.{name}={wanted}; leave it out"
                 raise ConfigError(f"{self.path}: {words}")
+
+
+def leave_other_tasks_keys(run, stage: Stage):
+    """Drop the file's keys of `run` that its task does not read and another task does: they are other stages'."""
+    task = registry.get_task_class(run.get("task")) if isinstance(run, DictConfig) else None
+    runner = registry.get_runner_class(run.get("runner", "runner_evlgen")) if task is not None else None
+    if declares(task) and declares(runner):
+        own, others = keys_of(runner, task), keys_of(*registry.mapping["task_name_mapping"].values())
+        for name in [name for name in run if name in others and name not in (*own, *stage.run)]:
+            del run[name]
 
 
 def _over(under, value):

@@ -42,12 +42,14 @@ class TrainedParts:
 
     def _nothing(self, pattern: str) -> str:
         """Why a pattern selects nothing, and what to write."""
-        frozen = next((n for n, p in self.model.named_parameters() if fnmatchcase(n, pattern)), None)
-        if frozen is not None:
-            part = frozen.partition(".")[0]
-            way = {"language_model": "model.llm_train=lora or full lets it train, and trains can then choose"}
-            return (f"{pattern} selects frozen parameters alone, such as {frozen}; "
-                    f"{way.get(part, f'{part} is frozen in every stage, so leave it out')}")  # fmt: skip
+        head = pattern.partition(".")[0]
+        training = {name.partition(".")[0] for name in self.parameters}
+        for name, _ in self.model.named_parameters():
+            part = name.partition(".")[0]
+            if fnmatchcase(name, pattern) or (part == head and part not in training):
+                way = {"language_model": "model.llm_train=lora or full lets it train, and trains can then choose"}
+                return (f"{pattern} selects nothing that trains: parameters such as {name} are frozen; "
+                        f"{way.get(part, f'{part} is frozen in every stage, so leave it out')}")  # fmt: skip
         prefixes = {name[: n + 1] + "*" for name in self.parameters for n, sign in enumerate(name) if sign == "."}
         near = difflib.get_close_matches(pattern, [*self.parameters, *sorted(prefixes)], n=_NEAREST, cutoff=0.0)
         return (f"{pattern} is the name of no parameter that trains; nearest: {', '.join(near)} (evlgen doctor CFG "
@@ -64,6 +66,13 @@ class TrainedParts:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in chosen)
             keep(parameter, name in kept)
+
+
+def train_as_in(model: nn.Module, stage: Stage | None):
+    """Let a model that was just built train what `stage` trains (None: all that it trains). Raises ConfigError."""
+    if stage is not None and stage.trains is not None:
+        parts = TrainedParts(model)
+        parts.train_only(parts.names(stage), set())
 
 
 def train_mode(model: nn.Module):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import MISSING
 from types import NoneType
 from typing import Any, Literal, get_args
@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 
 from lavis_evlgen.config.keys import Key, declares, keys_of
 from lavis_evlgen.config.run_config import PROCESSORS, SECTIONS
+from lavis_evlgen.config.stages import StageSettings
 from lavis_evlgen.config.values import Range, forms_of, limits_of, names_of, origin_of, words_of
 
 # section: kinds of classes that read it, by LAVIS's names in the registry
@@ -29,13 +30,21 @@ def print_keys(args) -> int:
     if args.json_schema:
         print(json.dumps(json_schema(), indent=2, ensure_ascii=False))
         return 0
-    for section in [args.section] if args.section else SECTIONS:
+    for section in [args.section] if args.section else (*SECTIONS, "stages"):
+        if section == "stages":
+            _print("stages: of each", keys_of(StageSettings).values())
+            continue
         for kind in READERS[section]:
             for name, cls in declaring(kind):
-                print(f"\n{section}: {name}")
-                for key in {**keys_of(cls), **_type_key(cls)}.values():
-                    print(f"  {key.name:<24} {key.meaning}  [{_takes(key, _default(name, cls, key))}]")
+                keys = {**keys_of(cls), **_type_key(cls)}.values()
+                _print(f"{section}: {name}", keys, lambda key, name=name, cls=cls: _default(name, cls, key))
     return 0
+
+
+def _print(title: str, keys: Iterable[Key], default: Callable = lambda key: key.default):
+    print(f"\n{title}")
+    for key in keys:
+        print(f"  {key.name:<24} {key.meaning}  [{_takes(key, default(key))}]")
 
 
 def declaring(kind: str) -> Iterator[tuple[str, type]]:
@@ -86,10 +95,20 @@ def json_schema() -> dict:
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "run config of lavis_evlgen",
-        **_object(sections),
+        **_object(sections | {"stages": _stages(sections)}),
         "required": list(sections),
         "definitions": {"processor": _by_name("name", processors) | names},
     }
+
+
+def _stages(sections: dict[str, dict]) -> dict:
+    """The list of stages: each takes sections of its own, laid over those of the file."""
+    found = _section(keys_of(StageSettings))["properties"]
+    names = {"type": "array", "items": {"enum": list(sections["datasets"]["properties"])}}
+    null = {"type": "null"}
+    found["run"]["anyOf"] = [sections["run"], null]
+    found["datasets"]["anyOf"] = [names, sections["datasets"], null]
+    return {"anyOf": [{"type": "array", "items": {"anyOf": [_object(found), null]}}, null]}
 
 
 def _data_set(name: str, cls) -> dict:

@@ -2,14 +2,16 @@
 
 import copy
 import json
+import shutil
 import signal
+from collections import Counter
 
 import pytest
 import torch
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.runners.stage_ledger import StageLedger
-from lavis_evlgen.runners.stages import StagedRun, seed_of
+from lavis_evlgen.runners.stages import seed_of
 from lavis_evlgen.runners.trainer import Trainer
 from tests.faults.processes import on_two_ranks, run
 from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
@@ -28,11 +30,51 @@ def staged(parts, folder, *stages, llm_train="full", **run) -> Runs:
     return runs
 
 
+# moments at which a kill leaves something of its own: after (or before) the n-th call of a method
+MOMENTS = {
+    "the ledger is there and no stage has begun": (StageLedger, "begin", 1, "after"),
+    "in the first stage": (Trainer, "_save", 1, "after"),
+    "the first stage has ended, and the ledger does not know": (StageLedger, "end", 1, "before"),
+    "between the first and the second": (StageLedger, "end", 1, "after"),
+    "the second stage has begun and saved nothing": (StageLedger, "start", 2, "after"),
+    "in the second stage": (Trainer, "_save", 3, "after"),
+    "between the second and the third": (StageLedger, "end", 2, "after"),
+    "in an evaluation of the third": (Trainer, "_save", 7, "after"),
+}
+
+
+def photographed(runs: Runs, patch):
+    """Train, and copy the run's folder at each moment: what a process that is killed there leaves behind."""
+    calls = Counter()
+
+    def watched(owner, name, original):
+        def call(*args, **kwargs):
+            calls[owner, name] += 1
+            number = calls[owner, name]
+            copy_if(owner, name, number, "before")
+            result = original(*args, **kwargs)
+            copy_if(owner, name, number, "after")
+            return result
+
+        return call
+
+    def copy_if(*here):
+        for moment, when in MOMENTS.items():
+            if when == here:
+                lock = shutil.ignore_patterns("run.lock")  # its process still lives
+                shutil.copytree(runs.output(), runs.folder / "killed" / moment, ignore=lock)
+
+    for owner, name in {(owner, name) for owner, name, *_ in MOMENTS.values()}:
+        patch.setattr(owner, name, watched(owner, name, vars(owner)[name]))
+    runs.runner = runs.train()
+
+
 @pytest.fixture(scope="module")
 def three(parts, tmp_path_factory) -> Runs:
     """Align, train the language model too, then the connector alone; nobody writes to its folder."""
-    runs = staged(parts, tmp_path_factory.mktemp("three"), ALIGN, LANGUAGE, REFROZEN)
-    runs.runner = runs.train()
+    runs = staged(parts, tmp_path_factory.mktemp("three"), ALIGN, LANGUAGE, REFROZEN, save_every=1)
+    with pytest.MonkeyPatch.context() as patch:
+        photographed(runs, patch)
     return runs
 
 
@@ -113,53 +155,25 @@ def test_the_config_of_a_stage_is_a_run_of_its_own(three, parts, tmp_path):
     assert config["run"]["max_iters"] == 3 and config["run"]["init_lr"] == 1e-3
 
 
-class Interrupted(BaseException):
-    """What an interrupted process leaves behind is what is in its files."""
+def killed(three: Runs, folder, moment: str) -> Runs:
+    """The same run, killed at that moment."""
+    runs = three.copy(folder)
+    shutil.copytree(three.folder / "killed" / moment, runs.output())
+    return runs
 
 
-def interrupted(monkeypatch, runs: Runs, owner, name: str, call: int, before: bool):
-    """Run until the `call`-th call of owner.name, and end there: before it, or after it."""
-    original, calls = getattr(owner, name), []
-
-    def ends(*args, **kwargs):
-        calls.append(name)
-        if len(calls) == call and before:
-            raise Interrupted
-        result = original(*args, **kwargs)
-        if len(calls) == call:
-            raise Interrupted
-        return result
-
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, name, ends)
-        with pytest.raises(Interrupted):
-            runs.train("run.resume_ckpt_path=auto")
-
-
-BETWEEN = {
-    "before the ledger is written at all": (StageLedger, "begin", 1, True),
-    "the first stage has not begun": (StageLedger, "start", 1, True),
-    "in the first stage": (Trainer, "_log", 2, False),
-    "the first stage ends, and the ledger does not know": (StageLedger, "end", 1, True),
-    "between the first and the second": (StageLedger, "end", 1, False),
-    "the second stage has loaded its start": (StagedRun, "_load", 1, False),
-    "the second stage has begun": (StageLedger, "start", 2, False),
-    "in the second stage, after a checkpoint": (Trainer, "_log", 5, True),
-    "between the second and the third": (StageLedger, "end", 2, False),
-    "in the last evaluation": (Trainer, "eval_epoch", 1, True),
-}
-
-
-@pytest.mark.parametrize("moment", BETWEEN)
-def test_interrupted_anywhere_goes_on_bit_for_bit(three, tmp_path, monkeypatch, moment):
-    runs = three.copy(tmp_path)
-    interrupted(monkeypatch, runs, *BETWEEN[moment])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment_goes_on_bit_for_bit(three, tmp_path, moment):
+    runs = killed(three, tmp_path, moment)
+    done = [row["folder"] for row in rows(runs) if row["state"] == "done"]
+    before = {f: f.stat().st_mtime_ns for name in done for f in (runs.output() / name).rglob("*") if f.is_file()}
     runs.train("run.resume_ckpt_path=auto")
     assert_same(runs, three)
     assert [row["state"] for row in rows(runs)] == ["done"] * 3
+    assert {f: f.stat().st_mtime_ns for f in before} == before, "a finished stage is not repeated"
 
 
-def test_kill_9_in_the_second_stage(three, tmp_path):
+def test_kill_9_goes_on_bit_for_bit(three, tmp_path):
     runs = three.copy(tmp_path)
     with run(runs, "run.resume_ckpt_path=auto") as process:
         process.wait_for(lambda: losses(runs.output() / "2_language"))
@@ -170,14 +184,10 @@ def test_kill_9_in_the_second_stage(three, tmp_path):
     assert_same(runs, three)
 
 
-def test_a_finished_stage_is_not_repeated(three, tmp_path, monkeypatch):
-    runs = three.copy(tmp_path)
-    interrupted(monkeypatch, runs, StageLedger, "end", 2, False)
-    before = {f: f.stat().st_mtime_ns for f in runs.output().glob("[12]_*/*") if f.is_file()}
-    runs.train("run.resume_ckpt_path=auto")
-    assert {f: f.stat().st_mtime_ns for f in before} == before
-    runner = runs.train("run.resume_ckpt_path=auto")
-    assert runner.trainer is None and [row["state"] for row in rows(runs)] == ["done"] * 3
+def test_a_run_that_is_done_stays_done(three):
+    before = (three.output() / "stages.json").read_bytes()
+    runner = three.train("run.resume_ckpt_path=auto")
+    assert runner.trainer is None and (three.output() / "stages.json").read_bytes() == before
 
 
 def test_a_changed_config_is_refused_by_name(three):
@@ -218,11 +228,10 @@ def test_a_frozen_connector_draws_no_dropout(parts, tmp_path):
     assert model.llm_proj.training and not model.ln_vision.training
 
 
-@pytest.mark.parametrize("llm_train", ["full", {"lora": {"rank": 4, "alpha": 8}}], ids=["full", "lora"])
-def test_two_ranks_are_one(parts, tmp_path, llm_train):
+def test_two_ranks_are_one(parts, tmp_path):
     stages = [ALIGN, LANGUAGE, {"name": "last", "trains": ["connector.*"]}]
-    one = staged(parts, tmp_path / "one", *stages, llm_train=llm_train, batch_size_train=4)
-    two = staged(parts, tmp_path / "two", *stages, llm_train=llm_train, batch_size_train=2)
+    one = staged(parts, tmp_path / "one", *stages, batch_size_train=4)
+    two = staged(parts, tmp_path / "two", *stages, batch_size_train=2)
     for runs in (one, two):
         runs.config["model"]["dropout"] = 0.0
     ranks = on_two_ranks(two)

@@ -14,6 +14,7 @@ from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.precision import auto_precision, autocast_type, check_halves
+from lavis_evlgen.models.trains import train_as_in
 from lavis_evlgen.reporting import tables
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tools.cost.hardware import CPU, HARDWARE
@@ -79,6 +80,7 @@ def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, re
 
     def model():
         empty = empty_model(cls, section)
+        train_as_in(empty, cfg.stage)
         recompute_llm(empty, run.llm_grad_checkpoint)
         return empty
 
@@ -186,7 +188,15 @@ def main(args) -> int:
             raise ConfigError(f"--{name.replace('_', '-')} {value}: give at least 1")
     if not 0 < args.mfu <= 1:
         raise ConfigError(f"--mfu {args.mfu}: a share above 0 and at most 1")
-    found = estimate(EvlgenConfig(args), args.gpu, args.gpus, args.text_tokens, args.results, args.mfu)
-    print(tables.show(("memory", ""), memory_rows(found), left=("memory",)))
-    print(words(found))
+    cfg = EvlgenConfig(args)
+    found = []
+    for one in cfg.stages or [cfg]:
+        found.append(estimate(one, args.gpu, args.gpus, args.text_tokens, args.results, args.mfu))
+        if one.stage is not None:
+            print(one.stage.label)
+        print(tables.show(("memory", ""), memory_rows(found[-1]), left=("memory",)))
+        print(words(found[-1]))
+    if cfg.stages:
+        most, hours = max(one.needed for one in found), sum(one.hours for one in found)
+        print(f"all stages: {hours:.3g} hours; the one that needs most memory takes {most / 1e9:.2f} GB")
     return 0

@@ -19,10 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_evlgen.config import ConfigError, EvlgenConfig
+from lavis_evlgen.config.stages import Stage
 from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.language.llm_train import is_adapter
+from lavis_evlgen.models.trains import train_as_in
 from lavis_evlgen.reporting import tables
+from lavis_evlgen.runners.preflight import check_training
+from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, without_weights
 from lavis_evlgen.tools.cost.step_memory import caption_tokens
 from lavis_evlgen.weights.bundle import empty_model
@@ -77,8 +81,8 @@ class Cost:
         return sum(part.flops for part in self.parts)
 
 
-def cost_of(model_cfg, text_tokens: int | None = None) -> Cost:
-    """Cost of a model section for one picture and a text of `text_tokens` tokens (default: max_txt_len).
+def cost_of(model_cfg, text_tokens: int | None = None, stage: Stage | None = None) -> Cost:
+    """Cost of a model section for one picture and a text of `text_tokens` tokens (default: max_txt_len), in a stage.
 
     Of full-size models only configs and tokenizers are read. Raises ConfigError for an architecture it cannot count.
     """
@@ -87,7 +91,10 @@ def cost_of(model_cfg, text_tokens: int | None = None) -> Cost:
     if cls not in counters:
         known = ", ".join(sorted(n for n, c in registry.mapping["model_name_mapping"].items() if c in counters))
         raise ConfigError(f"model.arch: evlgen macs cannot count {model_cfg.arch}; it counts {known}")
+    if cls is Blip2Stage1 and stage is not None and stage.trains is not None:
+        raise ConfigError(f"{stage.key}.trains: evlgen macs counts BLIP-2's first stage as a whole, not parts of it")
     model = empty_model(cls, model_cfg)
+    train_as_in(model, stage)
     longest = model.language_model.max_txt_len if cls is EVLGen else model.max_txt_len
     return counters[cls](model.eval(), cls.Settings.read(model_cfg).image_size, text_tokens or longest)
 
@@ -121,8 +128,7 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int) -> Cost:
             found |= {"language model": (linear - own, products), ADAPTERS: (own, 0)}
         logits, found["head"] = counted(lambda: head(hidden[:, -labels:]))
         step = _step(model, logits.sum(), found)
-    parts = [_part(name, *sizes[name], *macs) for name, macs in found.items()]
-    return Cost(parts, image_size, tokens.shape[1], prompt.shape[1], text_tokens, step)
+    return Cost(_parts(sizes, found), image_size, tokens.shape[1], prompt.shape[1], text_tokens, step)
 
 
 def stage1_cost(model: Blip2Stage1, image_size: int, text_tokens: int) -> Cost:
@@ -158,8 +164,7 @@ def stage1_cost(model: Blip2Stage1, image_size: int, text_tokens: int) -> Cost:
         image = torch.empty(1, 3, image_size, image_size)
         tokens, loss = passes(image)
         step = _step(model, loss, found)
-    parts = [_part(name, *sizes.get(name, (0, True)), *macs) for name, macs in found.items()]
-    return Cost(parts, image_size, tokens.shape[1], queries, text_tokens, step)
+    return Cost(_parts(sizes, found), image_size, tokens.shape[1], queries, text_tokens, step)
 
 
 def _heads(model, seen, text, match, queries: int):
@@ -198,9 +203,16 @@ def _step(model: nn.Module, loss: torch.Tensor, found: dict[str, tuple[int, int]
     return backward.get_total_flops() + 2 * sum(sum(macs) for macs in found.values())
 
 
-def _part(name: str, parameters: int, trains: bool, linear: int, products: int) -> Part:
-    factor = TRAINED if trains else FORWARD if name == "vision encoder" else PASSED
-    return Part(name, parameters, trains, linear, products, factor)
+def _parts(sizes: dict[str, tuple[int, bool]], found: dict[str, tuple[int, int]]) -> list[Part]:
+    """The parts in `found`, in the order in which they run: gradients pass what is frozen behind what trains."""
+    parts, passed = [], False
+    inside = any(sizes.get(name, (0, False))[1] for name in (ADAPTERS, "soft_prompt"))
+    for name, (linear, products) in found.items():
+        parameters, trains = sizes.get(name, (0, True))
+        passed = passed or trains or (inside and name == "language model")
+        factor = TRAINED if trains else PASSED if passed else FORWARD
+        parts.append(Part(name, parameters, trains, linear, products, factor))
+    return parts
 
 
 def _sizes(model: EVLGen) -> dict[str, tuple[int, bool]]:
@@ -265,14 +277,40 @@ def main(args) -> int:
     """Print the table, or JSON."""
     if args.text_tokens is not None and args.text_tokens < 1:
         raise ConfigError(f"--text-tokens {args.text_tokens}: give at least 1")
-    cost = cost_of(EvlgenConfig(args).model_cfg, args.text_tokens)
-    if args.json:
-        print(as_json(cost))
+    cfg = EvlgenConfig(args)
+    if not cfg.stages:
+        cost = cost_of(cfg.model_cfg, args.text_tokens)
+        if args.json:
+            print(as_json(cost))
+        else:
+            _show(cost)
         return 0
+    costs = [(one, cost_of(one.model_cfg, args.text_tokens, one.stage)) for one in cfg.stages]
+    seen = [_pictures(one) for one in cfg.stages]
+    flops = sum(pictures * cost.flops for pictures, (_, cost) in zip(seen, costs, strict=True))
+    if args.json:
+        stages = [{"name": one.stage.name, "pictures": pictures, **json.loads(as_json(cost))}
+                  for pictures, (one, cost) in zip(seen, costs, strict=True)]  # fmt: skip
+        print(json.dumps({"stages": stages, "pictures": sum(seen), "flops": flops}, indent=2))
+        return 0
+    for pictures, (one, cost) in zip(seen, costs, strict=True):
+        print(f"{one.stage.label}: {pictures} pictures of one process, {amount(pictures * cost.flops)}FLOPs")
+        _show(cost)
+    print(f"all stages: {sum(seen)} pictures of one process, {amount(flops)}FLOPs")
+    return 0
+
+
+def _pictures(cfg: EvlgenConfig) -> int:
+    """Pictures that one process trains on in a run."""
+    run = RunSettings.read(cfg.run_cfg, "run.")
+    check_training(cfg.run_cfg, RunSettings.meanings())
+    return run.max_iters * run.batch_size_train * run.accum_grad_iters
+
+
+def _show(cost: Cost):
     print(f"one picture of {cost.image_size} x {cost.image_size}: {cost.visual_tokens} visual tokens, "
           f"{cost.prompt_tokens} after the connector, {cost.text_tokens} text tokens")  # fmt: skip
     print(tables.show(COLUMNS, table_rows(cost), left=("part", "")))
     off = cost.flops / cost.step_flops - 1
     print(f"a training step on it, counted forward and backward: {amount(cost.step_flops)}FLOPs "
           f"(the formula's sum is {off:+.1%} of that)")  # fmt: skip
-    return 0

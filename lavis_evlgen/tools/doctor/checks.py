@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -12,11 +13,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 from lavis.common.registry import registry
 
+from lavis_evlgen.config import ConfigError
 from lavis_evlgen.config.keys import Settings, keys_of
+from lavis_evlgen.config.stages import Stage
 from lavis_evlgen.media.file_checks import Unreadable
 from lavis_evlgen.models.connectors import CONNECTORS, READS, ConnectorSettings
 from lavis_evlgen.models.language.model import empty_language_model, folder_and_file
 from lavis_evlgen.models.precision import DTYPES, check_precision
+from lavis_evlgen.models.trains import train_as_in
 from lavis_evlgen.models.vision.encoder import LAVIS_VITS, VisionSettings, vision_of
 from lavis_evlgen.weights.bundle import empty_model
 from lavis_evlgen.weights.sources import WeightsError, resolve
@@ -138,13 +142,37 @@ def count_frozen(model_cfg) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def count_trainable(model_cfg) -> int | None:
-    """Parameters that train, counted on a model without memory; None where a part's config cannot be had."""
+def count_trainable(model_cfg, stage: Stage | None = None) -> int | None:
+    """Parameters that train (in a stage), counted on a model without memory; None where a part's config cannot be had.
+
+    Raises ConfigError where the stage's patterns select none.
+    """
+    return sum(p.numel() for p in trained.values()) if (trained := trained_by(model_cfg, stage)) is not None else None
+
+
+def trained_by(model_cfg, stage: Stage | None = None) -> dict[str, torch.Tensor] | None:
+    """What `count_trainable` counts, by name."""
     try:
         model = empty_model(registry.get_model_class(model_cfg.get("arch", "evlgen")), model_cfg)
     except (OSError, ImportError):
         return None
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    train_as_in(model, stage)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_stage(model_cfg, stage: Stage) -> Finding:
+    """What trains in a stage, by part."""
+    try:
+        trained = trained_by(model_cfg, stage)
+    except ConfigError as error:
+        return Finding(False, stage.label, str(error))
+    if trained is None:
+        return Finding(True, stage.label, "what trains was not looked at: a part's config is not here")
+    sizes = Counter()
+    for name, parameter in trained.items():
+        sizes[name.partition(".")[0]] += parameter.numel()
+    parts = ", ".join(f"{part} {size / 1e6:.2f}M" for part, size in sizes.items())
+    return Finding(True, stage.label, f"trains {parts} ({len(trained)} tensors)")
 
 
 def _size(module: torch.nn.Module, precision: str | None) -> tuple[int, int]:
@@ -161,9 +189,9 @@ def available_memory() -> tuple[str, int]:
     return "main memory", kilobytes * 1024
 
 
-def check_memory(model_cfg) -> Finding:
+def check_memory(model_cfg, stage: Stage | None = None) -> Finding:
     """Weights of what is frozen, and weights, gradients and two Adam moments of what trains; not activations."""
-    counts, trainable = count_frozen(model_cfg), count_trainable(model_cfg)
+    counts, trainable = count_frozen(model_cfg), count_trainable(model_cfg, stage)
     need = sum(size for _, size in counts.values()) + (trainable or 0) * 16
     where, free = available_memory()
     parts = ", ".join(f"{name} {n / 1e6:.0f}M = {size / 1e9:.1f} GB" for name, (n, size) in counts.items())

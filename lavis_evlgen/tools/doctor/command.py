@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from lavis_evlgen.config import ConfigError, EvlgenConfig
+from lavis_evlgen.config.stages import starts_from
 from lavis_evlgen.datasets import ImageShards
 from lavis_evlgen.runners.preflight import check_splits
 from lavis_evlgen.tasks.build import build_data
-from lavis_evlgen.tools.doctor.checks import Finding, check_images, check_memory, check_weights
+from lavis_evlgen.tools.doctor.checks import (
+    Finding,
+    check_images,
+    check_memory,
+    check_stage,
+    check_weights,
+    trained_by,
+)
 from lavis_evlgen.tools.doctor.shards import check_shards
 from lavis_evlgen.weights.bundle import trained_section
 
@@ -14,23 +22,52 @@ from lavis_evlgen.weights.bundle import trained_section
 def main(args) -> int:
     """Print a line for each check; exit code 1 when one failed."""
     cfg = EvlgenConfig(args, trained_section=trained_section)
+    cfgs = cfg.stages or [cfg]
+    if args.parameters:
+        return _print_parameters(cfgs[0].model_cfg)
     print(f"ok    config {args.cfg_path}: every key is known")
-    findings = [*check_weights(cfg.model_cfg), check_memory(cfg.model_cfg)]
-    for finding in findings:
-        _show(finding)
-    task, datasets = build_data(cfg)
-    findings.append(_check_splits(cfg.run_cfg, datasets, task))
-    _show(findings[-1])
-    for name, splits in datasets.items():
-        for split, dataset in splits.items():
-            if isinstance(dataset, ImageShards):
-                findings.append(check_shards(name, dataset, args.limit, print))
-            else:
-                findings.append(check_images(name, split, dataset, args.limit, print))
-            _show(findings[-1])
+    findings = [_shown(finding) for finding in check_weights(cfgs[0].model_cfg)]
+    looked_at = []  # data sets, which stages share
+    for one in cfgs:
+        findings += _check_training(one, args.limit, looked_at)
     failed = sum(not finding.ok for finding in findings)
     print(f"{failed} of {len(findings)} checks failed" if failed else f"all {len(findings)} checks passed")
     return int(failed > 0)
+
+
+def _check_training(cfg: EvlgenConfig, limit: int | None, looked_at: list) -> list[Finding]:
+    """Memory, splits and data of a run, or of one stage."""
+    findings = []
+    if cfg.stage is not None:
+        if cfg.stage.number > 1:
+            starts_from(cfg.model_cfg, "the stage before")
+        findings.append(_shown(check_stage(cfg.model_cfg, cfg.stage)))
+        if not findings[0].ok:
+            return findings
+    findings.append(_shown(check_memory(cfg.model_cfg, cfg.stage)))
+    task, datasets = build_data(cfg)
+    findings.append(_shown(_check_splits(cfg.run_cfg, datasets, task)))
+    for name, splits in datasets.items():
+        section = (name, cfg.datasets_cfg[name])
+        if section in looked_at:
+            continue
+        looked_at.append(section)
+        for split, dataset in splits.items():
+            check = check_shards(name, dataset, limit, print) if isinstance(dataset, ImageShards) else (
+                check_images(name, split, dataset, limit, print)
+            )  # fmt: skip
+            findings.append(_shown(check))
+    return findings
+
+
+def _print_parameters(model_cfg) -> int:
+    """The names that `trains` of a stage chooses from, with their shapes."""
+    trained = trained_by(model_cfg)
+    if trained is None:
+        raise ConfigError("--parameters: the config of a part of the model is not here, so its names are not known")
+    for name, parameter in trained.items():
+        print(f"{name}  {tuple(parameter.shape)}")
+    return 0
 
 
 def _check_splits(run, datasets: dict, task):
@@ -43,7 +80,8 @@ def _check_splits(run, datasets: dict, task):
     return Finding(True, "splits", f"{', '.join(splits)} are there and large enough")
 
 
-def _show(finding):
+def _shown(finding: Finding) -> Finding:
     print(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.what}: {finding.seen}")
     for line in finding.details:
         print(f"        {line}")
+    return finding

@@ -1,0 +1,140 @@
+"""`stages:` of a config: how a stage is laid over the file, how --options reach it, what is refused in which words."""
+
+import argparse
+import copy
+
+import pytest
+
+from lavis_evlgen.config import ConfigError, EvlgenConfig
+from lavis_evlgen.config.stages import OF_THE_RUN
+from lavis_evlgen.runners.settings import RunSettings
+from tests.run_tools import run_config, write_config
+
+PARTS = {"vit_model": "facebook/dinov2-small", "connector_init": "bert-base-uncased", "llm_model": "some/llama"}
+
+
+def staged(folder, *options, stages, stage=None, evaluate=False, **run):
+    config = run_config(PARTS, folder / "output", **run)
+    config["datasets"]["easy_vqa"] = {"vis_processor": copy.deepcopy(config["datasets"]["scenes"]["vis_processor"])}
+    config["stages"] = stages
+    args = argparse.Namespace(cfg_path=str(write_config(folder, config)), options=list(options))
+    return EvlgenConfig(args, evaluate, stage=stage)
+
+
+TWO = [
+    {"name": "align", "trains": ["connector.*"], "datasets": ["scenes"], "run": {"max_iters": 7}},
+    {"datasets": ["easy_vqa"], "run": {"task": "evlgen_vqa"}},
+]
+
+
+def test_a_stage_overlays_run_and_datasets_and_nothing_else(tmp_path):
+    align, other = staged(tmp_path, stages=TWO).stages
+    assert align.run_cfg.max_iters == 7 and other.run_cfg.max_iters == 4
+    assert align.run_cfg.task == "evlgen_captioning" and other.run_cfg.task == "evlgen_vqa"
+    assert "metrics" in align.run_cfg and "metrics" not in other.run_cfg  # which that task does not read
+    assert list(align.datasets_cfg) == ["scenes"] and list(other.datasets_cfg) == ["easy_vqa"]
+    assert align.model_cfg == other.model_cfg
+    assert [cfg.stage.folder for cfg in (align, other)] == ["1_align", "2_stage2"]
+    assert align.stage.trains == ("connector.*",) and other.stage.trains is None
+    assert align.to_dict()["stage"] == {"name": "align", "number": 1, "of": 2, "trains": ["connector.*"]}
+
+
+def test_without_stages_there_is_none(tmp_path):
+    cfg = staged(tmp_path, stages=None)
+    assert cfg.stages == [] and cfg.stage is None and "stage" not in cfg.to_dict()
+
+
+def test_a_section_of_data_sets_replaces_the_files(tmp_path):
+    """The builder's defaults are under it, not the file's section."""
+    stages = [{"datasets": {"scenes": {"sizes": {"train": 3}}}, "run": {"train_dataset_ratios": {"scenes": 1}}}]
+    (cfg,) = staged(tmp_path, stages=stages, train_dataset_ratios={"scenes": 1, "easy_vqa": 2}).stages
+    assert list(cfg.datasets_cfg) == ["scenes"]
+    assert cfg.datasets_cfg.scenes.sizes == {"train": 3, "val": 100, "test": 100}
+    assert cfg.datasets_cfg.scenes.image_size != 56
+    assert cfg.run_cfg.train_dataset_ratios == {"scenes": 1}
+
+
+def test_options_reach_stages_by_name(tmp_path, caplog):
+    options = ("stages.align.run.max_iters=9", "stages.align.run.init_lr=0.5", "run.log_freq=3", "run.max_iters=5",
+               "stages.stage2.trains=[llm_proj.*]", "datasets.scenes.sizes.train=2")  # fmt: skip
+    align, other = staged(tmp_path, *options, stages=TWO).stages
+    assert (align.run_cfg.max_iters, align.run_cfg.init_lr, align.run_cfg.log_freq) == (9, 0.5, 3)
+    assert (other.run_cfg.max_iters, other.run_cfg.log_freq) == (5, 3)
+    assert other.stage.trains == ("llm_proj.*",) and align.datasets_cfg.scenes.sizes.train == 2
+    assert "run.max_iters=5 by --options does not reach stage align" in caplog.text
+    assert "stage stage2" not in caplog.text
+
+
+def test_stages_by_options_replace_the_files(tmp_path):
+    (cfg,) = staged(tmp_path, "stages=[{name: only, run: {max_iters: 3}}]", stages=TWO).stages
+    assert cfg.stage.name == "only" and cfg.run_cfg.max_iters == 3
+
+
+def test_references_of_a_stage_are_to_its_own_sections(tmp_path):
+    (cfg,) = staged(tmp_path, stages=[{"run": {"max_iters": 6, "iters_per_inner_epoch": "${run.max_iters}"}}]).stages
+    assert cfg.run_cfg.iters_per_inner_epoch == 6
+
+
+def test_an_evaluation_is_of_one_stage(tmp_path):
+    cfg = staged(tmp_path, stages=TWO, evaluate=True)
+    assert cfg.stages == [] and cfg.stage.name == "stage2" and cfg.run_cfg.task == "evlgen_vqa" and cfg.run_cfg.evaluate
+    cfg = staged(tmp_path, stages=TWO, evaluate=True, stage="align")
+    assert list(cfg.datasets_cfg) == ["scenes"] and cfg.run_cfg.max_iters == 7
+    with pytest.raises(ConfigError, match="--stage algin: no stage has this name; did you mean align?"):
+        staged(tmp_path, stages=TWO, evaluate=True, stage="algin")
+
+
+REFUSED = {
+    "stages={} must be a list of mappings": {},
+    "stages=\\[\\] must be a list of mappings": [],
+    "stages=three must be a list": "three",
+    "stages\\[0\\].name='a b' must be a letter": [{"name": "a b"}],
+    "stages\\[0\\].name='../up' must be a letter": [{"name": "../up"}],
+    "stages\\[1\\].name=a: another stage has this name": [{"name": "a"}, {"name": "a"}],
+    "unknown key stages.a.train; did you mean trains": [{"name": "a", "train": ["*"]}],
+    "stages.a.model: the model is the same in all stages": [{"name": "a", "model": {"tome_r": 3}}],
+    "stages.a.trains=connector": [{"name": "a", "trains": "connector.*"}],
+    "stages.a.trains=\\[\\]: nothing would train": [{"name": "a", "trains": []}],
+    "stages.a.datasets: scene is none of the file's data sets; did you mean scenes": [
+        {"name": "a", "datasets": ["scene"]}
+    ],
+    "stage a: unknown key run.max_iter; did you mean max_iters": [{"name": "a", "run": {"max_iter": 1}}],
+    "stage a: run.max_iters='ten' is not a number|stage a: run.max_iters: 'ten' is not a number": [
+        {"name": "a", "run": {"max_iters": "ten"}}
+    ],
+    "stage a: unknown key run.lemmatize": [{"name": "a", "run": {"lemmatize": True}}],  # of evlgen_vqa
+    "stage a: datasets: 'pictures' is unknown": [{"name": "a", "datasets": {"pictures": {}}}],
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_is_no_list_of_stages_is_refused_by_name(tmp_path, words):
+    with pytest.raises(ConfigError, match=words) as error:
+        staged(tmp_path, stages=REFUSED[words])
+    assert "run.yaml" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "option, words",
+    [("stages.0.run.max_iters=1", "stages.0: no stage has this name; known: align, stage2"),
+     ("stages.algin.run.max_iters=1", "stages.algin: no stage has this name; did you mean align?"),
+     ("stages=3", "stages=3: give stages.NAME.run.KEY=VALUE; the stages are align, stage2"),
+     ("stages.align.run=3", "stages.align.run=3 must be a mapping"),
+     ("stage.align.run.max_iters=1", "unknown key stage")],
+)  # fmt: skip
+def test_options_that_reach_no_stage_are_refused(tmp_path, option, words):
+    with pytest.raises(ConfigError) as error:
+        staged(tmp_path, option, stages=TWO)
+    assert words in str(error.value)
+
+
+def test_options_need_stages_to_change(tmp_path):
+    with pytest.raises(ConfigError, match="stages: the file has none"):
+        staged(tmp_path, "stages.align.run.max_iters=1", stages=None)
+
+
+@pytest.mark.parametrize("key", OF_THE_RUN)
+def test_keys_of_the_whole_run_are_refused_in_a_stage(tmp_path, key):
+    assert key in RunSettings.meanings()
+    with pytest.raises(ConfigError, match=f"stages.a.run.{key}: the same in all stages; set run.{key}"):
+        staged(tmp_path, stages=[{"name": "a", "run": {key: 1}}])
