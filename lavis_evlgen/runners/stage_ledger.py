@@ -47,7 +47,10 @@ class StageLedger:
                 "this run another run.run_name"
             )
         content = read_ledger(self.folder)
-        changed = _changed(content["settings"], self.settings)
+        then, now = ([row["name"] for row in rows] for rows in (content["stages"], self.rows))
+        changed = [f"stages: {', '.join(then)} -> {', '.join(now)}"] if then != now else (
+            _changed(content["settings"], self.settings)
+        )  # fmt: skip
         if changed:
             more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
             raise ConfigError(
@@ -92,9 +95,7 @@ def _sha256(settings: dict) -> str:
 
 
 def _changed(then: dict, now: dict) -> list[str]:
-    """What differs, in words; stages that are not in both first."""
-    if list(then) != list(now):
-        return [f"stages: {', '.join(then)} -> {', '.join(now)}"]
+    """What differs, in words."""
     found = []
     for name, settings in now.items():
         for key in sorted(settings | then[name]):

@@ -10,6 +10,8 @@ import gc
 import logging
 from pathlib import Path
 
+import torch
+
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError, EvlgenConfig, config_errors
 from lavis_evlgen.config.as_trained import weights_of
@@ -23,7 +25,7 @@ from lavis_evlgen.runners.checkpointing.stopping import signals
 from lavis_evlgen.runners.preflight import check_splits, check_training
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.runners.stage_ledger import StageLedger, summary
-from lavis_evlgen.runners.trainer import run_folder
+from lavis_evlgen.runners.trainer import Trainer, run_folder
 from lavis_evlgen.tasks.build import build_data
 from lavis_evlgen.weights.trainable import load_trainable
 
@@ -44,6 +46,8 @@ class StagedRun:
 
     def __init__(self, cfgs: list[EvlgenConfig], runner_cls, job_id: str):
         """cfgs: `EvlgenConfig.stages`. Raises ConfigError for whatever a later stage would fail on that can be seen."""
+        if not issubclass(runner_cls, Trainer):
+            raise ConfigError(f"run.runner={cfgs[0].run_cfg.runner}: stages need run.runner=runner_evlgen")
         self.cfgs, self.runner_cls, self.job_id, self.trainer = cfgs, runner_cls, job_id, None
         run = RunSettings.read(cfgs[0].run_cfg, "run.")
         if run.resume_ckpt_path not in (None, "auto"):
@@ -133,6 +137,9 @@ class StagedRun:
         load_trainable(self.model, saved["model"], str(path))
 
     def _free(self):
-        """Let go of the stage before: its moments and DDP's hooks are in reference cycles."""
+        """Let go of the stage before: moments and DDP's hooks, which are in reference cycles, and compiled code, of
+        which torch keeps a limited number of versions."""
+        if self.trainer is not None and self.trainer.compiled:
+            torch.compiler.reset()
         self.trainer = None
         gc.collect()

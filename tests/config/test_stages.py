@@ -8,7 +8,7 @@ import pytest
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.config.stages import OF_THE_RUN
 from lavis_evlgen.runners.settings import RunSettings
-from tests.run_tools import run_config, write_config
+from tests.run_tools import ROOT, run_config, write_config
 
 PARTS = {"vit_model": "facebook/dinov2-small", "connector_init": "bert-base-uncased", "llm_model": "some/llama"}
 
@@ -126,6 +126,15 @@ def test_options_that_reach_no_stage_are_refused(tmp_path, option, words):
     with pytest.raises(ConfigError) as error:
         staged(tmp_path, option, stages=TWO)
     assert words in str(error.value)
+
+
+def test_the_example_in_the_docs_is_a_config(tmp_path):
+    text = (ROOT / "docs" / "stages.md").read_text()
+    path = tmp_path / "staged.yaml"
+    path.write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    cfgs = EvlgenConfig(argparse.Namespace(cfg_path=str(path), options=["stages.align.run.max_iters=10"])).stages
+    assert [cfg.stage.folder for cfg in cfgs] == ["1_align", "2_language", "3_questions"]
+    assert [cfg.run_cfg.max_iters for cfg in cfgs] == [10, 400, 400]
 
 
 def test_options_need_stages_to_change(tmp_path):

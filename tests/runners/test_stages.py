@@ -13,6 +13,7 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.runners.stage_ledger import StageLedger
 from lavis_evlgen.runners.stages import seed_of
 from lavis_evlgen.runners.trainer import Trainer
+from tests.datasets.shard_tools import write_shards
 from tests.faults.processes import on_two_ranks, run
 from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
 
@@ -173,8 +174,14 @@ def test_killed_at_any_moment_goes_on_bit_for_bit(three, tmp_path, moment):
     assert {f: f.stat().st_mtime_ns for f in before} == before, "a finished stage is not repeated"
 
 
-def test_kill_9_goes_on_bit_for_bit(three, tmp_path):
+def test_signals_go_on_bit_for_bit(three, tmp_path):
     runs = three.copy(tmp_path)
+    with run(runs, "run.resume_ckpt_path=auto") as process:
+        process.wait_for(lambda: losses(runs.output() / "1_align"))
+        process.send(signal.SIGTERM)
+        assert process.wait() == 128 + signal.SIGTERM, process.words
+    assert rows(runs)[0]["state"] != "waiting" and rows(runs)[2]["state"] == "waiting"
+    assert not list(runs.output().rglob("run.lock"))
     with run(runs, "run.resume_ckpt_path=auto") as process:
         process.wait_for(lambda: losses(runs.output() / "2_language"))
         process.send(signal.SIGKILL)
@@ -221,11 +228,44 @@ def test_frozen_parts_are_loaded_once(parts, tmp_path, monkeypatch):
     assert len(built) == 1
 
 
-def test_a_frozen_connector_draws_no_dropout(parts, tmp_path):
+def test_a_frozen_connector_draws_no_dropout(parts, tmp_path, capsys):
     runs = staged(parts, tmp_path, {"trains": ["llm_proj.*"]}, llm_train=None, max_iters=1)
     model = runs.train().model
+    words = capsys.readouterr().err
+    assert "stage 1/1 stage1: step 1/1  loss" in words and "1 of 1: stage1, trains llm_proj.*" in words
+    assert "  1_stage1" in words.rpartition("starts from")[2], "the last words are a table of all stages"
     assert not model.connector.training and not any(m.training for m in model.connector.modules())
     assert model.llm_proj.training and not model.ln_vision.training
+
+
+def test_shards_and_a_mix_in_a_later_stage_go_on_bit_for_bit(parts, tmp_path, monkeypatch):
+    runs = staged(parts, tmp_path, {"datasets": ["scenes"], "run": {"max_iters": 1}}, {
+        "name": "mix", "run": {"max_iters": 6, "iters_per_inner_epoch": 6, "save_every": 2,
+                               "train_dataset_ratios": {"scenes": 1, "image_shards": 2}},
+    }, llm_train=None, num_workers=1)  # fmt: skip
+    scenes = runs.config["datasets"]["scenes"]
+    runs.config["datasets"]["image_shards"] = {
+        "shards": write_shards(tmp_path / "shards", (5, 4)), "shuffle_window": 3,
+        "vis_processor": scenes["vis_processor"],
+    }  # fmt: skip
+    again = runs.copy(tmp_path / "again")
+    monkeypatch.setattr(Trainer, "_save", copies_at(4, Trainer._save, runs, again))
+    runs.train()
+    monkeypatch.undo()
+    assert checkpoint(again.output() / "2_mix")["step"] == 4
+    again.train("run.resume_ckpt_path=auto")
+    assert_same(again, runs)
+
+
+def copies_at(step: int, save, runs: Runs, again: Runs):
+    """Trainer._save that copies the run's folder when the second stage has saved this step."""
+
+    def call(self, done, *args, **kwargs):
+        save(self, done, *args, **kwargs)
+        if self.stage.number == 2 and done == step:
+            shutil.copytree(runs.output(), again.output(), ignore=shutil.ignore_patterns("run.lock"))
+
+    return call
 
 
 def test_two_ranks_are_one(parts, tmp_path):

@@ -16,7 +16,9 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from lavis_evlgen.config import ConfigError, EvlgenConfig
+from lavis_evlgen.reporting.json_lines import read_json_lines, training_totals
 from lavis_evlgen.reporting.run_card import write_run_card
+from lavis_evlgen.reporting.stage_files import stage_folders
 from lavis_evlgen.tools.compare import duration, read_run
 
 OWN = ("run.seed", "run.output_dir", "run.run_name", "run.resume_ckpt_path")  # keys that each trial sets for itself
@@ -141,8 +143,10 @@ def start_record(out: Path, cfg_path: str, trial: Trial):
 
 def record(out: Path, cfg_path: str, trial: Trial) -> dict:
     """Write and return the record of a run that has just ended well: scores, training seconds, provenance."""
-    run = read_run(out / "runs" / trial.name)
-    found = {}
+    folder = out / "runs" / trial.name
+    folders = stage_folders(folder) or [folder]
+    run, found = read_run(folders[-1]), {}  # the last stage's scores, and what all stages took
+    ends = [rows[-1] for one in folders if (rows := training_totals(read_json_lines(one / "log.jsonl")))]
     for score, path in SCORES.items():
         value = run.card["metrics"]
         for key in path:
@@ -151,8 +155,8 @@ def record(out: Path, cfg_path: str, trial: Trial) -> dict:
             found[score] = float(value)
     content = {
         "name": trial.name, "values": trial.values, "seed": trial.seed, "settings": settings(cfg_path, trial),
-        "scores": found, "seconds": run.rows[-1]["seconds"] if run.rows else None,
-        "images": run.rows[-1]["images"] if run.rows else None, "card": {key: run.card.get(key) for key in _FACTS},
+        "scores": found, "card": {key: run.card.get(key) for key in _FACTS},
+        **{key: sum(row[key] for row in ends) if ends else None for key in ("seconds", "images")},
     }  # fmt: skip
     write_run_card(out / "trials" / f"{trial.name}.json", content)
     return content
