@@ -73,7 +73,8 @@ class EvlgenConfig(Config):
         with self._named():
             stages = {one.name: one for one in take_stages(config, options)}
             if stage is not None and stage not in stages:
-                raise Refused(f"--stage {stage}: no stage has this name{nearest(stage, stages)}")
+                known = nearest(stage, stages) if stages else "; the file has no stages"
+                raise Refused(f"--stage {stage}: no stage has this name{known}")
         if not stages:
             self._read(config, options)
             return

@@ -16,7 +16,8 @@ from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.checkpointing.resume import MAY_CHANGE, flat
 
 _SHOWN = 5  # changed settings in a message
-SCORES = ("agg_metrics", "loss_right")  # of a run card, for the table
+# words of the table: where they are among the scores of a row
+SCORES = {"CIDEr": "metrics.CIDEr", "accuracy": "metrics.accuracy", "loss": "loss_right", "text loss": "text_loss"}
 COLUMNS = ("stage", "trains", "tensors", "steps", "time", "loss, first", "loss, last", "scored", "starts from")
 
 
@@ -47,10 +48,7 @@ class StageLedger:
                 "this run another run.run_name"
             )
         content = read_ledger(self.folder)
-        then, now = ([row["name"] for row in rows] for rows in (content["stages"], self.rows))
-        changed = [f"stages: {', '.join(then)} -> {', '.join(now)}"] if then != now else (
-            _changed(content["settings"], self.settings)
-        )  # fmt: skip
+        changed = _changed(content, self.rows, self.settings)
         if changed:
             more = f" and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
             raise ConfigError(
@@ -94,23 +92,32 @@ def _sha256(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def _changed(then: dict, now: dict) -> list[str]:
-    """What differs, in words."""
+def _changed(then: dict, rows: list[dict], now: dict) -> list[str]:
+    """What differs between the ledger and the config of now, in words."""
+    before, after = (", ".join(row["name"] for row in stages) for stages in (then["stages"], rows))
+    if before != after:
+        return [f"stages: {before} -> {after}"]
     found = []
     for name, settings in now.items():
-        for key in sorted(settings | then[name]):
-            before, after = then[name].get(key), settings.get(key)
+        earlier = then["settings"][name]
+        for key in sorted(settings | earlier):
+            before, after = earlier.get(key), settings.get(key)
             if before != after:
                 found.append(f"stages.{name}: {key}: {before} -> {after}")
     return found
 
 
 def _scores(card: Path) -> dict | None:
-    """{"split", "step", and the numbers of its metrics} of a run card; None where nothing was scored."""
+    """{"split", "step", and the numbers of its metrics} of a run card; None where nothing was scored.
+
+    text_loss: nats a token on plain text, of a language model that learns.
+    """
     if not card.exists():
         return None
     content = json.loads(card.read_text(encoding="utf-8"))
     numbers = {key: value for key, value in flat(content["metrics"]).items() if isinstance(value, int | float)}
+    if "text_loss" in content:
+        numbers["text_loss"] = content["text_loss"]["now"]["nats_per_token"]
     return {"split": content["data"]["split"], "step": content["step"], **numbers}
 
 
@@ -127,7 +134,7 @@ def _cells(row: dict) -> tuple[str, ...]:
     loss, scores = row["loss"] or {}, row["scores"]
     scored = ""
     if scores is not None:
-        values = "  ".join(f"{name} {scores[name]:.4f}" for name in SCORES if name in scores)
+        values = "  ".join(f"{word} {scores[name]:.4f}" for word, name in SCORES.items() if name in scores)
         scored = f"{scores['split']} at step {scores['step']}: {values}"
     return (
         row["folder"], f"{row['parameters'] / 1e6:.2f}M", str(row["tensors"]), str(row["steps"]),

@@ -82,6 +82,8 @@ def test_an_evaluation_is_of_one_stage(tmp_path):
     assert list(cfg.datasets_cfg) == ["scenes"] and cfg.run_cfg.max_iters == 7
     with pytest.raises(ConfigError, match="--stage algin: no stage has this name; did you mean align?"):
         staged(tmp_path, stages=TWO, evaluate=True, stage="algin")
+    with pytest.raises(ConfigError, match="--stage align: no stage has this name; the file has no stages"):
+        staged(tmp_path, stages=None, evaluate=True, stage="align")
 
 
 REFUSED = {

@@ -136,6 +136,7 @@ def test_the_ledger_says_what_was_done(three):
     assert [row["start"] for row in found] == [None, "1_align/checkpoint_last.pth", "2_language/checkpoint_last.pth"]
     assert [row["steps"] for row in found] == [2, 3, 3]
     assert found[2]["scores"]["split"] == "val" and found[2]["scores"]["loss_right"] > 0
+    assert found[2]["scores"]["text_loss"] > 0  # of a language model that learns in one of the stages
     assert found[0]["scores"] is None
     for row in found:
         by_step = losses(three.output() / row["folder"])

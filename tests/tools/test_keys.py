@@ -157,3 +157,19 @@ def test_a_key_without_a_default_has_one_in_the_yaml_of_its_data_set():
         for path in cls.DATASET_CONFIG_DICT.values():
             given = OmegaConf.load(path).datasets[name]
             assert cls.Settings.read(given) and set(given) == set(keys_of(cls)), path
+
+
+@pytest.mark.parametrize(
+    "stages, fits",
+    [([{"name": "align", "trains": ["connector.*"], "datasets": ["image_captions"], "run": {"max_iters": 3}}], True),
+     ([{"datasets": {"image_captions": {"max_bad_fraction": 0.1}}}, None], True),
+     ([{"run": {"task": "evlgen_vqa", "metric": "gqa"}}], True),
+     ([{"trains": "connector.*"}], False),
+     ([{"train": ["connector.*"]}], False),
+     ([{"datasets": ["image_caption"]}], False),
+     ([{"run": {"task": "evlgen_vqa", "metrics": ["CIDEr"]}}], False),
+     ({"name": "align"}, False)],
+)  # fmt: skip
+def test_the_schema_knows_stages(schema, stages, fits):
+    config = OmegaConf.to_container(OmegaConf.load(ROOT / "projects" / "evlgen" / "flickr8k_mini.yaml"))
+    assert valid(config | {"stages": stages}, schema, schema) == fits
