@@ -33,7 +33,6 @@ def staged(parts, folder, *stages, llm_train="full", **run) -> Runs:
 
 # moments at which a kill leaves something of its own: after (or before) the n-th call of a method
 MOMENTS = {
-    "the ledger is there and no stage has begun": (StageLedger, "begin", 1, "after"),
     "in the first stage": (Trainer, "_save", 1, "after"),
     "the first stage has ended, and the ledger does not know": (StageLedger, "end", 1, "before"),
     "between the first and the second": (StageLedger, "end", 1, "after"),
