@@ -13,7 +13,7 @@ from huggingface_hub import try_to_load_from_cache
 from lavis.common.registry import registry
 
 from lavis_evlgen.config.keys import Settings, keys_of
-from lavis_evlgen.media.file_checks import Unreadable
+from lavis_evlgen.media.file_checks import MISSING, Unreadable
 from lavis_evlgen.models.connectors import CONNECTORS, READS, ConnectorSettings
 from lavis_evlgen.models.language.model import empty_language_model, folder_and_file
 from lavis_evlgen.models.precision import DTYPES, check_precision
@@ -53,7 +53,7 @@ def check_images(name: str, split: str, dataset, limit: int | None, say) -> Find
             if done % 2000 == 0:
                 left = (time.time() - started) / done * (len(rows) - done)
                 say(f"  {name} {split}: {done} of {len(rows)}, {left:.0f} s left")
-    missing = [error for error in bad if not Path(error.path).exists()]
+    missing = [error for error in bad if error.reason == MISSING]
     unreadable = len(bad) - len(missing)
     allowed = dataset.max_bad_fraction * dataset.num_images
     seen = f"{len(rows) - len(bad)} found and readable, {len(missing)} missing, {unreadable} unreadable"
