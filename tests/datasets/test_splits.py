@@ -82,7 +82,7 @@ def test_references_are_of_the_files_that_are_asked_for(tmp_path, pictures, capl
     assert found["val"].references == {14: ["a thing of kind 4"]} and "val: 1 images have no caption" in caplog.text
     with pytest.raises(DataError, match="image_captions.references: other.csv is none of `captions`; they are"):
         builder(tmp_path, **keys, references="other.csv").build()
-    with pytest.raises(DataError, match="references belongs to `captions`"):
+    with pytest.raises(DataError, match="is none of `captions`; with `annotations`, list each split"):
         builder(tmp_path, annotations={"val": files[1]}, references=files[1]).build()
 
 

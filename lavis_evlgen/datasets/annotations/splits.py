@@ -1,7 +1,7 @@
 """Rows into train, val and test: by counts of pictures in the order of file names, or as the file says."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from lavis_evlgen.datasets.annotations.files import image_ids
 from lavis_evlgen.datasets.builder import SPLITS
@@ -10,6 +10,31 @@ from lavis_evlgen.media.errors import DataError
 # Names of splits in the wild; Karpathy's restval is COCO val that he adds to training, MSR-VTT has validate.
 _SPLIT_NAMES = {"train": "train", "restval": "train", "val": "val", "valid": "val", "validation": "val",
                 "validate": "val", "dev": "val", "test": "test"}
+
+
+def rows_by_split(
+    settings, name: str, config_path: str, read: Callable[[list[str]], list], share_images: bool = False
+) -> dict[str, tuple[str, list]]:
+    """{split: (its files, for errors; its rows)} of a section that has either the key `name`, a file or a list, with
+    `split`, or `annotations`, each split's. read(files): their rows. share_images: as split_rows. Raises DataError.
+    """
+    whole, annotations = getattr(settings, name), settings.annotations
+    if bool(whole) == bool(annotations):
+        raise DataError(
+            f"{config_path} has {'both' if whole else 'neither'} of `{name}` (one file, with `split`) and "
+            "`annotations` (a file per split); give one of the two"
+        )
+    if annotations:
+        files = {split: listed(annotations[split]) for split in SPLITS if annotations.get(split)}
+        return {split: (" and ".join(own), read(own)) for split, own in files.items()}
+    path = " and ".join(listed(whole))
+    found = split_rows(path, config_path, read(listed(whole)), settings.split, share_images)
+    return {split: (path, rows) for split, rows in found.items()}
+
+
+def listed(files: str | list[str] | None) -> list[str]:
+    """The files that a key names, which takes one or a list."""
+    return [files] if isinstance(files, str) else list(files or [])
 
 
 def split_rows(path: str, config_path: str, rows: Sequence, split, share_images: bool = False) -> dict[str, list]:

@@ -76,10 +76,11 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
     def build(self) -> dict[str, CaptionDataset]:
         name = f"{self.MEDIA}s"
         folder = data_folder(getattr(self.settings, name), self.config_path, name)
-        datasets, found = {}, self._rows_by_split()
+        found = splits.rows_by_split(self.settings, "captions", self.config_path, self._read_all)
+        found = {split: (path, self._scored(split, rows)) for split, (path, rows) in found.items()}
         items = {split: group_by_image(path, rows) for split, (path, rows) in found.items()}
-        if self.settings.annotations:
-            splits.report_shared_images(items)
+        splits.report_shared_images(items)
+        datasets = {}
         for split, (_, rows) in found.items():
             datasets[split] = self.train_dataset_cls(
                 self.NAME, split, items[split], **{name: folder}, max_bad_fraction=self.settings.max_bad_fraction,
@@ -90,30 +91,13 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
                 datasets[split].description += f"; captions: {counts}"
         return datasets
 
-    def _rows_by_split(self) -> dict[str, tuple[str, list[CaptionRow]]]:
-        """The rows of each split, and the files that they are from, for errors."""
-        captions, annotations = self.settings.captions, self.settings.annotations
-        if bool(captions) == bool(annotations):
-            raise DataError(
-                f"{self.config_path} has {'both' if captions else 'neither'} of `captions` (one file, "
-                "with `split`) and `annotations` (a file per split); give one of the two"
-            )
-        if annotations and self.settings.references:
-            raise DataError(f"{self.config_path}.references belongs to `captions`; list the files in annotations.val")
-        if annotations:
-            files = {split: _listed(annotations[split]) for split in SPLITS if annotations.get(split)}
-            return {split: (" and ".join(own), self._read_all(own)) for split, own in files.items()}
-        files, path = _listed(captions), " and ".join(_listed(captions))
-        found = splits.split_rows(path, self.config_path, self._read_all(files), self.settings.split)
-        return {split: (path, self._scored(split, rows, files)) for split, rows in found.items()}
-
-    def _scored(self, split: str, rows: list[CaptionRow], files: list[str]) -> list[CaptionRow]:
+    def _scored(self, split: str, rows: list[CaptionRow]) -> list[CaptionRow]:
         """Of val and test, the rows of the files in `references`."""
-        references = _listed(self.settings.references) or files
+        references, files = splits.listed(self.settings.references), splits.listed(self.settings.captions)
         if unknown := set(references) - set(files):
-            known = ", ".join(files)
-            raise DataError(f"{self.config_path}.references: {min(unknown)} is none of `captions`; they are {known}")
-        if split == "train":
+            known = f"they are {', '.join(files)}" if files else "with `annotations`, list each split's files there"
+            raise DataError(f"{self.config_path}.references: {min(unknown)} is none of `captions`; {known}")
+        if split == "train" or not references:
             return rows
         kept = [row for row in rows if row.file in references]
         if lost := len({row.image for row in rows} - {row.image for row in kept}):
@@ -145,7 +129,3 @@ def split_items(path: str, rows: list[CaptionRow], split) -> dict[str, list[Capt
     """The images of each split that has any; `split` as splits.split_rows."""
     found = splits.split_rows(path, "datasets.image_captions", rows, split)
     return {name: group_by_image(path, own) for name, own in found.items()}
-
-
-def _listed(files: str | list[str] | None) -> list[str]:
-    return [files] if isinstance(files, str) else list(files or [])

@@ -101,29 +101,16 @@ class ImageQuestionsBuilder(QuestionsBuilder):
 
     def build(self) -> dict[str, ImageQuestionDataset]:
         self.pictures = ParquetPictures()
-        found = self._items_by_split()
+        # medical sets ask about one picture in training and in test: that is told, not refused
+        rows = splits.rows_by_split(self.settings, "questions", self.config_path, self._read, share_images=True)
+        found = {split: _grouped(path, own) for split, (path, own) in rows.items()}
         splits.report_shared_images(found)
         in_folder = any(item.image not in self.pictures for items in found.values() for item in items)
         folder = data_folder(self.settings.images, self.config_path) if in_folder or self.settings.images else ""
         return self.make(found, folder, self.pictures)
 
-    def _items_by_split(self) -> dict[str, list[AskedImage]]:
-        questions, annotations = self.settings.questions, self.settings.annotations
-        if bool(questions) == bool(annotations):
-            raise DataError(
-                f"{self.config_path} has {'both' if questions else 'neither'} of `questions` (one file, with `split`) "
-                "and `annotations` (a file per split); give one of the two"
-            )
-        if annotations:
-            files = {split: _expanded(annotations[split]) for split in SPLITS if annotations.get(split)}
-            return {split: _grouped(own[0], self._read(own)) for split, own in files.items()}
-        # medical sets ask about one picture in training and in test: by the file this is told, not refused
-        found = splits.split_rows(
-            questions, self.config_path, self._read([questions]), self.settings.split, share_images=True
-        )
-        return {split: _grouped(questions, rows) for split, rows in found.items()}
-
     def _read(self, files: list[str]) -> list[QuestionRow]:
+        files = _expanded(files)
         if all(map(is_parquet, files)):
             parts = [(file, None) for file in files]
         elif len(files) > 2:
@@ -141,9 +128,8 @@ class ImageQuestionsBuilder(QuestionsBuilder):
         return rows
 
 
-def _expanded(files: str | list[str]) -> list[str]:
-    """A file or a list of files, globs among them replaced by the files that they match."""
-    files = [files] if isinstance(files, str) else files
+def _expanded(files: list[str]) -> list[str]:
+    """The files, globs among them replaced by the files that they match."""
     return [name for file in files for name in ([file] if Path(file).exists() else sorted(glob.glob(file)) or [file])]
 
 
