@@ -15,7 +15,7 @@ from lavis.common.registry import registry
 from lavis_evlgen.config.keys import Settings, keys_of
 from lavis_evlgen.media.file_checks import MISSING, Unreadable
 from lavis_evlgen.models.connectors import CONNECTORS, READS, ConnectorSettings
-from lavis_evlgen.models.language.model import empty_language_model, folder_and_file
+from lavis_evlgen.models.language.loading import empty_language_model, folder_and_file
 from lavis_evlgen.models.precision import DTYPES, check_precision
 from lavis_evlgen.models.vision.encoder import LAVIS_VITS, VisionSettings, vision_of
 from lavis_evlgen.weights.bundle import empty_model
