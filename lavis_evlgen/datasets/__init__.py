@@ -1,8 +1,9 @@
-"""Caption and question data sets and their builders; importing this registers the builders with LAVIS."""
+"""Data sets of captions, questions and conversations; importing this registers their builders with LAVIS."""
 
 from lavis_evlgen.datasets.base import CaptionDataset, CaptionedImage
 from lavis_evlgen.datasets.builders.easy_vqa import EasyVqaBuilder
 from lavis_evlgen.datasets.builders.image_captions import ImageCaptionDataset, ImageCaptionsBuilder
+from lavis_evlgen.datasets.builders.image_conversations import ImageConversationDataset, ImageConversationsBuilder
 from lavis_evlgen.datasets.builders.image_questions import ImageQuestionDataset, ImageQuestionsBuilder
 from lavis_evlgen.datasets.builders.video_captions import VideoCaptionDataset, VideoCaptionsBuilder, WebvidBuilder
 from lavis_evlgen.datasets.questions import AskedImage, Question, QuestionDataset
@@ -19,6 +20,8 @@ __all__ = [
     "EasyVqaBuilder",
     "ImageCaptionDataset",
     "ImageCaptionsBuilder",
+    "ImageConversationDataset",
+    "ImageConversationsBuilder",
     "ImageQuestionDataset",
     "ImageQuestionsBuilder",
     "MovingScenesBuilder",

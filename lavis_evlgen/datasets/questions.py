@@ -15,12 +15,22 @@ TEMPLATE = "Question: {} Short answer:"
 
 
 class Question(NamedTuple):
-    """One question with its human answers (one or more, repeats kept); `kind` may say what sort of question it is."""
+    """One question with its human answers (one or more, repeats kept).
+
+    `kind` says what sort of question it is, where a benchmark does; `answer_type`, of one's own files, closed or open.
+    """
 
     text: str
     answers: tuple[str, ...]
     question_id: int | str
     kind: str | None = None
+    answer_type: str | None = None
+
+    @property
+    def scored_as(self) -> str:
+        """The kind of question that its score counts for: what the file says, else closed (yes or no) or open."""
+        usual = Counter(self.answers).most_common(1)[0][0]
+        return self.kind or self.answer_type or ("closed" if usual.strip(" .").lower() in ("yes", "no") else "open")
 
 
 class AskedImage(NamedTuple):
@@ -54,7 +64,8 @@ class QuestionDataset(ReadableRows):
         self.kinds: dict[int | str, str] = {}
         digest, images = hashlib.sha256(json.dumps([split]).encode()), set()
         for item in items:
-            digest.update(json.dumps(item).encode())
+            # without the answer types: they are no part of what is asked and answered
+            digest.update(json.dumps([item.image, item.image_id, [q[:4] for q in item.questions]]).encode())
             images.add(item.image_id)
             for question in item.questions:
                 self._add(item, question)
@@ -65,10 +76,12 @@ class QuestionDataset(ReadableRows):
     def _add(self, item: AskedImage, question: Question):
         key = question.question_id
         if key in self.answers:
-            raise DataError(f"{self.name}: two questions of the {self.split} split have the id {key!r}")
+            raise DataError(
+                f"{self.name}: two questions of the {self.split} split have the id {key!r}; leave out the column of "
+                f"ids (datasets.{self.name}.columns.question_id), and questions are numbered"
+            )
         self.answers[key] = list(question.answers)
-        if question.kind:
-            self.kinds[key] = question.kind
+        self.kinds[key] = question.scored_as
         row = {"image": item.image, "image_id": item.image_id, "question_id": key}
         self.annotation.append({**row, "question": question.text, "answers": question.answers})
 

@@ -160,9 +160,9 @@ def _matchable(answers: Sequence[str], metric: str) -> bool:
     return any(normalise_answer(answer) == answer for answer in compared)
 
 
-def check_metric(metric: str) -> None:
+def check_metric(metric: str, known: Sequence[str] = METRICS) -> None:
     """Raise ValueError for an unknown metric, with the nearest known one."""
-    if metric not in METRICS:
-        near = difflib.get_close_matches(str(metric), METRICS, 1, 0.4)
+    if metric not in known:
+        near = difflib.get_close_matches(str(metric), known, 1, 0.4)
         hint = f", did you mean {near[0]!r}?" if near else ";"
-        raise ValueError(f"unknown answer metric {metric!r}{hint} Known: {', '.join(METRICS)}")
+        raise ValueError(f"unknown answer metric {metric!r}{hint} Known: {', '.join(known)}")

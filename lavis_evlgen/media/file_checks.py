@@ -2,7 +2,7 @@
 
 import os
 
-EMPTY = "the file is empty (0 bytes)"
+EMPTY, MISSING = "the file is empty (0 bytes)", "no such file"
 
 
 class Unreadable(ValueError):
@@ -23,7 +23,7 @@ def problem_with(path) -> str | None:
     try:
         size = os.stat(path).st_size
     except FileNotFoundError:
-        return "no such file"
+        return MISSING
     except (OSError, ValueError) as error:
         return str(error)
     if os.path.isdir(path):

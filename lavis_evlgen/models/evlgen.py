@@ -19,8 +19,10 @@ from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.connectors import ConnectorSettings, VisualPrompt, build_connector
 from lavis_evlgen.models.facts import ModelFacts
 from lavis_evlgen.models.generation import Generates
+from lavis_evlgen.models.language.chat import TEMPLATES as CHAT_TEMPLATES
 from lavis_evlgen.models.language.llm_train import LlmTrain, Lora, save_adapter, training_of
-from lavis_evlgen.models.language.model import LanguageModel, load_language_model
+from lavis_evlgen.models.language.loading import load_language_model
+from lavis_evlgen.models.language.model import LanguageModel
 from lavis_evlgen.models.language.prompt_attention import KINDS as PROMPT_ATTENTION
 from lavis_evlgen.models.language.text_loss import held_out_text, text_loss
 from lavis_evlgen.models.precision import PRECISIONS, check_precision
@@ -62,6 +64,10 @@ class LanguageSettings(Settings):
     llm_train: Literal["lora", "full"] | LlmTrain | None = key(
         "what of the language model learns: nothing (left out), lora, {lora: {rank: 16, alpha: 32, targets: "
         "all-linear}}, or full", None, at_least=1, at_most=LARGEST["max_txt_len"],
+    )  # fmt: skip
+    chat_template: Literal[CHAT_TEMPLATES] | None = key(
+        "how conversations are rendered: by the tokenizer's own chat template (left out), or plain (USER: ... "
+        "ASSISTANT: ...)", None,
     )  # fmt: skip
     llm_adapter: str | None = key("folder of a LoRA adapter in peft's format that llm_train=lora starts from", None)
 
@@ -202,7 +208,10 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         return tokens + self.soft_prompt.repeat(tokens.shape[1] // len(self.soft_prompt), 1)
 
     def loss_of(self, prompt: VisualPrompt, samples: dict) -> tuple[Tensor, Tensor]:
-        """Per sample: summed cross-entropy (B,) in nats of samples["text_input"] under these prompts, tokens (B,)."""
+        """Per sample: summed cross-entropy (B,) in nats of samples["text_input"] under these prompts, tokens (B,); of
+        samples["conversations"], where there are some, in the assistant's words."""
+        if "conversations" in samples:
+            return self.language_model.conversation_loss(prompt.tokens, samples["conversations"], prompt.mask)
         texts = samples["text_input"]
         return self.language_model.loss(prompt.tokens, texts, self._prompts(samples, len(texts)), prompt.mask)
 
@@ -292,7 +301,7 @@ def build_evlgen(cls, cfg, vision_of=vision_of, **more) -> EVLGen:
     language_model = LanguageModel(
         *load_language_model(llm or opt, precision, settings.trust_remote_code), settings.bos, settings.max_txt_len,
         settings.bos_token, settings.label_bos, settings.prompt_attention, training_of(settings.llm_train),
-        settings.llm_adapter,
+        settings.llm_adapter, settings.chat_template,
     )  # fmt: skip
     return cls(
         vision, connector, language_model, settings.prompt, settings.prompt_scale, settings.lr_scale,

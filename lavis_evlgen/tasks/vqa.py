@@ -18,6 +18,7 @@ from lavis_evlgen.tasks.base import Shown, Task
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
 from lavis_evlgen.tasks.settings import DecodingSettings, SharedRunSettings
 
+AUTO = "auto"
 LONGEST = 200  # questions, the longest in letters, that are tried against max_txt_len
 
 
@@ -26,7 +27,10 @@ class VqaTaskSettings(DecodingSettings):
     prompt: str = key("what a question is asked in, in training too; {} stands for the question", TEMPLATE)
     max_len: int = key("most new tokens of an answer", 10, at_least=1, at_most=LARGEST["max_len"])
     length_penalty: float = key("above 0 favours longer answers in beam search", 0.0, at_least=-10.0, at_most=100.0)
-    metric: str = key("vqa (ten human answers), gqa (the answer as it stands), exact (both sides normalised)", "exact")
+    metric: str = key(
+        "vqa (ten human answers), gqa (the answer as it stands), exact (both sides normalised), auto (vqa where every "
+        "question has human answers enough, else exact)", "exact",
+    )  # fmt: skip
     lemmatize: bool = key(
         "score nouns and verbs of answers as lemmas, as OK-VQA's results are; needs spaCy's model", False
     )
@@ -49,7 +53,7 @@ class EvlgenVqaTask(Task):
 
     def __init__(self, decoding: dict, prompt: str = TEMPLATE, metric="exact", lemmatize=False, blind_share=1.0):
         super().__init__()
-        vqa_metrics.check_metric(metric)
+        vqa_metrics.check_metric(metric, known=(*vqa_metrics.METRICS, AUTO))
         try:
             fits = prompt.format("QUESTION").count("QUESTION") == 1
         except (IndexError, KeyError, ValueError):
@@ -110,13 +114,19 @@ class EvlgenVqaTask(Task):
         if self.metric == "vqa" and min(counts) < vqa_metrics.FEWEST_HUMANS:
             raise ConfigError(
                 f"run.metric=vqa needs {vqa_metrics.FEWEST_HUMANS} human answers a question or more (officially ten), "
-                f"and {name} {dataset.split} has questions with {min(counts)}; set run.metric=exact"
+                f"and {name} {dataset.split} has questions with {min(counts)}; set run.metric=exact or auto"
             )
         if self.metric == "gqa" and max(counts) > 1:
             raise ConfigError(f"run.metric=gqa takes one answer a question, {name} has {max(counts)}; see run.metric")
 
     def before_evaluation(self, model, dataset, **kwargs):
         self.dataset, self.blind = dataset, BlindPairs(dataset)
+
+    def _metric(self) -> str:
+        """That of `run.metric`, or which one fits the data set that is evaluated."""
+        if self.metric != AUTO:
+            return self.metric
+        return "vqa" if min(map(len, self.dataset.answers.values())) >= vqa_metrics.FEWEST_HUMANS else "exact"
 
     def valid_step(self, model, samples: dict) -> list[dict]:
         """One row a question: its ids, question, answer, loss (nats) and tokens of the human answer, and under "blind"
@@ -157,19 +167,21 @@ class EvlgenVqaTask(Task):
         unasked = len(val_result) - len(rows)
         self._check_complete(rows, unasked, split_name)
         assign(rows)
-        scores = self._score({row["question_id"]: row["answer"] for row in rows})
-        blind = {row["question_id"]: row["blind_answer"] for row in rows if "blind_answer" in row}
-        blind_scores = self._score(blind).per_sample if blind else {}
+        metric, kinds = self._metric(), self.dataset.kinds
+        scores = self._score(rows, metric)
         for row in rows:
             row["answers"] = self.dataset.answers[row["question_id"]]
-            row["score"] = scores.per_sample[row["question_id"]]
-            row["blind_score"] = blind_scores.get(row["question_id"])
-        accuracy = {f"accuracy {kind}": value for kind, value in scores.by_kind.items()}
+        metrics = {"accuracy": scores.accuracy} | {f"accuracy {k}": value for k, value in scores.by_kind.items()}
+        if metric == "vqa":
+            exact = self._score(rows, "exact", "exact_")
+            metrics |= {"exact": exact.accuracy} | {f"exact {k}": value for k, value in exact.by_kind.items()}
+        groups = {kind: [row for row in rows if kinds.get(row["question_id"]) == kind] for kind in scores.by_kind}
         return {
-            "metrics": {"accuracy": scores.accuracy, **accuracy},
-            "metric": self.metric,
+            "metrics": metrics,
+            "metric": metric,
             "lemmatized": self.lemmatize is not None,
             "blind": _blind(rows),
+            "blind_by_kind": {kind: found for kind, own in groups.items() if (found := _blind(own))},
             **paired_losses(rows),
             "questions": len(rows),
             "pictures": len({row["image_id"] for row in rows}),
@@ -180,10 +192,19 @@ class EvlgenVqaTask(Task):
             "rows": rows,
         }
 
-    def _score(self, predictions: dict):
+    def _score(self, rows: list[dict], metric: str, prefix: str = "") -> vqa_metrics.AnswerScores:
+        """Scores of the answers; each row gets its own as `score`, and as `blind_score` that of its blind answer."""
+        answers = {row["question_id"]: row["answer"] for row in rows}
+        blind = {row["question_id"]: row["blind_answer"] for row in rows if "blind_answer" in row}
         if self.lemmatize:
-            predictions = {key: self.lemmatize(text) for key, text in predictions.items()}
-        return vqa_metrics.score_answers(predictions, self.dataset.answers, self.metric, self.dataset.kinds)
+            answers, blind = ({key: self.lemmatize(text) for key, text in own.items()} for own in (answers, blind))
+        truth, kinds = self.dataset.answers, self.dataset.kinds
+        scores = vqa_metrics.score_answers(answers, truth, metric, kinds)
+        blind_scores = vqa_metrics.score_answers(blind, truth, metric).per_sample if blind else {}
+        for row in rows:
+            row[f"{prefix}score"] = scores.per_sample[row["question_id"]]
+            row[f"{prefix}blind_score"] = blind_scores.get(row["question_id"])
+        return scores
 
     def _check_complete(self, rows: list[dict], unasked: int, split_name: str):
         """Every question once, over all ranks: a wrong shard would be a wrong accuracy."""
@@ -203,15 +224,18 @@ class EvlgenVqaTask(Task):
 
     def summary(self, result: dict) -> str:
         """One line: accuracy against blind accuracy, loss with right against other pictures."""
-        accuracy, *kinds = result["metrics"].items()
-        words = [f"accuracy {accuracy[1]:.3f}"]
+        words = [f"accuracy {result['metrics']['accuracy']:.3f}"]
         if result["blind"]:
             words[0] += f" (blind {result['blind']['accuracy']:.3f} on {result['blind']['questions']})"
             words.append(
                 f"loss {result['loss_right']:.3f} right, {result['loss_shuffled']:.3f} other picture "
                 f"(gap {result['loss_gap']:.3f} nats/token)"
             )
-        words += [f"{name.removeprefix('accuracy ')} {value:.3f}" for name, value in kinds]
+        for name, value in result["metrics"].items():
+            if name != "accuracy":
+                kind = name.removeprefix("accuracy ")
+                blind = result["blind_by_kind"].get(kind)
+                words.append(f"{kind} {value:.3f}" + (f" (blind {blind['accuracy']:.3f})" if blind else ""))
         words.append(f"[{result['questions']} questions, {self.metric}]")
         if result["unreadable"]:
             pictures = len(result["unreadable"])
@@ -229,5 +253,8 @@ def _blind(rows: list[dict]) -> dict:
     paired = [row for row in rows if row["blind_score"] is not None]
     if not paired:
         return {}
-    blind, right = (sum(row[key] for row in paired) / len(paired) for key in ("blind_score", "score"))
-    return {"accuracy": blind, "accuracy_same_questions": right, "questions": len(paired)}
+    names = {"accuracy": "blind_score", "accuracy_same_questions": "score"}
+    if "exact_score" in paired[0]:
+        names |= {"exact": "exact_blind_score", "exact_same_questions": "exact_score"}
+    means = {name: sum(row[key] for row in paired) / len(paired) for name, key in names.items()}
+    return means | {"questions": len(paired)}

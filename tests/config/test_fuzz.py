@@ -102,16 +102,16 @@ def test_what_few_keys_take(outcomes):
         "proportional_attention", "shrink_on_load", "soft_prompt", "temporal", "temporal_positions", "tensorboard",
         "trust_remote_code", "use_grad_checkpoint",
     }  # fmt: skip
-    assert keys([]) == {"compile", "mean", "metrics", "shards", "std", "test_splits", "tome_r", "train_splits",
-                        "valid_splits"}  # fmt: skip
+    assert keys([]) == {"captions", "compile", "mean", "metrics", "references", "shards", "std", "test_splits",
+                        "tome_r", "train_splits", "valid_splits"}  # fmt: skip
     assert keys({}) == {"annotations", "columns", "connector_sizes", "kinds", "llm_train", "lr_scale", "pictures",
                         "sizes", "split", "text_processor", "tome_r", "vis_processor"}  # fmt: skip
     assert keys([{"a": 1}]) == keys({"a": [1]}) == set()
     assert keys("text") == keys("") <= {
         "agg_metric", "bos_token", "caption_key", "captions", "connector_init", "data_type", "device", "dist_url",
         "finetuned", "folder", "image_name", "images", "llm_adapter", "llm_model", "metric", "opt_model", "output_dir",
-        "pretrained", "prompt", "questions", "resume_ckpt_path", "run_name", "save_every", "shards", "tokenizer",
-        "videos", "vit_model", "vit_path",
+        "pretrained", "prompt", "questions", "references", "resume_ckpt_path", "run_name", "save_every", "shards",
+        "tokenizer", "videos", "vit_model", "vit_path",
     }  # fmt: skip
 
 

@@ -87,6 +87,17 @@ def test_official_files(tmp_path, pictures):
     assert gqa[1]["question"] == "who is wearing the dress?" and gqa.answers["201640614"] == ["woman"]
 
 
+def test_a_picture_may_be_asked_about_in_training_and_in_test(tmp_path, pictures, caplog):
+    """As VQA-RAD does: by question, with a warning."""
+    rows = [{**row, "split": ("train", "test")[n % 2], "answer_type": "OPEN"} for n, row in enumerate(ROWS)]
+    found = build(tmp_path, rows, split="from_file")
+    assert {split: (data.num_images, len(data)) for split, data in found.items()} == {"train": (6, 6), "test": (6, 6)}
+    assert "6 of test are also in train: its scores will flatter" in caplog.text
+    assert set(found["test"].answers) == {1, 3, 5, 7, 9, 11} and set(found["test"].kinds.values()) == {"open"}
+    plain = build(tmp_path, [{**row, "answer_type": None} for row in rows], split="from_file")
+    assert plain["test"].fingerprint == found["test"].fingerprint  # of questions and answers
+
+
 def test_pictures_are_spread_evenly(tmp_path, pictures):
     found = build(tmp_path, split={"train": 6}, pictures={"train": 3})["train"]
     assert [row["image"] for row in found.annotation[::2]] == ["0.jpg", "2.jpg", "4.jpg"]
@@ -120,7 +131,7 @@ def test_config_errors_name_the_mend(tmp_path, pictures, keys, words):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"question_id": 1}, "two questions of the train split have the id 1"),
+        ({"question_id": 1}, "two questions of the train split have the id 1; leave out the column of ids"),
         ({"image_id": 7}, "gives the id 7 to two images: 0.jpg and 2.jpg"),
     ],
 )

@@ -99,6 +99,31 @@ def test_answers_may_be_many_numbers_or_objects(tmp_path):
     assert [row.question.question_id for row in found.rows] == [7, 8]
 
 
+def test_all_humans_answers_beside_the_usual_one(tmp_path):
+    rows = [
+        {"image": "a.jpg", "question": "?x", "answer": "red", "answers": ["red", "blue"]},
+        {"image": "a.jpg", "question": "?y", "answer": "red", "answers": []},
+        {"image": "a.jpg", "question": "?z", "answer": ["green"], "answers": ["red"]},
+    ]
+    path = write_json(tmp_path / "t.json", rows)
+    assert [row.question.answers for row in read_questions_file(path).rows] == [("red", "blue"), ("red",), ("green",)]
+    given = read_questions_file(path, columns={"answer": "answer"})  # what is asked for by name is taken
+    assert [row.question.answers for row in given.rows] == [("red",), ("red",), ("green",)]
+
+
+def test_open_and_closed_questions(tmp_path):
+    """By the file's answer_type; else yes and no are closed."""
+    rows = [{"image": "a.jpg", "question": "?", "answer": answer, "answer_type": kind, "qid": qid}
+            for answer, kind, qid in (("left", "CLOSED ", "1"), ("yes", "OPEN", 1), ("No.", "", 1), ("two", None, 4))]
+    rows[2]["answer"] = ["no", "No.", "no", "maybe"]
+    found = read_questions_file(write_json(tmp_path / "t.json", rows))
+    assert [row.question.scored_as for row in found.rows] == ["closed", "open", "closed", "open"]
+    assert [row.question.question_id for row in found.rows] == [0, 1, 2, 3]
+    named = read_questions_file(tmp_path / "t.json", columns={"question_id": "qid", "answer_type": "image"})
+    assert [row.question.question_id for row in named.rows] == ["1", 1, 1, 4]
+    assert named.rows[0].question.scored_as == "a.jpg"
+
+
 def test_columns_may_have_other_names(tmp_path):
     (tmp_path / "t.csv").write_text("file,q,truth\na.jpg,what?,red\n")
     with pytest.raises(DataError, match=r"no column 'image'.*'file', 'q', 'truth'.*columns\.image=NAME"):

@@ -7,7 +7,7 @@ from transformers import BertConfig, BertModel
 
 from lavis_evlgen.models.connectors.tomeformer import build_tomeformer
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.language.model import load_language_model
+from lavis_evlgen.models.language.loading import load_language_model
 from lavis_evlgen.weights.sources import WeightsError, resolve
 from lavis_evlgen.weights.trainable import trainable_state
 from tests.tiny import pictures, tiny_dinov2, tiny_llama, tiny_tokenizer, tiny_vision

@@ -121,6 +121,38 @@ def test_scores_right_and_blind():
     assert task(data).shown(row) == ("which colour? blue", ["blue"], 1.0)
 
 
+def test_kinds_are_scored_apart_each_with_its_blind_twin():
+    """Questions about pictures 0 to 3 are closed; an answer of picture 2 is worth 0.9 of VQA's point, not 1."""
+    data = Questions([n for n in range(8) for _ in range(2)], humans=10)
+    data.kinds = {key: "closed" if row < 8 else "open" for row, key in enumerate(data.answers)}
+    for key in ("q4", "q5"):
+        data.answers[key] = [COLOURS[2]] * 3 + ["other"] * 7
+    rows = evaluate(data, 4)
+    for metric, closed in (("vqa", (6 + 2 * 0.9) / 8), ("exact", 1.0), ("auto", (6 + 2 * 0.9) / 8)):
+        found = task(data, metric=metric)
+        result = found.after_evaluation([dict(row) for row in rows], "test", 1)
+        assert result["metric"] == ("vqa" if metric == "auto" else metric)
+        assert result["metrics"]["accuracy closed"] == pytest.approx(closed)
+        assert result["metrics"]["accuracy open"] == 1.0
+        assert result["metrics"]["accuracy"] == pytest.approx((closed + 1) / 2)
+        exact = {name: value for name, value in result["metrics"].items() if name.startswith("exact")}
+        assert exact == ({} if metric == "exact" else {"exact": 1.0, "exact closed": 1.0, "exact open": 1.0})
+        for kind in ("closed", "open"):
+            blind = result["blind_by_kind"][kind]
+            assert blind["questions"] == 8 and blind["accuracy"] == 0.0
+            assert blind["accuracy_same_questions"] == result["metrics"][f"accuracy {kind}"]
+            assert ("exact" in blind) == (metric != "exact")
+        assert f"closed {closed:.3f} (blind 0.000)  open 1.000 (blind 0.000)" in found.summary(result)
+
+
+def test_auto_takes_exact_match_where_any_question_has_too_few_humans():
+    data = Questions([0, 1, 2], humans=10)
+    data.answers["q1"] = ["blue"]
+    result = task(data, metric="auto").after_evaluation(evaluate(data, 3), "test", 1)
+    assert result["metric"] == "exact"
+    task(metric="auto").check_dataset("mine", data)
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_ranks_answer_every_question_once(ranks):
     data = Questions([n for n in range(8) for _ in range(3)][:-1])

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from lavis_evlgen.compat.environment import MissingExtra
 from lavis_evlgen.models.connectors.tomeformer import build_tomeformer
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.language.model import load_language_model
+from lavis_evlgen.models.language.loading import load_language_model
 from lavis_evlgen.models.vision.encoder import load_vision_encoder
 from lavis_evlgen.weights import sources
 from lavis_evlgen.weights.bundle import bundle_config

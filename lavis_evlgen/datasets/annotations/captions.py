@@ -24,13 +24,15 @@ _OPTIONAL = ("image_id", "split")
 
 
 class CaptionRow(NamedTuple):
-    """One caption of one image or clip. `image` is its path below the folder, `source` the film that it is from."""
+    """One caption of one image or clip. `image` is its path below the folder, `source` the film that it is from,
+    `file` the captions file."""
 
     image: str
     caption: str
     image_id: int | str | None = None
     split: str | None = None
     source: str | None = None
+    file: str = ""
 
 
 @dataclass
@@ -51,7 +53,7 @@ class CaptionsFile(RowsFile):
         elif image_id is not None and not isinstance(image_id, (int, str)):
             self.problems.append(f"{where}: the {self.media} id of {image} is neither number nor text: {image_id!r}")
         else:
-            self.rows.append(CaptionRow(image.strip(), caption.strip(), image_id, split, source))
+            self.rows.append(CaptionRow(image.strip(), caption.strip(), image_id, split, source, self.path))
 
 
 def read_captions_file(

@@ -238,16 +238,19 @@ def check_column(path, header: Iterable[str], column: str, wanted: str, needed: 
 
 
 def image_ids(path, named: Iterable[tuple[str, int | str | None]]) -> dict[str, int | str]:
-    """The id of each image, in file order, from (image, id or None: its name).
+    """The id of each image, in file order, from (image, id or None): that of another row of the image, else its name.
 
     Raises DataError where two ids name one image or one id two images.
     """
-    ids: dict[str, int | str] = {}
-    owner: dict[int | str, str] = {}
+    ids: dict[str, int | str | None] = {}
     for image, image_id in named:
-        image_id = image if image_id is None else image_id
-        if ids.setdefault(image, image_id) != image_id:
+        if ids.setdefault(image, image_id) is None:
+            ids[image] = image_id
+        elif image_id not in (None, ids[image]):
             raise DataError(f"{path} gives {image} two image ids: {ids[image]!r} and {image_id!r}")
+    ids = {image: image if image_id is None else image_id for image, image_id in ids.items()}
+    owner: dict[int | str, str] = {}
+    for image, image_id in ids.items():
         if owner.setdefault(image_id, image) != image:
             raise DataError(f"{path} gives the id {image_id!r} to two images: {owner[image_id]} and {image}")
     return ids

@@ -1,12 +1,13 @@
 """Read a file of questions and answers into rows: the official layouts of VQAv2, OK-VQA and GQA, or one's own.
 
 VQA: a questions JSON and an annotations JSON, joined by question id. GQA: an object of questions by id. Own files:
-LAVIS JSON (a list of rows), JSONL (a row a line), CSV or TSV with a header. The layout is recognised by what the
-file contains.
+LAVIS JSON (a list of rows), JSONL (a row a line), CSV or TSV with a header, or Parquet with its pictures inside. The
+layout is recognised by what the file contains.
 """
 
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lavis_evlgen.datasets.annotations.files import (
@@ -17,11 +18,12 @@ from lavis_evlgen.datasets.annotations.files import (
     quoted,
     read_rows,
 )
+from lavis_evlgen.datasets.annotations.parquet import Place, is_parquet, read_parquet
 from lavis_evlgen.datasets.questions import Question
 from lavis_evlgen.media.errors import DataError
 
-COLUMNS = ("image", "question", "answer", "question_id", "image_id", "split")
-_OPTIONAL = ("question_id", "image_id", "split")
+COLUMNS = ("image", "question", "answer", "question_id", "image_id", "split", "answer_type")
+_OPTIONAL = ("question_id", "image_id", "split", "answer_type")
 
 
 class QuestionRow(NamedTuple):
@@ -33,11 +35,19 @@ class QuestionRow(NamedTuple):
     split: str | None = None
 
 
+@dataclass
 class QuestionsFile(RowsFile):
-    """What a file of questions holds; `rows` are QuestionRows."""
+    """What a file of questions holds; `rows` are QuestionRows, `pictures` those inside the file by name.
 
-    def add(self, where: str, image, question, answers, question_id=None, image_id=None, split=None, kind=None):
-        """Keep the row, or say what is wrong with it; without an id, a question's number in the file is its id."""
+    A question without an id has its number, from `first` on.
+    """
+
+    first: int = 0
+    pictures: dict[str, Place] = field(default_factory=dict)
+
+    def add(self, where: str, image, question, answers, question_id=None, image_id=None, split=None, kind=None,
+            answer_type=None):  # fmt: skip
+        """Keep the row, or say what is wrong with it."""
         if not isinstance(image, str) or not image.strip():
             return self.problems.append(f"{where}: no image name")
         if not isinstance(question, str) or not question.strip():
@@ -51,8 +61,9 @@ class QuestionsFile(RowsFile):
         for what, found in (("question", question_id), ("image", image_id)):
             if found is not None and not isinstance(found, (int, str)):
                 return self.problems.append(f"{where}: the {what} id is neither number nor text: {found!r}")
-        question_id = len(self.rows) + len(self.problems) if question_id is None else question_id
-        asked = Question(question.strip(), tuple(answers), question_id, kind)
+        question_id = self.first + len(self.rows) + len(self.problems) if question_id is None else question_id
+        answer_type = None if answer_type is None else sys.intern(str(answer_type).strip().lower()) or None
+        asked = Question(question.strip(), tuple(answers), question_id, kind, answer_type)
         self.rows.append(QuestionRow(image.strip(), asked, image_id, split))
 
 
@@ -66,16 +77,21 @@ def _answer_text(answer) -> str | None:
 
 
 def read_questions_file(
-    path, annotations=None, columns: dict[str, str] | None = None, image_name: str | None = None
+    path, annotations=None, columns: dict[str, str] | None = None, image_name: str | None = None, first: int = 0
 ) -> QuestionsFile:
     """Parse `path`, and `annotations` where VQA keeps the answers in a file of their own.
 
     `columns` says where one's own files use other names than COLUMNS; `image_name` is the file name of a picture by
-    its id, such as "COCO_val2014_{:012d}.jpg", for the official layouts. Rows that cannot be used are listed in
-    `.problems`. Raises DataError where the whole file cannot be used.
+    its id, such as "COCO_val2014_{:012d}.jpg", for the official layouts; `first`: the id of the first question, where
+    the file has none. Rows that cannot be used are listed in `.problems`. Raises DataError where the whole file cannot
+    be used.
     """
     columns = given_columns(columns, COLUMNS)
-    table = read_rows(path, "questions file", is_file=_is_official)
+    pictures: dict[str, Place] = {}
+    if is_parquet(path):
+        table, pictures = read_parquet(path, columns.get("image", "image"))
+    else:
+        table = read_rows(path, "questions file", is_file=_is_official)
     if isinstance(table, dict):
         if columns:
             raise DataError(f"{path} is an official VQA or GQA file, whose fields are fixed; drop `columns`")
@@ -85,7 +101,8 @@ def read_questions_file(
             raise DataError(f"{path} holds its answers and image names itself; drop {key}: {value}")
     if table.header:
         _check_columns(path, table.header, columns)
-    found = _read_records(path, table.format, table.records, columns)
+    found = QuestionsFile(str(path), table.format, first=first, pictures=pictures)
+    _read_records(found, table.records, columns)
     found.problems[:0] = table.problems
     return found
 
@@ -155,19 +172,24 @@ def _image_name(path, pattern: str, image_id) -> str:
         raise DataError(f"image_name={pattern} does not fit the image id {image_id!r} of {path} ({error})") from None
 
 
-def _read_records(path, kind: str, records: list[tuple[str, Any]], columns: dict) -> QuestionsFile:
-    """Rows as dicts, from a table, a list or lines; the answer may be a list of answers, and be named `answers`."""
-    found, seen = QuestionsFile(str(path), kind), {}
+def _read_records(found: QuestionsFile, records: list[tuple[str, Any]], columns: dict):
+    """Rows as dicts, from a table, a list or lines; the answer may be a list of answers, and be named `answers`.
+
+    A list `answers` beside one `answer` is what all humans said, and the one what most of them did.
+    """
+    seen: dict = {}
     name = {column: columns.get(column, column) for column in COLUMNS}
     for where, record in found.dicts(records, seen):
-        answers = record.get(name["answer"], record.get("answers"))
+        answers, all_answers = record.get(name["answer"]), record.get("answers")
+        if name["answer"] not in record or ("answer" not in columns and isinstance(all_answers, list) and all_answers
+                                            and not isinstance(answers, list)):  # fmt: skip
+            answers = all_answers
         answers = answers if isinstance(answers, list) else [answers]
         optional = {column: record.get(name[column]) for column in _OPTIONAL}
         optional = {column: value for column, value in optional.items() if value not in ("", None)}
         found.add(where, record.get(name["image"]), record.get(name["question"]), answers, **optional)
     if seen:
-        _check_columns(path, seen, columns)
-    return found
+        _check_columns(found.path, seen, columns)
 
 
 def _check_columns(path, header: Iterable[str], columns: dict):

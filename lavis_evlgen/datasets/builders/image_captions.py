@@ -1,5 +1,7 @@
 """`image_captions`: a folder of pictures and a captions file, or one captions file per split."""
 
+import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,16 +29,19 @@ class ImageCaptionDataset(ImageFolder, CaptionDataset):
 class CaptionsFileSettings(BuilderSettings):
     """Keys of data sets whose captions are in files."""
 
-    captions: str | None = key(
-        "one captions file for all splits: COCO, Karpathy, MSR-VTT or LAVIS JSON, JSONL, CSV or TSV; of webvid2m one "
-        "of WebVid's tables, CSV or JSON: videoid, name (the caption), page_dir", None,
+    captions: str | list[str] | None = key(
+        "one captions file for all splits, or a list: COCO, Karpathy, MSR-VTT or LAVIS JSON, JSONL, CSV or TSV; of "
+        "webvid2m one of WebVid's tables, CSV or JSON: videoid, name (the caption), page_dir", None,
     )  # fmt: skip
-    split: Literal["from_file"] | dict[Literal[SPLITS], int | None] | None = key(
-        "how `captions` is split: {train: N, val: N, test: N} images or videos by sorted name, or from_file", None,
-        at_least=0, at_most=MOST_PICTURES,
+    split: Literal["from_file"] | dict[Literal[SPLITS], int | str | None] | None = key(
+        "how `captions` is split: {train: N, val: N, test: N} images or videos by sorted name, from_file, or what the "
+        "file calls them: {train: NAME, val: NAME}", None, at_least=0, at_most=MOST_PICTURES,
     )  # fmt: skip
-    annotations: dict[Literal[SPLITS], str | None] | None = key(
-        "instead of `captions`: {train: FILE, val: FILE, test: FILE}", None
+    references: str | list[str] | None = key(
+        "of several `captions`, those that val and test are scored against (left out: all)", None
+    )
+    annotations: dict[Literal[SPLITS], str | list[str] | None] | None = key(
+        "instead of `captions`: {train: FILE, val: FILE, test: FILE}, each a file or a list", None
     )
 
 
@@ -71,27 +76,36 @@ class ImageCaptionsBuilder(CaptionDatasetBuilder):
     def build(self) -> dict[str, CaptionDataset]:
         name = f"{self.MEDIA}s"
         folder = data_folder(getattr(self.settings, name), self.config_path, name)
+        found = splits.rows_by_split(self.settings, "captions", self.config_path, self._read_all)
+        found = {split: (path, self._scored(split, rows)) for split, (path, rows) in found.items()}
+        items = {split: group_by_image(path, rows) for split, (path, rows) in found.items()}
+        splits.report_shared_images(items)
         datasets = {}
-        for split, items in self._items_by_split().items():
+        for split, (_, rows) in found.items():
             datasets[split] = self.train_dataset_cls(
-                self.NAME, split, items, **{name: folder}, max_bad_fraction=self.settings.max_bad_fraction,
+                self.NAME, split, items[split], **{name: folder}, max_bad_fraction=self.settings.max_bad_fraction,
                 **self.processors(split),
             )
+            if len(files := Counter(row.file for row in rows)) > 1:
+                counts = ", ".join(f"{count} of {file}" for file, count in files.items())
+                datasets[split].description += f"; captions: {counts}"
         return datasets
 
-    def _items_by_split(self) -> dict[str, list[CaptionedImage]]:
-        captions, annotations = self.settings.captions, self.settings.annotations
-        if bool(captions) == bool(annotations):
-            raise DataError(
-                f"{self.config_path} has {'both' if captions else 'neither'} of `captions` (one file, "
-                "with `split`) and `annotations` (a file per split); give one of the two"
-            )
-        if captions:
-            return split_items(captions, self._read(captions), self.settings.split, self.config_path)
-        found = {split: group_by_image(annotations[split], self._read(annotations[split]))
-                 for split in SPLITS if annotations.get(split)}
-        splits.report_shared_images(found)
-        return found
+    def _scored(self, split: str, rows: list[CaptionRow]) -> list[CaptionRow]:
+        """Of val and test, the rows of the files in `references`."""
+        references, files = splits.listed(self.settings.references), splits.listed(self.settings.captions)
+        if unknown := set(references) - set(files):
+            known = f"they are {', '.join(files)}" if files else "with `annotations`, list each split's files there"
+            raise DataError(f"{self.config_path}.references: {min(unknown)} is none of `captions`; {known}")
+        if split == "train" or not references:
+            return rows
+        kept = [row for row in rows if row.file in references]
+        if lost := len({row.image for row in rows} - {row.image for row in kept}):
+            logging.info("%s: %d %ss have no caption in %s, unused", split, lost, self.MEDIA, ", ".join(references))
+        return kept
+
+    def _read_all(self, files: list[str]) -> list[CaptionRow]:
+        return [row for file in files for row in self._read(file)]
 
     def _read(self, path: str) -> list[CaptionRow]:
         found = read_captions_file(path, self.settings.columns, self.MEDIA, self.config_path)
@@ -105,12 +119,13 @@ def group_by_image(path: str, rows: list[CaptionRow]) -> list[CaptionedImage]:
     captions: dict[str, list[str]] = {}
     for row in rows:
         captions.setdefault(row.image, []).append(row.caption)
-    sources = {row.image: row.source for row in rows}
+    sources: dict[str, str | None] = {}
+    for row in rows:
+        sources[row.image] = row.source or sources.get(row.image)
     return [CaptionedImage(image, ids[image], tuple(texts), sources[image]) for image, texts in captions.items()]
 
 
-def split_items(
-    path: str, rows: list[CaptionRow], split, config_path: str = "datasets.image_captions"
-) -> dict[str, list[CaptionedImage]]:
-    """The images of each split that has any. `split`: counts {train: N, …}, or "from_file"."""
-    return splits.split_items(path, config_path, rows, group_by_image(path, rows), split)
+def split_items(path: str, rows: list[CaptionRow], split) -> dict[str, list[CaptionedImage]]:
+    """The images of each split that has any; `split` as splits.split_rows."""
+    found = splits.split_rows(path, "datasets.image_captions", rows, split)
+    return {name: group_by_image(path, own) for name, own in found.items()}

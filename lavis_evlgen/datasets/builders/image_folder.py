@@ -18,12 +18,15 @@ class ImageFolder:
     annotation: list[dict]
 
     def _load(self, row: dict) -> Image.Image:
-        return open_image(os.path.join(self.vis_root, row["image"]), self.vis_processor)
+        return open_image(self.path_of(row["image"]), self.vis_processor)
+
+    def path_of(self, name: str) -> str:
+        return os.path.join(self.vis_root, name)
 
     def iter_image_paths(self) -> Iterator[str]:
         """The path of every image of this split, each once, in row order."""
         for name in dict.fromkeys(row["image"] for row in self.annotation):
-            yield os.path.join(self.vis_root, name)
+            yield self.path_of(name)
 
     def missing_files(self) -> list[str]:
         """Paths of the images that are not on disk; lists each folder once, not every file."""

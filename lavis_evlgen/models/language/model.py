@@ -5,84 +5,22 @@ OPT, LLaMA, Vicuna, Qwen, SmolLM and any other `AutoModelForCausalLM` differ in 
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LogitsProcessorList
+from transformers import LogitsProcessorList
 
 from lavis_evlgen.models.compile import eager
-from lavis_evlgen.models.language import gguf
+from lavis_evlgen.models.language.chat import ChatEncoder, Labelled, Message
 from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, up_to_end
 from lavis_evlgen.models.language.llm_train import Lora, make_trainable
 from lavis_evlgen.models.language.prompt_attention import PromptAttention
 from lavis_evlgen.models.language.tokenizer import TextEncoder, pad_rows
-from lavis_evlgen.models.precision import DTYPES, freeze
+from lavis_evlgen.models.precision import freeze
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
-from lavis_evlgen.weights.sources import (
-    check_files_floating,
-    check_floating,
-    load_from_hub,
-    on_meta,
-    refuse_kernels,
-    resolve,
-)
-
-
-def load_language_model(source: str, precision: str, trust_remote_code: bool = False):
-    """(model, tokenizer) from a hub id, a folder, or a .gguf file (de-quantised).
-
-    Under `torch.device("meta")` the model has its shapes and no weights; config and tokenizer are read.
-    trust_remote_code: run code that the folder or repository brings. Raises WeightsError.
-    """
-    path = resolve(source, "llm_model")
-    folder, file = folder_and_file(path)
-    kwargs = {"trust_remote_code": trust_remote_code, **file}
-    if not file:
-        return _from_pretrained(path, precision, **kwargs)
-    with gguf.one_parse():
-        model, tokenizer = _from_pretrained(folder, precision, **kwargs)
-        gguf.set_special_tokens(tokenizer, Path(path))
-    return model, tokenizer
-
-
-def folder_and_file(path: str) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes of a path: a folder or hub id, and for a .gguf file its name in the folder."""
-    if not path.endswith(".gguf"):
-        return path, {}
-    return str(Path(path).parent), {"gguf_file": Path(path).name}
-
-
-def _from_pretrained(path: str, precision: str, **kwargs):
-    if "gguf_file" not in kwargs:  # the config first: it tells of code in the folder, whatever the tokenizer is
-        config = load_from_hub(AutoConfig.from_pretrained, path, "llm_model", **kwargs)
-        if not kwargs["trust_remote_code"]:
-            refuse_kernels(config, path, "llm_model")
-    tokenizer = load_from_hub(AutoTokenizer.from_pretrained, path, "llm_model", **kwargs)
-    dtype = DTYPES[precision]
-    if on_meta():
-        model = empty_language_model(path, **kwargs)
-    else:
-        check_files_floating(path, "llm_model")
-        model = load_from_hub(
-            AutoModelForCausalLM.from_pretrained, path, "llm_model", torch_dtype=dtype, **kwargs
-        )
-        weights = dict(model.named_parameters())
-        check_floating(weights, dict.fromkeys(weights, torch.empty(0)), f"llm_model: {path}")
-    return model.to(dtype), tokenizer
-
-
-def empty_language_model(path: str, trust_remote_code: bool, **file) -> nn.Module:
-    """The model of a folder or hub id (with `file`: folder_and_file) on torch's default device, untrained."""
-    config = load_from_hub(
-        AutoConfig.from_pretrained, path, "llm_model", trust_remote_code=trust_remote_code, **file
-    )
-
-    def build(path):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-
-    return load_from_hub(build, path, "llm_model")
 
 
 class LanguageModel(nn.Module):
@@ -94,7 +32,8 @@ class LanguageModel(nn.Module):
     bos_token: as TextEncoder. label_bos: whether `loss` counts the BOS behind the visual prompt as a label where the
     prompt is empty; None: as the released code does with this family of language models. prompt_attention: causal,
     visual or prefix (prompt_attention.py). llm_train: what of the language model learns (None: nothing); llm_adapter:
-    the folder that LoRA starts from (llm_train.py). Raises ValueError.
+    the folder that LoRA starts from (llm_train.py). chat_template: what renders conversations (chat.py). Raises
+    ValueError.
     """
 
     def __init__(
@@ -108,6 +47,7 @@ class LanguageModel(nn.Module):
         prompt_attention: str = "causal",
         llm_train: str | Lora | None = None,
         llm_adapter: str | None = None,
+        chat_template: str | None = None,
     ):
         super().__init__()
         if bos not in ("before", "after"):
@@ -117,7 +57,7 @@ class LanguageModel(nn.Module):
         self.length_multiple = 1  # of sequences in training: few shapes for a compiler
         self.embed = [llm.get_input_embeddings()]  # in a list: the module stays registered once
         self.text = TextEncoder(tokenizer, llm.config.model_type, self.embed[0].num_embeddings, bos_token)
-        self.label_bos = self._labels_bos(label_bos)
+        self.label_bos, self.chat_template = self._labels_bos(label_bos), chat_template
         self.width = self.embed[0].embedding_dim
         self._check_head()
         self.prompt_attention = PromptAttention(llm, prompt_attention)
@@ -144,6 +84,13 @@ class LanguageModel(nn.Module):
     def text_limit(self) -> int:
         """Most ids of prompt and caption: as released, max_txt_len counts the BOS that stands in the text."""
         return self.max_txt_len - (self.text.bos_id is not None)
+
+    @cached_property
+    def chat(self) -> ChatEncoder:
+        """Conversations as ids. Raises ValueError for a tokenizer that cannot."""
+        text = self.text
+        bos = None if text.bos_id is None else text.tokenizer.convert_ids_to_tokens(text.bos_id)
+        return ChatEncoder(text.tokenizer, self.chat_template, bos)
 
     def check_prompt(self, prompt: str):
         """Raises ValueError for a prompt that leaves no room for a caption: there would be nothing to learn."""
@@ -189,35 +136,42 @@ class LanguageModel(nn.Module):
         return self.llm.get_output_embeddings()(hidden)
 
     def _assemble(
-        self, visual: Tensor, visual_mask: Tensor | None, rows: list[list[int]], prompt_lengths: list[int]
+        self,
+        visual: Tensor,
+        visual_mask: Tensor | None,
+        rows: list[list[int]],
+        prompt_lengths: list[int],
+        front: list[list[int]] | None = None,
     ):
         """Embeddings (B, T, D), mask (B, T), members of the prompt (B, T), the column where the text rows start.
 
-        Padded on the right. prompt_lengths: ids of the text prompt that each row begins with.
+        Padded on the right. prompt_lengths: ids of the text prompt that each row begins with. front: ids in front of
+        each visual prompt, padded on the left, of texts that bring their BOS; None: the BOS stands where `bos` says.
         """
         batch, n_visual, _ = visual.shape
-        bos_id = self.text.bos_id
-        if bos_id is not None and self.bos == "after":
-            rows = [[bos_id, *row] for row in rows]
+        bos, first = [] if self.text.bos_id is None else [self.text.bos_id], 0
+        if front is None and self.bos == "after":
+            rows, first = [bos + row for row in rows], len(bos)
+        elif front is None:
+            front = [bos] * batch
         ids = pad_rows(rows, self.text.pad_id, "right", visual.device)  # (B, S)
         mask = pad_rows([[1] * len(row) for row in rows], 0, "right", visual.device)
         if visual_mask is None:
             visual_mask = mask.new_ones(batch, n_visual)
         parts, masks = [visual.to(self.dtype), self.embed[0](ids)], [visual_mask.long(), mask]
-        members = [visual_mask.bool(), self._prompt_members(mask, prompt_lengths)]
-        if bos_id is not None and self.bos == "before":
-            first = torch.full((batch, 1), bos_id, device=visual.device)
-            parts.insert(0, self.embed[0](first))
-            masks.insert(0, torch.ones_like(first))
-            members.insert(0, torch.zeros_like(first, dtype=torch.bool))
+        members = [visual_mask.bool(), self._prompt_members(mask, prompt_lengths, first)]
+        if front and any(front):
+            before = pad_rows(front, self.text.pad_id, "left", visual.device)  # (B, F)
+            parts.insert(0, self.embed[0](before))
+            masks.insert(0, pad_rows([[1] * len(row) for row in front], 0, "left", visual.device))
+            members.insert(0, torch.zeros_like(before, dtype=torch.bool))
         embeds, mask = torch.cat(parts, 1), torch.cat(masks, 1)
         return embeds, mask, torch.cat(members, 1), embeds.shape[1] - ids.shape[1]
 
-    def _prompt_members(self, mask: Tensor, prompt_lengths: list[int]) -> Tensor:
-        """Of text rows (B, S), which tokens see each other with the visual prompt: (B, S)."""
+    def _prompt_members(self, mask: Tensor, prompt_lengths: list[int], first: int) -> Tensor:
+        """Of text rows (B, S), which tokens see each other with the visual prompt: (B, S). first: where texts start."""
         if self.prompt_attention.kind != "prefix":
             return torch.zeros_like(mask, dtype=torch.bool)
-        first = int(self.text.bos_id is not None and self.bos == "after")
         positions = torch.arange(mask.shape[1], device=mask.device)
         ends = torch.tensor(prompt_lengths, device=mask.device).unsqueeze(1) + first
         return (positions >= first) & (positions < ends)
@@ -232,6 +186,23 @@ class LanguageModel(nn.Module):
                 self.check_prompt(prompt)
         first = [self.text.bos_id if self.labelled_bos(prompt) else IGNORE for prompt in prompts]
         return self._nats(visual, pairs, mask, self._head, first)
+
+    def conversation_loss(
+        self, visual: Tensor, conversations: list[Sequence[Message]], mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As `loss`, of the assistant's words in conversations of at most max_txt_len ids (chat.py).
+
+        The visual prompt stands where a conversation says <image>. With prompt_attention=prefix, what follows it up to
+        the assistant's first word is of the prompt; what stands in front of it stays causal. Raises ValueError.
+        """
+        fronts, rows = zip(*map(self.chat.encode, conversations), strict=True)
+        longest = max(len(front.ids) + len(row.ids) for front, row in zip(fronts, rows, strict=True))
+        if longest > self.max_txt_len:
+            raise ValueError(
+                f"a conversation of {longest} tokens is longer than max_txt_len={self.max_txt_len}; raise it, or train "
+                "with run.task=evlgen_conversations, which cuts conversations at a turn"
+            )
+        return self._nats(visual, list(rows), mask, self._head, fronts=list(fronts))
 
     def log_probs(
         self,
@@ -250,18 +221,31 @@ class LanguageModel(nn.Module):
         sums, tokens = self._nats(visual, pairs, mask, lambda hidden: self._head(hidden) / temperature)
         return -sums, tokens
 
-    def _nats(self, visual: Tensor, pairs: list[tuple[list[int], list[int]]], mask: Tensor | None, head, first=None):
+    def _nats(
+        self,
+        visual: Tensor,
+        pairs: list[tuple[list[int], list[int]]],
+        mask: Tensor | None,
+        head,
+        first: list[int] | None = None,
+        fronts: list[Labelled] | None = None,
+    ):
         """Summed cross-entropy (B,) of the labels of (ids, labels) after the visual prompt, and their number (B,).
 
-        first: the label of each text's BOS, where that stands behind the visual prompt; None: it has none.
+        first: the label of each text's BOS, where that stands behind the visual prompt; None: it has none. fronts: of
+        texts that bring their BOS, what stands in front of the visual prompt.
         """
-        ragged = mask is not None
+        front = None if fronts is None else [own.ids for own in fronts]
+        ragged = mask is not None or len({len(ids) for ids in front or []}) > 1
         lengths = [next((n for n, label in enumerate(labels) if label != IGNORE), len(labels)) for _, labels in pairs]
-        embeds, mask, members, start = self._assemble(visual, mask, [ids for ids, _ in pairs], lengths)
+        embeds, mask, members, start = self._assemble(visual, mask, [ids for ids, _ in pairs], lengths, front)
         extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows
         first = [IGNORE] * len(pairs) if first is None else first
         rows = [[IGNORE] * start + [bos] * extra + lab for bos, (_, lab) in zip(first, pairs, strict=True)]
         labels = pad_rows(rows, IGNORE, "right", visual.device)
+        if fronts is not None:
+            before = pad_rows([own.labels for own in fronts], IGNORE, "left", visual.device)  # (B, F)
+            labels[:, : before.shape[1]] = before
         if ragged:
             embeds, mask, labels, members = _pads_to("right", mask, embeds, mask, labels, members)
         if self.training:

@@ -16,9 +16,9 @@ from lavis.common.registry import registry
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.config.keys import Settings, keys_of
 from lavis_evlgen.config.stages import Stage
-from lavis_evlgen.media.file_checks import Unreadable
+from lavis_evlgen.media.file_checks import MISSING, Unreadable
 from lavis_evlgen.models.connectors import CONNECTORS, READS, ConnectorSettings
-from lavis_evlgen.models.language.model import empty_language_model, folder_and_file
+from lavis_evlgen.models.language.loading import empty_language_model, folder_and_file
 from lavis_evlgen.models.precision import DTYPES, check_precision
 from lavis_evlgen.models.trains import train_as_in
 from lavis_evlgen.models.vision.encoder import LAVIS_VITS, VisionSettings, vision_of
@@ -57,7 +57,7 @@ def check_images(name: str, split: str, dataset, limit: int | None, say) -> Find
             if done % 2000 == 0:
                 left = (time.time() - started) / done * (len(rows) - done)
                 say(f"  {name} {split}: {done} of {len(rows)}, {left:.0f} s left")
-    missing = [error for error in bad if not Path(error.path).exists()]
+    missing = [error for error in bad if error.reason == MISSING]
     unreadable = len(bad) - len(missing)
     allowed = dataset.max_bad_fraction * dataset.num_images
     seen = f"{len(rows) - len(bad)} found and readable, {len(missing)} missing, {unreadable} unreadable"
