@@ -66,6 +66,21 @@ def test_a_table_trains_the_papers_recipe(words):
         assert {stage.name for stage in section.text_processor.values()} == {"blip_caption"}
 
 
+def test_four_stages_read_the_folders_that_are_given(tmp_path):
+    words = f"four_stages.sh {tmp_path}/coco {tmp_path}/photos {tmp_path}/captions.csv {tmp_path}/rad run.seed=7"
+    done = script(words, DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    train, compare = map(shlex.split, done.stdout.splitlines())
+    options = train[train.index("--options") + 1 :]
+    cfg = EvlgenConfig(argparse.Namespace(cfg_path=str(ROOT / train[train.index("--cfg-path") + 1]), options=options))
+    assert [stage.stage.name for stage in cfg.stages] == ["align", "captions", "questions", "radiology"]
+    folders = [next(iter(stage.datasets_cfg.values())).images for stage in cfg.stages]
+    assert folders == [f"{tmp_path}/{one}" for one in ("coco/images", "photos", "coco/images", "rad/images")]
+    assert all(stage.run_cfg.seed == 7 and stage.model_cfg.prompt_attention == "visual" for stage in cfg.stages)
+    assert compare == ["evlgen", "compare", "output/stages/mini"]
+    assert script("four_stages.sh").returncode == 2
+
+
 # arguments -> (config's data set and its type, task, temporal, frame_pooling, run folder)
 CLIPS = {
     "paper/webvid.sh video some.pth": ("webvid2m", None, "evlgen_captioning", True, "mean", "webvid/video"),

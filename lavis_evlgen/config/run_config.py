@@ -146,6 +146,7 @@ class EvlgenConfig(Config):
         for name, value in given:
             merged.model[name] = _over(merged.model.get(name), value)
         self._check_shapes(merged)
+        self._drop_other_defaults(merged, config)
         for name in SAID_ONCE:
             self._said_once(name, merged, config)
         return merged
@@ -177,6 +178,19 @@ class EvlgenConfig(Config):
     def _other_kind(self, error: Exception) -> ConfigError:
         kinds = "a list or number stands where the defaults have a mapping, or the other way round"
         return ConfigError(f"{self.path}: {kinds} ({one_line(error)})")
+
+    @staticmethod
+    def _drop_other_defaults(merged: DictConfig, given: DictConfig):
+        """Where another processor is named than a data set's default, take out default keys that it does not have."""
+        for dataset, section in merged.datasets.items():
+            for kind in PROCESSORS:
+                for stage, processor in (section.get(kind) or {}).items():
+                    asked = OmegaConf.select(given, f"datasets.{dataset}.{kind}.{stage}") or {}
+                    found = registry.get_processor_class(processor.get("name")) if "name" in asked else None
+                    if found is not None:
+                        keys = keys_of(found if declares(found) else LavisProcessorSettings)
+                        for name in set(processor) - set(asked) - set(keys):
+                            del processor[name]
 
     @staticmethod
     def _said_once(key: str, merged: DictConfig, given: DictConfig):

@@ -38,7 +38,12 @@ def path(tmp_path):
 
 @pytest.mark.parametrize("project", PROJECTS, ids=lambda path: path.stem)
 def test_every_project_loads_and_its_values_are_of_the_right_type(project):
-    cfg = load(project).to_dict()
+    loaded = load(project)
+    for cfg in loaded.stages or [loaded]:
+        check_project(cfg.to_dict())
+
+
+def check_project(cfg: dict):
     run = cfg["run"]
     for kind, keys in NUMBERS.items():
         for key in set(keys) & set(run):
@@ -63,8 +68,9 @@ def test_every_project_loads_and_its_values_are_of_the_right_type(project):
 
 def test_the_projects_are_there():
     found = {folder: {path.stem for path in PROJECTS if path.parent == ROOT / "projects" / folder}
-             for folder in ("evlgen", "evlgen/eval", "evlgen_video", "evlgen_video/eval")}  # fmt: skip
+             for folder in ("evlgen", "evlgen/eval", "evlgen_video", "evlgen_video/eval", "stages")}  # fmt: skip
     assert {"quickstart", "opt", "vicuna"} <= found["evlgen"]
+    assert found["stages"] == {"four_stages_mini", "opt2.7b", "qwen2.5_1.5b"}
     assert found["evlgen/eval"] == {"coco", "nocaps", "flickr30k", "vqav2", "gqa", "okvqa", "easy_vqa"}
     assert found["evlgen_video"] == {"msrvtt", "msvd", "webvid", "msrvtt_scst", "moving_scenes", "clips"}
     assert found["evlgen_video/eval"] == {"msrvtt", "msvd"}
@@ -91,6 +97,16 @@ def test_drawn_clips_are_neither_mirrored_nor_cropped():
     train = cfg.datasets_cfg.moving_scenes.vis_processor.train
     assert (train.flip, train.min_scale) == (False, 1.0) and cfg.model_cfg.temporal_positions is True
     assert (cfg.run_cfg.max_iters, cfg.run_cfg.batch_size_train, cfg.model_cfg.num_frames) == (240, 8, 4)
+
+
+def test_another_processor_brings_no_keys_of_the_default_one(path):
+    """image_captions trains with crops by default; its evaluation's processor knows none."""
+    data = "datasets.image_captions"
+    options = [f"{data}.images=x", f"{data}.captions=y", f"{data}.vis_processor.train.name=evlgen_image_eval"]
+    train = load(path, *options).datasets_cfg.image_captions.vis_processor.train
+    assert train.name == "evlgen_image_eval" and "min_scale" not in train and train.image_size == 28
+    with pytest.raises(ConfigError, match=r"unknown key datasets.image_captions.vis_processor.train.min_scale"):
+        load(path, *options, f"{data}.vis_processor.train.min_scale=0.5")
 
 
 def test_defaults_then_file_then_options(path):
