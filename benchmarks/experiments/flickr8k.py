@@ -30,8 +30,8 @@ from benchmarks.common.training_runs import (
 )
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
+from lavis_evlgen.reporting.tables import markdown
 from lavis_evlgen.tools.compare import duration
-from lavis_evlgen.tools.tables import markdown
 
 CONFIG, PAGE = "projects/evlgen/flickr8k.yaml", ROOT / "docs/results/flickr8k.md"
 ARMS = {  # name: (what the table calls it, options)
