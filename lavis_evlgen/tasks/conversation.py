@@ -35,14 +35,11 @@ class EvlgenConversationTask(Task):
         self.built = super().build_datasets(cfg)
         return self.built
 
-    def build_model(self, cfg):
+    def check_arch(self, cfg):
         if not issubclass(registry.get_model_class(cfg.model_cfg.arch), EVLGen):
             raise ConfigError(
                 f"run.task=evlgen_conversations trains EVLGen models; model.arch={cfg.model_cfg.arch} is none"
             )
-        model = super().build_model(cfg)
-        self.check_model(cfg, model)
-        return model
 
     def check_model(self, cfg, model):
         """Cut what is longer than the model's max_txt_len at a turn, and count it. Raises ConfigError."""
