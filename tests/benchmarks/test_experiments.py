@@ -6,15 +6,17 @@ import sys
 import types
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.common import miniature_tables, video_tables
 from benchmarks.common.result_pages import END, START
-from benchmarks.experiments import ablations, flickr8k, miniature, scst_scenes, start_effects, video_scenes
+from benchmarks.experiments import ablations, flickr8k, miniature, real_clips, scst_scenes, start_effects, video_scenes
 from lavis_evlgen import launch
 from lavis_evlgen.nn.merging import merge_schedule, tokens_after
 from lavis_evlgen.tools.sweeps import runs as sweep_runs
-from tests.run_tools import ROOT, log
+from tests.clip_tools import write_clip
+from tests.run_tools import ROOT, Runs, log
 
 
 def scored(right: float, shuffled: float, cider: float = 0.1) -> dict:
@@ -229,6 +231,32 @@ def test_photos_frozen_lora_and_full_from_end_to_end(in_this_process, parts, tmp
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     assert results["frozen"][0]["trains"] < results["full"][0]["trains"] and found[0]["steps"] == "2"
     assert page.read_text().count(".jpg |") == 4  # the four test photos, by name
+
+
+def test_real_clips_zero_shot_and_trained_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch, capsys):
+    image_model = Runs(parts, tmp_path)
+    image_model.config["model"]["llm_train"] = "lora"
+    image_model.train()
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    lines = ["video,caption,split"]
+    for n in range(6):
+        write_clip(clips / f"{n}.avi")
+        lines += [f"{n}.avi,clip {n} {word},{'train' if n < 3 else 'test'}" for word in ("here", "there")]
+    (tmp_path / "captions.csv").write_text("\n".join(lines))
+    arguments = ["--videos", str(clips), "--captions", str(tmp_path / "captions.csv"), "--steps", "2", "--seeds", "7"]
+    arguments += ["--start", str(image_model.output() / "checkpoint_last.pth"), "--folder", str(tmp_path / "made")]
+    arguments += ["--arms", "zero_shot_concat", "convex_positions", "--out", str(tmp_path / "found.json")]
+    monkeypatch.setattr(sys, "argv", ["real_clips.py", *arguments, "--set", *tiny(parts)])
+    real_clips.main()
+    assert in_this_process == ["zero_shot_concat_steps1_seed7", "convex_positions_steps2_seed7"]
+    made = torch.load(tmp_path / "made/runs" / in_this_process[0] / "checkpoint_last.pth", weights_only=True)["model"]
+    before = torch.load(image_model.output() / "checkpoint_last.pth", weights_only=True)["model"]
+    assert all(torch.equal(made[name], value) for name, value in before.items())  # zero-shot: nothing moved
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    zero_shot, trained = rows(real_clips.table(found))[2:]
+    assert real_clips.table(found) in capsys.readouterr().out and found["convex_positions"][0]["clips"] == 3
+    assert zero_shot[0] == "concat, zero-shot" and zero_shot[-2] == "none" and trained[0] == "convex, with positions"
 
 
 MACS = {"tomeformer": 10.0, "qformer": 16.0, "stage1": 5.0}
