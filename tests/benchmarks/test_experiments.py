@@ -11,7 +11,16 @@ from PIL import Image
 
 from benchmarks.common import miniature_tables, video_tables
 from benchmarks.common.result_pages import END, START
-from benchmarks.experiments import ablations, flickr8k, miniature, real_clips, scst_scenes, start_effects, video_scenes
+from benchmarks.experiments import (
+    ablations,
+    flickr8k,
+    miniature,
+    real_clips,
+    scst_scenes,
+    stage_findings,
+    start_effects,
+    video_scenes,
+)
 from lavis_evlgen import launch
 from lavis_evlgen.nn.merging import merge_schedule, tokens_after
 from lavis_evlgen.tools.sweeps import runs as sweep_runs
@@ -231,6 +240,38 @@ def test_photos_frozen_lora_and_full_from_end_to_end(in_this_process, parts, tmp
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     assert results["frozen"][0]["trains"] < results["full"][0]["trains"] and found[0]["steps"] == "2"
     assert page.read_text().count(".jpg |") == 4  # the four test photos, by name
+
+
+def test_findings_of_stages_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):
+    """AI captions beside human ones, a share for alignment, and questions, two steps each on tiny parts."""
+    coco = tmp_path / "coco"
+    coco.mkdir()
+    folder, _ = photos(coco / "images", 4)
+    file = (coco / "captions.csv").rename(tmp_path / "splits.csv")
+    names = sorted(path.name for path in folder.iterdir())
+    for kind in ("captions", "captions_vinvl"):
+        lines = [f"{name},{kind} {n}" for n, name in enumerate(names)]
+        (coco / f"{kind}.csv").write_text("\n".join(["image,caption", *lines]))
+    asked = [{"image": name, "question": f"is it {n}", "answer": "yes" if n % 4 < 2 else "red",
+              "split": ("train", "test")[n % 2]} for n, name in enumerate(names)]  # fmt: skip
+    (coco / "qa.json").write_text(json.dumps(asked))
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{START}\n{END}\n")
+    monkeypatch.setattr(stage_findings, "SHARES", (0.0, 0.5))
+    here = str(tmp_path)
+    arguments = ["--coco", str(coco), "--flickr8k", str(folder), str(file), "--vqa-rad", str(coco), "--steps", "2"]
+    arguments += ["--scored", "3", "--only", "ai", "alignment", "radiology", "--seeds", "7", "--jobs", "1"]
+    arguments += ["--folder", f"{here}/made", "--results", here, "--page", str(page), "--set", *tiny(parts)]
+    monkeypatch.setattr(sys, "argv", ["stage_findings.py", *arguments])
+    stage_findings.main()
+    assert len(in_this_process) == 2 + 2 + 1
+    trained = json.loads((tmp_path / "made/runs/ai0_steps2_seed7/run.json").read_text())
+    assert trained["data"]["size"] == 3 and trained["config"]["datasets"]["image_captions"]["captions"] is None
+    assert "captions_vinvl" in (tmp_path / "made/coco_ai.csv").read_text()
+    assert "captions_vinvl" not in (tmp_path / "made/coco_test.csv").read_text()
+    tables = page.read_text().split("\n\n")[2:5]
+    assert [rows(table)[2][0] for table in tables] == ["AI-generated", "0% of the steps", "from nothing"]
+    assert "blind closed" in rows(tables[2])[0]
 
 
 def test_real_clips_zero_shot_and_trained_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch, capsys):
