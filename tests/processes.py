@@ -97,8 +97,8 @@ def run(runs: Runs, *options: str, script: str = "train.py", name: str = "words.
     return forked(lambda: runs.command(*options, script=script), runs.folder / name)
 
 
-def on_two_ranks(runs: Runs, *options: str, script: str = "train.py", seconds: float = 60.0) -> list[Forked]:
-    """A run of two processes that talk over gloo, both at their end."""
+def on_two_ranks(runs: Runs, *options: str, script: str = "train.py", code: int = 0) -> list[Forked]:
+    """A run of two processes that talk over gloo, both at their end, which has to be with `code`."""
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with contextlib.ExitStack() as stack:
         ranks = [
@@ -110,6 +110,5 @@ def on_two_ranks(runs: Runs, *options: str, script: str = "train.py", seconds: f
             )
             for rank in range(2)
         ]  # fmt: skip
-        for process in ranks:
-            process.wait(seconds)
+        assert [process.wait() for process in ranks] == [code, code], ranks[0].words + ranks[1].words
     return ranks
