@@ -5,11 +5,13 @@ What a test has patched is patched there too, so a run can be slowed down, or br
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,7 +31,10 @@ class Forked:
         words.parent.mkdir(parents=True, exist_ok=True)
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(_in_child(call, words, environment))
+            atexit._clear()  # what belongs to the tests' own process
+            code = _in_child(call, words, environment)
+            threading._shutdown(), atexit._run_exitfuncs()  # as where Python ends
+            os._exit(code)
 
     @property
     def words(self) -> str:
