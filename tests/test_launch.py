@@ -43,12 +43,14 @@ def test_pictures_that_are_not_there_are_one_line(parts, tmp_path, capsys, worke
 @contextmanager
 def full_disk(kilobytes: int = 30):
     """Files may grow to so much and no further: every write beyond fails in its middle, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before, keeps_none = resource.getrlimit(resource.RLIMIT_FSIZE), sys.dont_write_bytecode
+    sys.dont_write_bytecode = True  # of modules that are first imported within: Python would keep half a file
     resource.setrlimit(resource.RLIMIT_FSIZE, (kilobytes * 1000, before[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        sys.dont_write_bytecode = keeps_none
 
 
 def last_line(capsys, name: str) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import resource
+import sys
 
 import pytest
 
@@ -34,6 +35,7 @@ def test_a_file_that_may_not_grow_leaves_the_old_checkpoint(tmp_path, limit):
     checkpoints.write(path, content(1))
 
     def write():
+        sys.dont_write_bytecode = True  # of what is first imported here: Python would keep half a file
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
             checkpoints.write(path, content(2))
