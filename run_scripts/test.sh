@@ -21,5 +21,9 @@ case ${1:-} in
     ;;
 esac
 UV_PROJECT_ENVIRONMENT=$environment bash run_scripts/setup_environment.sh "${version[@]}"
+if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then # each process would compile 4,000 files anew, for longer than it runs
+    unset PYTHONDONTWRITEBYTECODE
+    export PYTHONPYCACHEPREFIX=$PWD/$environment/pycache
+fi
 [ $# -gt 0 ] || set -- --numprocesses auto --dist loadfile # what a file's tests share is built once
 exec "$environment/bin/python" -m pytest "$@"

@@ -1,16 +1,12 @@
 """Whole runs on tiny parts saved to disk: what train.py does, in seconds.
 
-In one process with `train(...)`; as a user would, with `start_train(...)`. `tests/conftest.py` has the fixtures.
+In this process with `train(...)`, in forked ones by `tests/processes.py`. `tests/conftest.py` has the fixtures.
 """
 
 import argparse
 import copy
 import json
-import os
 import socket
-import subprocess
-import sys
-import time
 import zlib
 from pathlib import Path
 
@@ -117,24 +113,6 @@ class Runs:
             return end.code or 0
         return 0
 
-    def start(
-        self, *options: str, processes: int = 1, stderr=None, script: Path = ROOT / "train.py"
-    ) -> subprocess.Popen:
-        """Start train.py as a user does, in its own process group; more than one process by torch's launcher."""
-        launcher = [sys.executable]
-        if processes > 1:
-            launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
-            launcher += [f"--master_port={free_port()}"]
-        options = ["--options", *options] if options else []
-        return subprocess.Popen(
-            [*launcher, str(script), "--cfg-path", str(self.path()), *options],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=stderr,
-            stderr=subprocess.STDOUT if stderr else None,
-            start_new_session=True,
-        )
-
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -152,15 +130,6 @@ def log(folder: Path) -> list[dict]:
 def losses(folder: Path) -> dict[int, float]:
     """Training loss by step."""
     return {row["step"]: row["loss"] for row in log(folder) if "loss" in row}
-
-
-def wait_for(condition, process: subprocess.Popen, seconds: float = 90.0):
-    """Poll until `condition()`; fails when the process ends first."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, f"the run ended with {process.returncode} before it got there"
-        assert time.monotonic() < deadline, f"the run did not get there in {seconds} s"
-        time.sleep(0.01)
 
 
 def checkpoint(folder: Path, name: str = "checkpoint_last.pth") -> dict:

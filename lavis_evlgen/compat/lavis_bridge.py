@@ -27,6 +27,8 @@ _applied: list[tuple[str, str]] = []
 _done = False
 
 PRUNING_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
+# what `import lavis` imports for a function or two: a second each
+HEAVY = ("pandas", "spacy")
 # the two LAVIS classes that BLIP-2's stages generate with
 GENERATING = (
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
@@ -64,6 +66,31 @@ def without_import_warnings():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*(torch.jit.script|torch.cuda.amp)")
         yield
+
+
+class _Later(ModuleType):
+    """In place of a module that is imported when something of it is first asked for."""
+
+    def __getattr__(self, name):
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+@contextmanager
+def without_heavy_imports():
+    """Within: `import spacy` waits until something of spacy is used, and so for the others of HEAVY."""
+    placed = {}
+    for name in HEAVY:
+        if name not in sys.modules and (spec := importlib.util.find_spec(name)) is not None:
+            placed[name] = sys.modules[name] = _Later(name)
+            placed[name].__spec__ = spec  # `find_spec` of others reads it
+    try:
+        yield
+    finally:
+        for name, module in placed.items():
+            if sys.modules.get(name) is module:
+                del sys.modules[name]
 
 
 def after_import() -> None:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image
 
 _DPI = 100
@@ -53,7 +52,7 @@ def loss_plot(path: str | os.PathLike, history: Sequence[Mapping], title: str = 
     if not any(len(steps) for steps, _ in curves.values()):
         raise ValueError(f"the history has no finite {', '.join(names)} to draw")
     scored = next((name for name in _SCORES if any(len(curves[key][0]) for key in (name, f"blind_{name}"))), None)
-    figure = Figure(figsize=(12 if scored else 7.2, 4.6), dpi=_DPI, layout="constrained")
+    figure = _figure((12 if scored else 7.2, 4.6), "constrained")
     panels = figure.subplots(1, 2 if scored else 1, squeeze=False)[0]
 
     steps, loss = curves["loss"]
@@ -94,7 +93,7 @@ def comparison_plot(path: str | os.PathLike, runs: Mapping[str, Sequence[Mapping
     if not scores:
         raise ValueError("none of the runs has a validation to draw; set run.valid_splits")
     size = (4.2 * len(costs), 3.4 * len(scores) + 0.25 * len(runs))
-    figure = Figure(figsize=size, dpi=_DPI, layout="constrained")
+    figure = _figure(size, "constrained")
     panels = figure.subplots(len(scores), len(costs), squeeze=False)
     for line, (score, label) in zip(panels, scores.items(), strict=True):
         for axes, (cost, (unit, scale)) in zip(line, costs.items(), strict=True):
@@ -153,7 +152,7 @@ def caption_sheet(
         fit = int(n * _MAX_HEIGHT / total)
         raise ValueError(f"{n} pictures make too tall a sheet; at most about {fit} fit on one")
 
-    figure = Figure(figsize=(cell * columns, total), dpi=_DPI)
+    figure = _figure((cell * columns, total))
     top = total
     for row, picture, height in zip(rows, pictures, heights, strict=True):
         for column, i in enumerate(row):
@@ -229,9 +228,18 @@ def _dress(axes, label: str, unit: str = "step", legend: bool = True) -> None:
         axes.legend(frameon=False, fontsize=9)
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> Path:
+def _figure(size: tuple[float, float], layout: str | None = None) -> "Figure":
+    """An empty figure, `size` in inches. matplotlib takes a second to import, so only what draws imports it."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, dpi=_DPI, layout=layout)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: "Figure", path: str | os.PathLike) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure)
     figure.savefig(path, format="png", facecolor="white")
     return path

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from lavis_evlgen.reporting.plots import _DPI, _GREY, _PALETTE, _save
+from lavis_evlgen.reporting.plots import _GREY, _PALETTE, _figure, _save
 
 
 def sweep_plot(path: str | os.PathLike, key: str, curves: Mapping[str, Sequence[tuple]], score: str) -> Path:
@@ -18,7 +17,7 @@ def sweep_plot(path: str | os.PathLike, key: str, curves: Mapping[str, Sequence[
     """
     names = [value for value, *_ in next(iter(curves.values()))]
     wide = max(5.6, 1.0 + 0.8 * len(names) * max(1, len(curves) / 2))
-    figure = Figure(figsize=(wide, 3.8), dpi=_DPI, layout="constrained")
+    figure = _figure((wide, 3.8), "constrained")
     time_axes = figure.subplots()
     axes = time_axes.twinx()
     longest = max((second for points in curves.values() for *_, seconds in points for second in seconds), default=0)

@@ -97,6 +97,9 @@ def _editable_roots(distribution) -> list[Path]:
 def _holds(distribution, name: str) -> bool:
     if name in (distribution.read_text("top_level.txt") or "").split():
         return True
+    record = distribution.read_text("RECORD")
+    if record is not None:  # `files` would make a path of every line first
+        return any(line.startswith(f"{name}/") for line in record.splitlines())
     return any(len(file.parts) > 1 and file.parts[0] == name for file in distribution.files or ())
 
 

@@ -176,16 +176,16 @@ def test_lengths_padded_against_one_compilation_for_any(card_of, tmp_path, monke
         compiler(module, backend="eager", dynamic=dynamic)
 
     monkeypatch.setattr(torch.nn.Module, "compile", plain)
-    options = "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --tokens 4 17"
+    options = "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --tokens 4 11"
     padded, free = card_of(lengths, options)["rows"]
     assert how == [False, False, True, True]  # two blocks
-    # 9 visual tokens, 4 to 17 of text and its end: 14 lengths in 2 multiples of 8
-    assert padded["steps"] == 14 and padded["graphs"] in (2, 3) and 1 <= free["graphs"] < 4
+    # 9 visual tokens, 4 to 11 of text and its end: 8 lengths in 2 multiples of 8
+    assert padded["steps"] == 8 and padded["graphs"] in (2, 3) and 1 <= free["graphs"] < 4
     assert padded["flops"]["compiled"] > padded["flops"]["not compiled"] == free["flops"]["not compiled"]
     assert free["flops"]["compiled"] == free["flops"]["not compiled"]
     assert max(row["loss_difference"] for row in (padded, free)) < 1e-5
     text = page.section("lengths", tmp_path)
-    assert "captions of 4 to 17 tokens" in text and "| one compilation for any length |" in text
+    assert "captions of 4 to 11 tokens" in text and "| one compilation for any length |" in text
 
 
 def test_steps_of_blip2_beside_evlgens(card_of, tmp_path):

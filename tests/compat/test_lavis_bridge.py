@@ -1,9 +1,10 @@
 """Each bridge is needed where it is applied, and does what it says.
 
-What happens at import needs an interpreter that has not imported LAVIS yet, hence the subprocesses.
+What happens at import needs an interpreter that has not imported LAVIS yet, hence the subprocess.
 """
 
 import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -21,54 +22,65 @@ from lavis_evlgen.compat.environment import release
 
 ROOT = Path(__file__).resolve().parents[2]
 TRANSFORMERS = release(transformers.__version__)
-# the folder on the path stands for the package, whose __init__ would have `import lavis` bridged
-WITHOUT_BRIDGES = (
-    "import sys, types\n"
-    "package = types.ModuleType('lavis_evlgen'); package.__path__ = ['lavis_evlgen']\n"
-    "sys.modules['lavis_evlgen'] = package\n"
-    "from lavis_evlgen.compat import lavis_bridge\n"
-)
+WITHOUT_BRIDGES = """
+import sys, types
+package = types.ModuleType("lavis_evlgen")  # in place of the package, whose __init__ would have `import lavis` bridged
+package.__path__ = ["lavis_evlgen"]
+sys.modules["lavis_evlgen"] = package
+from lavis_evlgen.compat import lavis_bridge
+
+try:
+    with lavis_bridge.without_heavy_imports():
+        import lavis
+    print("imported")
+except ImportError as error:
+    print(error)
+for name in [name for name in sys.modules if name.partition(".")[0] == "lavis"]:
+    del sys.modules[name]
+
+lavis_bridge.before_import()
+with lavis_bridge.without_heavy_imports():
+    import lavis
+from lavis.common.registry import registry
+from lavis.models.blip2_models.Qformer import BertLMHeadModel
+
+def state():
+    return (hasattr(BertLMHeadModel, "generate"),
+            "runner_iter" in registry.mapping["runner_name_mapping"],
+            "linear_warmup_cosine_lr" in registry.mapping["lr_scheduler_name_mapping"],
+            registry.get_path("cache_root"))
+
+print(*state())
+lavis_bridge.after_import()
+print(*state())
+print(*[name for name, _ in lavis_bridge.applied()])
+"""
 
 
-def run_python(script: str, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
+@pytest.fixture(scope="module")
+def without_bridges() -> list[str]:
+    """What WITHOUT_BRIDGES prints: how `import lavis` went, the state before and after bridges, and their names."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", WITHOUT_BRIDGES],
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env={**os.environ, "LAVIS_CACHE": "/some/cache"},
         capture_output=True,
         text=True,
     )
-
-
-def test_import_lavis_fails_without_the_bridge_from_transformers_4_56():
-    done = run_python("import lavis")
-    if TRANSFORMERS >= (4, 56):
-        assert done.returncode != 0 and "apply_chunking_to_forward" in done.stderr, done.stderr
-    else:
-        assert done.returncode == 0, done.stderr
-
-
-def test_generate_runners_and_cache_root_are_missing_without_bridges():
-    """One interpreter, before and after: what is recorded is exactly what was missing."""
-    done = run_python(
-        WITHOUT_BRIDGES
-        + "lavis_bridge.before_import()\n"
-        "import lavis\n"
-        "from lavis.common.registry import registry\n"
-        "from lavis.models.blip2_models.Qformer import BertLMHeadModel\n"
-        "def state():\n"
-        "    return (hasattr(BertLMHeadModel, 'generate'),\n"
-        "            'runner_iter' in registry.mapping['runner_name_mapping'],\n"
-        "            'linear_warmup_cosine_lr' in registry.mapping['lr_scheduler_name_mapping'],\n"
-        "            registry.get_path('cache_root'))\n"
-        "print(*state())\n"
-        "lavis_bridge.after_import()\n"
-        "print(*state())\n"
-        "print(*[name for name, _ in lavis_bridge.applied()])\n",
-        LAVIS_CACHE="/some/cache",
-    )
     assert done.returncode == 0, done.stderr
-    before, after, applied = (line.split() for line in done.stdout.splitlines()[-3:])
+    return done.stdout.splitlines()[-4:]
+
+
+def test_import_lavis_fails_without_the_bridge_from_transformers_4_56(without_bridges):
+    if TRANSFORMERS >= (4, 56):
+        assert "apply_chunking_to_forward" in without_bridges[0]
+    else:
+        assert without_bridges[0] == "imported"
+
+
+def test_generate_runners_and_cache_root_are_missing_without_bridges(without_bridges):
+    """One interpreter, before and after: what is recorded is exactly what was missing."""
+    before, after, applied = map(str.split, without_bridges[1:])
     assert before[1:3] == ["False", "False"] and before[3] != "/some/cache"
     assert after == ["True", "True", "True", "/some/cache"]
     assert {"register:lavis.runners", "register:lavis.common.optims", "set_cache_root"} <= set(applied)
@@ -76,6 +88,37 @@ def test_generate_runners_and_cache_root_are_missing_without_bridges():
     assert ("reexport_pruning_helpers" in applied) == (TRANSFORMERS >= (4, 56))
     if TRANSFORMERS >= (4, 52):
         assert before[0] == "False"
+
+
+@pytest.fixture
+def slow_package(tmp_path, monkeypatch):
+    """A package that `without_heavy_imports` is about, not imported yet."""
+    (tmp_path / "slow_package").mkdir()
+    (tmp_path / "slow_package" / "__init__.py").write_text("value = 1")
+    (tmp_path / "slow_package" / "part.py").write_text("value = 2")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(lavis_bridge, "HEAVY", ("slow_package", "not_installed"))
+    yield
+    for name in ("slow_package", "slow_package.part"):
+        sys.modules.pop(name, None)
+
+
+def test_a_heavy_import_waits_for_its_first_use(slow_package):
+    with lavis_bridge.without_heavy_imports():
+        later = importlib.import_module("slow_package")
+        assert importlib.util.find_spec("slow_package").origin.endswith("__init__.py")
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("not_installed")
+    assert "slow_package" not in sys.modules
+    assert later.value == 1 and "slow_package" in sys.modules
+    assert not hasattr(later, "no_such_value")
+
+
+def test_within_it_the_rest_of_a_package_can_be_imported(slow_package):
+    with lavis_bridge.without_heavy_imports():
+        later = importlib.import_module("slow_package")
+        assert importlib.import_module("slow_package.part").value == 2
+    assert later.part is sys.modules["slow_package"].part
 
 
 def test_bridges_are_applied_once_and_say_why():

@@ -13,6 +13,7 @@ from lavis_evlgen import cli
 from tests.run_tools import ROOT
 
 HEAVY = ("torch", "torchvision", "transformers", "numpy", "omegaconf", "lavis")
+LATER = ("pandas", "spacy", "matplotlib", "gradio", "tensorboard")  # imported by what uses them
 COMMANDS = ("ablate", "caption", "compare", "convert", "demo", "doctor", "estimate", "export", "keys", "macs", "shards",
             "tokens")  # fmt: skip
 
@@ -62,8 +63,13 @@ def test_the_package_alone_is_light():
 
 
 def test_nn_needs_torch_alone():
-    imported = packages_after("import lavis_evlgen.nn")
-    assert "torch" in imported and imported <= packages_after("import torch")
+    script = f"""
+import sys, torch
+before = [name for name in {HEAVY} if name in sys.modules]
+import lavis_evlgen.nn
+assert before == [name for name in {HEAVY} if name in sys.modules]
+"""
+    assert "torch" in packages_after(script)
 
 
 def test_comparing_runs_needs_neither_lavis_nor_torch():
@@ -119,13 +125,14 @@ def outcome(order):
     return [name for name, there in found.items() if not there]
 
 import lavis_evlgen, lavis  # the bridge of transformers stays, so that `import lavis` may come first below
-print(json.dumps({order: outcome(order) for order in json.loads(sys.argv[1])}))
+imported = list(sys.modules)
+print(json.dumps([imported, {order: outcome(order) for order in json.loads(sys.argv[1])}]))
 """
 
 
 @pytest.fixture(scope="module")
-def missing() -> dict[str, list[str] | str]:
-    """By order of imports: what is not registered after it, or the stack trace of its error."""
+def after_lavis() -> tuple[list[str], dict[str, list[str] | str]]:
+    """(modules that LAVIS and EVLGen import; by order of imports: what is not registered after it, or its error)."""
     command = [sys.executable, "-W", "ignore", "-c", ALL_ORDERS, json.dumps(ORDERS)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -133,5 +140,11 @@ def missing() -> dict[str, list[str] | str]:
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_everything_is_registered_whatever_is_imported_first(missing, order):
+def test_everything_is_registered_whatever_is_imported_first(after_lavis, order):
+    missing = after_lavis[1]
     assert missing[order] == [], missing[order]
+
+
+def test_what_takes_long_and_is_seldom_used_is_imported_by_what_uses_it(after_lavis):
+    assert {"lavis", "lavis_evlgen.runners.trainer"} <= set(after_lavis[0])
+    assert set(after_lavis[0]).isdisjoint(LATER)

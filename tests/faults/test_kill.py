@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lavis_evlgen.runners.checkpointing import checkpoints
-from tests.faults.processes import forked, run
+from tests.processes import forked, run
 from tests.run_tools import losses
 
 KILLS = 40

@@ -9,7 +9,7 @@ from PIL import Image
 from lavis_evlgen import distributed
 from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.step import TrainingStep
-from tests.faults.processes import on_two_ranks
+from tests.processes import on_two_ranks
 from tests.run_tools import checkpoint, log, losses
 from tests.test_cli import evlgen
 
@@ -107,8 +107,7 @@ def test_nan_on_one_of_two_ranks_ends_both(whole, tmp_path, monkeypatch, kind):
         broken_pictures(monkeypatch, range(8, 31), rank=1)
     else:
         broken_weights(monkeypatch, 8, rank=1)
-    ranks = on_two_ranks(runs)
-    assert [process.code for process in ranks] == [2, 2], ranks[0].words + ranks[1].words
+    ranks = on_two_ranks(runs, code=2)
     says = "20 steps in a row up to step 27" if kind == "pictures" else "not finite (NaN or infinity) at step 10"
     assert says in ranks[0].words and "Traceback" not in ranks[0].words + ranks[1].words
     saved = checkpoint(runs.output())
@@ -119,7 +118,6 @@ def test_one_bad_batch_on_one_of_two_ranks_costs_one_step(whole, tmp_path, monke
     runs = whole.copy(tmp_path, valid_splits=[])
     broken_pictures(monkeypatch, [4], rank=1)
     ranks = on_two_ranks(runs)
-    assert [process.code for process in ranks] == [0, 0], ranks[0].words + ranks[1].words
     assert "1 of 1 steps skipped" in ranks[0].words and checkpoint(runs.output())["skipped_steps"] == 1
     assert list(losses(runs.output())) == list(range(1, 11))
 

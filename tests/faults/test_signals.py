@@ -11,7 +11,7 @@ from lavis_evlgen.runners.checkpointing import checkpoints, lock, stopping
 from lavis_evlgen.runners.checkpointing.stopping import StopCheck, save_every, signals
 from lavis_evlgen.runners.step import TrainingStep
 from lavis_evlgen.runners.trainer import Trainer
-from tests.faults.processes import forked, on_two_ranks, run
+from tests.processes import forked, on_two_ranks, run
 from tests.run_tools import checkpoint, losses
 
 ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
@@ -152,8 +152,7 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(whole, tmp_path, monke
         return update(self)
 
     monkeypatch.setattr(TrainingStep, "_update", told_at_the_third_step)
-    ranks = on_two_ranks(runs)
-    assert [process.code for process in ranks] == [143, 143], ranks[0].words + ranks[1].words
+    ranks = on_two_ranks(runs, code=143)
     assert checkpoint(runs.output())["step"] == 3 and "Traceback" not in ranks[0].words + ranks[1].words
 
 

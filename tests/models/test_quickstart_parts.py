@@ -101,18 +101,18 @@ def greedy_without_cache(model, visual, prompt, max_new):
 def test_generation_needs_no_cache_and_no_batch(model):
     visual = model.visual_prompt(drawings(3))
     prompts = ["a photo of", "", "Question: what color is it? Short answer:"]
-    decoding = {"num_beams": 1, "max_length": 6}
+    decoding = {"num_beams": 1, "max_length": 4}
     texts = model.generate({"image": drawings(3), "prompt": prompts}, **decoding)
     for i, prompt in enumerate(prompts):
         alone = model.generate({"image": drawings(3)[i : i + 1], "prompt": prompt}, **decoding)
         assert alone == [texts[i]]
-        ids = greedy_without_cache(model, visual.tokens[i], prompt, 6)
+        ids = greedy_without_cache(model, visual.tokens[i], prompt, 4)
         assert model.language_model.text.decode(torch.tensor([ids])) == [texts[i]]
     assert len(set(texts)) > 1 and all(texts)
 
 
 def test_beam_search_of_a_batch_equals_one_by_one(model):
-    decoding = {"num_beams": 3, "max_length": 5}
+    decoding = {"num_beams": 3, "max_length": 4}
     texts = model.generate({"image": drawings(2)}, **decoding)
     alone = [model.generate({"image": drawings(2)[i : i + 1]}, **decoding)[0] for i in range(2)]
     assert texts == alone

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from tests.faults.processes import on_two_ranks
+from tests.processes import on_two_ranks
 from tests.run_tools import Runs, checkpoint, losses, same_tensors
 
 
@@ -30,8 +30,7 @@ def test_two_ranks_go_on_bit_for_bit(mixed, tmp_path, per_rank):
     mixed.config["run"]["mix_per_rank"] = per_rank
     cut = mixed.copy(tmp_path / "cut")
     for runs, options in ((mixed, []), (cut, ["run.max_iters=4"]), (cut, ["run.resume_ckpt_path=auto"])):
-        ranks = on_two_ranks(runs, *options, "run.min_lr=1e-2", "run.warmup_lr=1e-2")  # one rate at any max_iters
-        assert [process.code for process in ranks] == [0, 0], ranks[0].words + ranks[1].words
+        on_two_ranks(runs, *options, "run.min_lr=1e-2", "run.warmup_lr=1e-2")  # one rate at any max_iters
     assert losses(cut.output()) == losses(mixed.output()) and len(losses(cut.output())) == 8
     assert same_tensors(checkpoint(cut.output())["model"], checkpoint(mixed.output())["model"])
 

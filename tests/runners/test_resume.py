@@ -1,20 +1,44 @@
 """A run that was killed or told to stop goes on as if nothing had happened, bit for bit."""
 
+import os
+import signal
+
 import pytest
 import torch
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.weights.sources import WeightsError
-from tests.run_tools import checkpoint, log, losses, same_tensors
-from tests.runners.conftest import KILLED_AFTER
+from tests.processes import run
+from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
 from tests.tiny import tiny_llama, tiny_tokenizer
 
-STEPS = 16
+STEPS, KILLED_AFTER = 16, 8
+ENDLESS = 100_000
 
 
 def resume(folder, name="checkpoint_last.pth"):
     return f"run.resume_ckpt_path={folder / name}"
+
+
+@pytest.fixture(scope="module")
+def with_dropout(parts, tmp_path_factory) -> Runs:
+    """Everything that draws or counts: dropout, random partition, workers, accumulation, epoch ends, validation."""
+    runs = Runs(
+        parts, tmp_path_factory.mktemp("resume"), max_iters=STEPS, iters_per_inner_epoch=4, accum_grad_iters=2,
+        num_workers=1, valid_splits=["val"], num_beams=3, blind_shuffles=1,
+    )  # fmt: skip
+    runs.config["model"] |= {"dropout": 0.2, "partition": "random"}
+    runs.config["datasets"]["scenes"]["sizes"] = {"train": 13, "val": 4, "test": 0}  # an epoch ends in mid-batch
+    return runs
+
+
+def interrupted(runs: Runs, due, number: int) -> tuple[int, str]:
+    """(exit code, words) of a run whose whole process group, workers too, got a signal when `due()` came true."""
+    with run(runs) as process:
+        process.wait_for(due)
+        os.killpg(process.pid, number)
+        return process.wait(), process.words
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +47,14 @@ def uninterrupted(with_dropout):
     return with_dropout.output()
 
 
-def test_after_kill_9_the_rest_is_bit_equal(background, uninterrupted):
-    runs, code, words = background["killed"].result()
+def test_after_kill_9_the_rest_is_bit_equal(with_dropout, uninterrupted, tmp_path):
+    runs = with_dropout.copy(tmp_path)
     killed = runs.output()
+
+    def past_a_checkpoint():
+        return (killed / checkpoints.LAST).exists() and max(losses(killed), default=0) > KILLED_AFTER
+
+    code, words = interrupted(runs, past_a_checkpoint, signal.SIGKILL)
     assert code == -9 and "Traceback" not in words
     assert KILLED_AFTER <= checkpoint(killed)["step"] < STEPS, "the kill came too late to show anything"
     runs.train(resume(killed))
@@ -52,10 +81,11 @@ def test_dropout_goes_on_too(with_dropout, uninterrupted):
     assert losses(copy)[STEPS - 3] != losses(uninterrupted)[STEPS - 3]
 
 
-def test_sigterm_to_all_processes_saves_exits_143_and_auto_resumes(background, endless):
-    code, words = background["told to stop"].result()
-    assert code == 143, words
+def test_sigterm_to_all_processes_saves_exits_143_and_auto_resumes(parts, tmp_path):
+    endless = Runs(parts, tmp_path, max_iters=ENDLESS, iters_per_inner_epoch=ENDLESS, num_workers=1)
     folder = endless.output()
+    code, words = interrupted(endless, lambda: len(losses(folder)) >= 3, signal.SIGTERM)
+    assert code == 143, words
     step, before = checkpoint(folder)["step"], losses(folder)
     assert step == max(before) >= 3
     assert f"saved step {step}" in words and "Traceback" not in words

@@ -14,7 +14,7 @@ from lavis_evlgen.runners.stage_ledger import StageLedger
 from lavis_evlgen.runners.stages import seed_of
 from lavis_evlgen.runners.trainer import Trainer
 from tests.datasets.shard_tools import write_shards
-from tests.faults.processes import on_two_ranks, run
+from tests.processes import on_two_ranks, run
 from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
 
 ALIGN = {"name": "align", "trains": ["ln_vision.*", "connector.*", "llm_proj.*"]}
@@ -274,8 +274,7 @@ def test_two_ranks_are_one(parts, tmp_path):
     two = staged(parts, tmp_path / "two", *stages, batch_size_train=2)
     for runs in (one, two):
         runs.config["model"]["dropout"] = 0.0
-    ranks = on_two_ranks(two)
-    assert [rank.code for rank in ranks] == [0, 0], ranks[0].words + ranks[1].words
+    on_two_ranks(two)
     one.train()
     for row in rows(one):
         ours, theirs = (runs.output() / row["folder"] for runs in (one, two))

@@ -5,11 +5,12 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.run_tools import ROOT, Runs, checkpoint, free_port, losses, wait_for
+from tests.run_tools import ROOT, Runs, checkpoint, free_port, losses
 
 STEPS, SAVED, SEEN = 200, 40, 45  # a checkpoint is due at SAVED, the node dies after SEEN
 
@@ -32,6 +33,15 @@ def with_descendants(pid: int) -> list[int]:
 def listens(port: int) -> bool:
     with socket.socket() as s:
         return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 90.0):
+    """Poll until `condition()`; fails when the process ends first."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, f"the run ended with {process.returncode} before it got there"
+        assert time.monotonic() < deadline, f"the run did not get there in {seconds} s"
+        time.sleep(0.01)
 
 
 def kill(node: subprocess.Popen):

@@ -4,21 +4,28 @@ import json
 
 import pytest
 
-from tests.run_tools import checkpoint, log, losses
+from tests.processes import on_two_ranks
+from tests.run_tools import Runs, checkpoint, log, losses
 
 
 @pytest.fixture(scope="module")
-def one_rank(two_ranks, tmp_path_factory):
-    runs = two_ranks.copy(tmp_path_factory.mktemp("one"), batch_size_train=4)
-    runs.runner = runs.train()
+def two(parts, tmp_path_factory) -> Runs:
+    """Ten steps without dropout, batch 2 on each of 2 ranks; one validation in the middle, one at the end."""
+    runs = Runs(
+        parts, tmp_path_factory.mktemp("ranks"), max_iters=10, iters_per_inner_epoch=5, valid_splits=["val"],
+        accum_grad_iters=2, batch_size_train=2, blind_shuffles=1,
+    )  # fmt: skip
+    runs.config["model"] |= {"dropout": 0.0}
+    runs.config["datasets"]["scenes"] |= {"sizes": {"train": 14, "val": 5}, "captions_per_image": 5}
+    on_two_ranks(runs)
     return runs
 
 
 @pytest.fixture(scope="module")
-def two(background, two_ranks):
-    code, words = background["two ranks"].result()
-    assert code == 0, words
-    return two_ranks
+def one_rank(two, tmp_path_factory) -> Runs:
+    runs = two.copy(tmp_path_factory.mktemp("one"), batch_size_train=4)
+    runs.runner = runs.train()
+    return runs
 
 
 def test_captions_differ_in_length(one_rank):

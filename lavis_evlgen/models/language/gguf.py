@@ -14,18 +14,20 @@ from lavis_evlgen.compat.environment import require
 def one_parse() -> Iterator[None]:
     """Within it a GGUF file is parsed once: transformers reads it anew for config, tokenizer and weights.
 
-    Each parse of a 49k-token vocabulary takes seconds of pure Python.
+    Each parse of a 49k-token vocabulary takes seconds of pure Python; so do the names of tensors, which transformers
+    lists anew for each of the model's modules.
     """
     require("gguf", "quickstart")
     require("accelerate", "quickstart")
     import gguf
 
-    reader = gguf.GGUFReader
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
     gguf.GGUFReader = functools.lru_cache(maxsize=1)(lambda path, *args: reader(path, *args))
+    gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(names)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 def set_special_tokens(tokenizer, file: Path):

@@ -5,11 +5,13 @@ What a test has patched is patched there too, so a run can be slowed down, or br
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,7 +31,10 @@ class Forked:
         words.parent.mkdir(parents=True, exist_ok=True)
         self.pid = os.fork()
         if self.pid == 0:
-            os._exit(_in_child(call, words, environment))
+            atexit._clear()  # what belongs to the tests' own process
+            code = _in_child(call, words, environment)
+            threading._shutdown(), atexit._run_exitfuncs()  # as where Python ends
+            os._exit(code)
 
     @property
     def words(self) -> str:
@@ -97,8 +102,8 @@ def run(runs: Runs, *options: str, script: str = "train.py", name: str = "words.
     return forked(lambda: runs.command(*options, script=script), runs.folder / name)
 
 
-def on_two_ranks(runs: Runs, *options: str, script: str = "train.py", seconds: float = 60.0) -> list[Forked]:
-    """A run of two processes that talk over gloo, both at their end."""
+def on_two_ranks(runs: Runs, *options: str, script: str = "train.py", code: int = 0) -> list[Forked]:
+    """A run of two processes that talk over gloo, both at their end, which has to be with `code`."""
     where = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with contextlib.ExitStack() as stack:
         ranks = [
@@ -110,6 +115,5 @@ def on_two_ranks(runs: Runs, *options: str, script: str = "train.py", seconds: f
             )
             for rank in range(2)
         ]  # fmt: skip
-        for process in ranks:
-            process.wait(seconds)
+        assert [process.wait() for process in ranks] == [code, code], ranks[0].words + ranks[1].words
     return ranks
