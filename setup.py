@@ -44,7 +44,7 @@ QUICKSTART = [
     "easy-vqa==1.0",
 ]
 DEMO = ["gradio>=6.17,<7"]
-DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "playwright>=1.49", *DEMO]
+DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "playwright>=1.49", "pyarrow>=15", *DEMO]
 
 setup(
     name="lavis-evlgen",
