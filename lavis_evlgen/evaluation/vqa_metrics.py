@@ -9,7 +9,6 @@ import re
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-METRICS = ("vqa", "gqa", "exact")
 FEWEST_HUMANS = 4  # with three answers, even what all three say is worth only 2/3 of a point
 
 _NUMBERS = {word: str(n) for n, word in enumerate("zero one two three four five six seven eight nine ten".split())}
@@ -124,6 +123,7 @@ def _own_form(text: str) -> str:
 
 
 _SCORERS = {"vqa": vqa_accuracy, "gqa": gqa_match, "exact": exact_match}
+METRICS = tuple(_SCORERS)
 
 
 def score_answers(

@@ -1,7 +1,7 @@
 """Connectors behind one interface: visual tokens (B, L, D_v) -> VisualPrompt(tokens (B, L', D_c)).
 
-A new one is a `Connector` (base.py), a builder `build(vision, cfg)` that gets the plain model config, and a line in
-CONNECTORS and in READS.
+A new one is a `Connector` (base.py), a builder `build(vision, cfg)` that gets the plain model config, a line in
+CONNECTORS and in READS, and its `Settings` among the bases of ConnectorSettings.
 """
 
 from __future__ import annotations
