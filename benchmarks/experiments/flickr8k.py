@@ -95,7 +95,8 @@ def table(found: dict[str, list[dict]]) -> str:
         gaps = [run["loss_shuffled"] - run["loss_right"] for run in runs]
         texts = [run["text_loss"] for run in runs if run["text_loss"]]
         before, now = ([text[when]["nats_per_token"] for text in texts if text[when]] for when in ("before", "now"))
-        forgets = f"{mean(before):.3f} → {mean(now):.3f}" if before else "does not change"
+        unchanged = "does not change" if arm.startswith("frozen") else ""
+        forgets = f"{mean(before):.3f} → {mean(now):.3f}" if before else unchanged
         trains, steps = f"{runs[0]['trains'] / 1e6:.1f}M", ", ".join(sorted({str(run["steps"]) for run in runs}))
         seeds = ", ".join(str(run["seed"]) for run in runs)
         rows.append((ARMS[arm][0], *map(spread, columns), spread(gaps), forgets, trains, steps, seeds))

@@ -186,7 +186,8 @@ class EvlgenConfig(Config):
             for kind in PROCESSORS:
                 for stage, processor in (section.get(kind) or {}).items():
                     asked = OmegaConf.select(given, f"datasets.{dataset}.{kind}.{stage}") or {}
-                    found = registry.get_processor_class(processor.get("name")) if "name" in asked else None
+                    name = processor.get("name") if "name" in asked else None
+                    found = registry.get_processor_class(name) if isinstance(name, str) else None
                     if found is not None:
                         keys = keys_of(found if declares(found) else LavisProcessorSettings)
                         for name in set(processor) - set(asked) - set(keys):

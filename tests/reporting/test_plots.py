@@ -27,7 +27,7 @@ def test_loss_plot_has_one_or_two_panels(tmp_path):
     assert pixels(loss_plot(tmp_path / "new" / "c.png", history)).shape[1] == 1200
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_loss_plot_of_little(tmp_path):
     assert loss_plot(tmp_path / "a.png", [{"step": 1, "loss": 2.0}]).exists()
     assert loss_plot(tmp_path / "b.png", [{"step": 1, "cider": 0.0}]).exists()

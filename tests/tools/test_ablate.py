@@ -68,7 +68,7 @@ def test_the_table_has_means_and_spreads():
     assert unlike(odd) == ["data is not the same in all runs: compare with care"]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_the_picture(tmp_path):
     trials = sweep.grid({"r": ["1", "2"], "lr": ["a", "b"]}, [42, 43], [])
     records = {trial.name: record(None, trial.seed, float(trial.seed)) for trial in trials[:-2]}  # the last failed

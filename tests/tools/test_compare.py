@@ -94,7 +94,7 @@ def test_what_is_no_run(tmp_path):
             read_runs([tmp_path])
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_the_picture(tmp_path):
     runs = read_runs([folder_of(tmp_path / "a"), folder_of(tmp_path / "b", flops=None)])
     path = comparison_plot(tmp_path / "new" / "c.png", {run.name: run.rows for run in runs})

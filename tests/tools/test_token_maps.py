@@ -177,7 +177,7 @@ def test_connectors_without_layers_and_without_a_map():
         layer_maps(vision, torch.nn.Identity(), qformer, pictures(1))
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_pictures_are_drawn(tmp_path):
     picture, cells = np.random.default_rng(0).random((28, 28, 3)), np.repeat([[1, 2], [2, 3]], 2, 0).repeat(2, 1)
     maps = [TokenMap(np.arange(16).reshape(4, 4), 16, 0), TokenMap(cells, 4, 1)]
