@@ -12,7 +12,7 @@ from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.language.llm_train import Lora, adapter_state, make_trainable, save_adapter, training_of
 from lavis_evlgen.runners.optim import adamw
-from lavis_evlgen.weights.frozen_identity import frozen_identity, other_parts
+from lavis_evlgen.weights.frozen_identity import check_identity, frozen_identity, other_parts
 from lavis_evlgen.weights.sources import WeightsError
 from lavis_evlgen.weights.trainable import load_trainable, trainable_state
 from tests.tiny import pictures, tiny_evlgen, tiny_llama, tiny_opt
@@ -103,6 +103,16 @@ def test_weights_of_a_run_with_a_frozen_language_model_are_a_start(training):
     load_trainable(model, trainable_state(aligned), "there", model.additions())
     assert torch.equal(aligned.eval()(SAMPLES)["loss"], model.eval()(SAMPLES)["loss"])
     assert not other_parts(frozen_identity(aligned), frozen_identity(model))
+
+
+@TRAININGS
+def test_another_language_model_than_the_frozen_one_is_refused(training):
+    """Also where all of it trains now: it starts from its files, which the connector was not aligned with."""
+    identity, model = frozen_identity(tiny_evlgen()), tiny_evlgen(llm_train=training)
+    check_identity(model, identity, {}, {}, "there")
+    next(iter(identity["language_model"]["values"].values()))[0] += 1
+    with pytest.raises(WeightsError, match="there was trained with another language_model than the one here"):
+        check_identity(model, identity, {}, {}, "there")
 
 
 @KINDS
