@@ -62,8 +62,8 @@ class EvlgenConversationTask(Task):
         )
         if dropped:
             words += (
-                f"; {dropped} have no turns with the picture that fit, or say a special token of the tokenizer, and are "
-                "left out"
+                f"; {dropped} have no turns with the picture that fit, or say a special token of the tokenizer, and "
+                "are left out"
             )
         if dropped == total or dropped > dataset.max_bad_fraction * total:
             raise ConfigError(f"{words}: raise model.max_txt_len, or datasets.{name}.max_bad_fraction")

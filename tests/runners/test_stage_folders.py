@@ -93,6 +93,19 @@ def test_caption_compare_and_export_read_stages(run, tmp_path, capsys):
         assert [line.split(" | ")[0] for line in lines] == ["| 1_align", "| 2_questions", "| 3_reward"]
 
 
+def test_the_folder_of_all_stages_is_no_run(run, tmp_path, capsys):
+    (tmp_path / "0.png").touch()
+    for command in (["export", run.output(), tmp_path / "out"], ["caption", tmp_path / "0.png", "--run", run.output()]):
+        assert evlgen(*command) == 2
+        assert "holds a run with stages; give the folder of one, such as" in capsys.readouterr().err
+    plain = run.copy(tmp_path)
+    del plain.config["stages"]
+    plain.output().mkdir(parents=True)
+    shutil.copy(run.output() / "stages.json", plain.output())
+    with pytest.raises(ConfigError, match="holds the stages.json of another run"):
+        plain.train("run.train_dataset_ratios={scenes: 1, image_questions: 1}", "run.valid_splits=[]")
+
+
 @pytest.mark.parametrize("name, has_adapter", [("1_align", False), ("3_reward", True)])
 def test_a_bundle_of_a_stage_gives_the_same_losses(run, tmp_path, name, has_adapter):
     folder = run.output() / name

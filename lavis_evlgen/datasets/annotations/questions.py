@@ -64,6 +64,7 @@ class QuestionsFile(RowsFile):
             if found is not None and not isinstance(found, (int, str)):
                 return self.problems.append(f"{where}: the {what} id is neither number nor text: {found!r}")
         question_id = self.first + len(self.rows) + len(self.problems) if question_id is None else question_id
+        kind = kind if isinstance(kind, str) else None
         answer_type = None if answer_type is None else sys.intern(str(answer_type).strip().lower()) or None
         asked = Question(question.strip(), tuple(answers), question_id, kind, answer_type)
         self.rows.append(QuestionRow(image.strip(), asked, image_id, split))
