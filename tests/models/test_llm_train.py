@@ -176,6 +176,7 @@ def test_what_the_config_may_say():
     assert training_of(None) is training_of({}) is None and training_of("full") == "full"
     assert training_of("lora") == training_of({"lora": None}) == Lora(16, 32, "all-linear")
     assert training_of({"lora": {"rank": 4, "targets": ["v_proj", "q_proj"]}}) == Lora(4, 32, ("q_proj", "v_proj"))
+    assert training_of({"lora": {"targets": "q_proj"}}) == Lora(16, 32, ("q_proj",))
     with pytest.raises(ValueError, match="nothing_here.* names no linear layer of LlamaForCausalLM; it has .*q_proj"):
         make_trainable(tiny_llama(), Lora(targets=("nothing_here",)))
     for wrong, words in (("half", "llm_train"), ({"lora": {"rank": 0}}, "rank=0 must be a whole number"),
