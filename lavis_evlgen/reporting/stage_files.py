@@ -27,8 +27,8 @@ def read_ledger(folder: str | Path) -> dict:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"{path} is not the {LEDGER} of a run ({type(error).__name__}: {error}); if it is damaged, delete it: a run "
-            "goes on from what is in the folders of its stages"
+            f"{path} is not the {LEDGER} of a run ({type(error).__name__}: {error}); if it is damaged, delete it: a "
+            "run goes on from what is in the folders of its stages"
         ) from error
     return content
 

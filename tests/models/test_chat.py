@@ -118,6 +118,7 @@ def test_the_plain_template():
         ("{% for m in messages %}{{ m['content'] }}\n{% endfor %}", CONVERSATIONS[0], "no end token behind"),
         ("{{ 1 / 0 }}", CONVERSATIONS[0], r"refuses a conversation \(division by zero\)"),
         ("{{ messages + 1 }}", CONVERSATIONS[0], r"refuses a conversation \("),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", CONVERSATIONS[0], r"refuses a conversation \(maximum rec"),
         ("{{ raise_exception('roles!') }}", CONVERSATIONS[0], r"refuses a conversation \(roles!\)"),
         (CHATML, talk("what?", "a dog"), "must say <image> once"),
         (CHATML, talk("<image> <image>?", "a dog"), "must say <image> once"),

@@ -25,7 +25,8 @@ PLAIN = (
 )
 
 # what the code of a template may raise
-_OF_TEMPLATES = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
+_OF_TEMPLATES = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
+                 ValueError)  # fmt: skip
 
 Message = dict[str, str]  # {"role": system | user | assistant, "content": ...}, as Hugging Face's templates take them
 
