@@ -304,8 +304,10 @@ class EvlgenConfig(Config):
 
 def leave_other_tasks_keys(run, stage: Stage, tasks: set[str]):
     """Drop the file's keys of `run` that this stage's task does not read and another one of `tasks` does."""
-    task = registry.get_task_class(run.get("task")) if isinstance(run, DictConfig) else None
-    runner = registry.get_runner_class(run.get("runner", "runner_evlgen")) if task is not None else None
+    named = [run.get("task"), run.get("runner", "runner_evlgen")] if isinstance(run, DictConfig) else [None]
+    if not all(isinstance(name, str) for name in named):
+        return  # the checks of the whole config tell of it
+    task, runner = registry.get_task_class(named[0]), registry.get_runner_class(named[1])
     if declares(task) and declares(runner):
         own, others = keys_of(runner, task), keys_of(*map(registry.get_task_class, tasks))
         for name in [name for name in run if name in others and name not in (*own, *stage.run)]:

@@ -128,6 +128,7 @@ REFUSED = {
         {"name": "a", "run": {"max_iters": "ten"}}
     ],
     "stage a: unknown key run.lemmatize": [{"name": "a", "run": {"lemmatize": True}}],  # of evlgen_vqa
+    "stage a: run.task: .*'vqa'.* is unknown": [{"name": "a", "run": {"task": ["vqa"]}}],
     "stage a: datasets: 'pictures' is unknown": [{"name": "a", "datasets": {"pictures": {}}}],
 }
 
