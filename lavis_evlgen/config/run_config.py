@@ -20,7 +20,7 @@ from lavis_evlgen.config.errors import ConfigError, nearest, one_line, shown
 from lavis_evlgen.config.keys import Settings, check_values, declares, drop_nulls, key, keys_of
 from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.config.parsing import read_file, read_options, resolve_references
-from lavis_evlgen.config.stages import Stage, overlaid, take_stages
+from lavis_evlgen.config.stages import Stage, check_options, overlaid, take_stages, tasks_of
 from lavis_evlgen.config.values import Refused, refuse_unknown, takes_null
 
 SECTIONS = ("run", "model", "datasets")
@@ -75,11 +75,14 @@ class EvlgenConfig(Config):
             if stage is not None and stage not in stages:
                 known = nearest(stage, stages) if stages else "; the file has no stages"
                 raise Refused(f"--stage {stage}: no stage has this name{known}")
+            if stages:
+                check_options(list(stages.values()), config, options)
         if not stages:
             self._read(config, options)
             return
         wanted = list(stages.values()) if not evaluate else [stages[stage or list(stages)[-1]]]
-        cfgs = [self._of_stage(one, config, options) for one in wanted]
+        tasks = tasks_of(list(stages.values()), config, options)
+        cfgs = [self._of_stage(one, config, options, tasks) for one in wanted]
         self.config, self.trained, self.stage = cfgs[-1].config, cfgs[-1].trained, cfgs[-1].stage
         if not self.config.run.get("evaluate"):
             self.stages, self.stage = cfgs, None
@@ -93,13 +96,16 @@ class EvlgenConfig(Config):
             self.config = self._merged(config, options)
         self.check()
 
-    def _of_stage(self, stage: Stage, config: DictConfig, options: DictConfig) -> EvlgenConfig:
-        """The config of a stage, as of a run of its own; the configs in its checkpoints say which stage it was."""
+    def _of_stage(self, stage: Stage, config: DictConfig, options: DictConfig, tasks: set[str]) -> EvlgenConfig:
+        """The config of a stage, as of a run of its own; the configs in its checkpoints say which stage it was.
+
+        tasks: of the file and of all stages.
+        """
         cfg = copy(self)
         cfg.path, cfg.stage = f"{self.path}, stage {stage.name}", stage
         with self._named():
             config, options = overlaid(stage, config, options)
-        leave_other_tasks_keys(config.get("run"), stage)
+        leave_other_tasks_keys(config.get("run"), stage, tasks)
         cfg._read(config, options)
         cfg.config.stage = stage.facts()
         return cfg
@@ -296,12 +302,14 @@ class EvlgenConfig(Config):
                 raise ConfigError(f"{self.path}: {words}")
 
 
-def leave_other_tasks_keys(run, stage: Stage):
-    """Drop the file's keys of `run` that its task does not read and another task does: they are other stages'."""
-    task = registry.get_task_class(run.get("task")) if isinstance(run, DictConfig) else None
-    runner = registry.get_runner_class(run.get("runner", "runner_evlgen")) if task is not None else None
+def leave_other_tasks_keys(run, stage: Stage, tasks: set[str]):
+    """Drop the file's keys of `run` that this stage's task does not read and another one of `tasks` does."""
+    named = [run.get("task"), run.get("runner", "runner_evlgen")] if isinstance(run, DictConfig) else [None]
+    if not all(isinstance(name, str) for name in named):
+        return  # the checks of the whole config tell of it
+    task, runner = registry.get_task_class(named[0]), registry.get_runner_class(named[1])
     if declares(task) and declares(runner):
-        own, others = keys_of(runner, task), keys_of(*registry.mapping["task_name_mapping"].values())
+        own, others = keys_of(runner, task), keys_of(*map(registry.get_task_class, tasks))
         for name in [name for name in run if name in others and name not in (*own, *stage.run)]:
             del run[name]
 

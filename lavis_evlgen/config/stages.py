@@ -144,6 +144,27 @@ def _checked(section: dict, number: int, of: int) -> Stage:
     return Stage(section["name"], number, of, None if trains is None else tuple(trains), values.get("datasets"), run)
 
 
+def tasks_of(stages: list[Stage], config: DictConfig, options: DictConfig) -> set[str]:
+    """The tasks that the file and its stages name."""
+    run = {**_section(OmegaConf.to_container(config), "run"), **_section(OmegaConf.to_container(options), "run")}
+    return {str(section.get("task")) for section in (run, *(stage.run for stage in stages))}
+
+
+def check_options(stages: list[Stage], config: DictConfig, options: DictConfig):
+    """Raises Refused for a data set of --options that no stage takes from the file; warns of the file's own."""
+    if any(stage.datasets is None for stage in stages):
+        return
+    taken_over = {name for stage in stages if isinstance(stage.datasets, list) for name in stage.datasets}
+    for name in _section(OmegaConf.to_container(options), "datasets"):
+        if name not in taken_over:
+            own = [one.key for one in stages if isinstance(one.datasets, dict) and name in one.datasets]
+            way = f": set {own[0]}.datasets.{name}" if own else nearest(name, taken_over) if taken_over else ""
+            raise Refused(f"--options datasets.{name}: no stage takes it from the file{way}")
+    unused = sorted(set(_section(OmegaConf.to_container(config), "datasets")) - taken_over)
+    if unused and os.environ.get("RANK", "0") == "0":
+        logging.warning("no stage takes datasets.%s from the file", ", datasets.".join(unused))
+
+
 def overlaid(stage: Stage, config: DictConfig, options: DictConfig) -> tuple[DictConfig, DictConfig]:
     """File and --options as those of a run of this stage alone: options on the file, the stage on both. Raises Refused.
 
@@ -151,15 +172,15 @@ def overlaid(stage: Stage, config: DictConfig, options: DictConfig) -> tuple[Dic
     """
     config, options = (OmegaConf.to_container(layer) for layer in (config, options))
     run, given = (_section(layer, "run") for layer in (config, options))
-    if os.environ.get("RANK", "0") == "0":
-        for name in set(given) & set(stage.run):
-            logging.warning("run.%s=%s by --options does not reach stage %s, which has its own: set %s.run.%s",
-                            name, given[name], stage.name, stage.key, name)  # fmt: skip
+    for name in set(given) & set(stage.run):
+        _warn_of_own(f"run.{name}", stage, f"={given[name]}")
     if run or stage.run:
         merged = OmegaConf.to_container(OmegaConf.merge(run, given))
         config["run"] = {**merged, **stage.run}
         options.pop("run", None)
     if isinstance(stage.datasets, dict):
+        for name in set(_section(options, "datasets")) & set(stage.datasets):
+            _warn_of_own(f"datasets.{name}", stage)
         config["datasets"] = stage.datasets
         options.pop("datasets", None)
     elif stage.datasets is not None:
@@ -170,6 +191,12 @@ def overlaid(stage: Stage, config: DictConfig, options: DictConfig) -> tuple[Dic
         config["datasets"] = {name: merged[name] for name in stage.datasets}
         options.pop("datasets", None)
     return OmegaConf.create(config), OmegaConf.create(options)
+
+
+def _warn_of_own(place: str, stage: Stage, value: str = ""):
+    if os.environ.get("RANK", "0") == "0":
+        logging.warning("%s%s by --options does not reach stage %s, which has its own: set %s.%s",
+                        place, value, stage.name, stage.key, place)  # fmt: skip
 
 
 def _section(layer: dict, name: str) -> dict:

@@ -8,6 +8,7 @@ from pathlib import Path
 from lavis_evlgen.config import ConfigError
 
 LEDGER, FORMAT = "stages.json", 1
+OF_DONE = ("start", "parameters", "tensors", "steps", "seconds", "loss", "scores")  # in the row of a stage that is done
 
 
 def read_ledger(folder: str | Path) -> dict:
@@ -17,11 +18,18 @@ def read_ledger(folder: str | Path) -> dict:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] > FORMAT:
             raise ConfigError(f"{path} was written by a newer version of lavis_evlgen: update")
-        [(row["name"], row["folder"], row["state"]) for row in content["stages"]], content["settings"].items()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for row in content["stages"]:
+            content["settings"][row["name"]].items()
+            [row[key] for key in ("state", *(OF_DONE if row["state"] == "done" else ()))]
+            if Path(row["folder"]).name != row["folder"]:
+                raise ValueError(f"{row['folder']} is no folder beside it")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} is not the {LEDGER} of a run ({type(error).__name__}: {error})") from error
+        raise ConfigError(
+            f"{path} is not the {LEDGER} of a run ({type(error).__name__}: {error}); if it is damaged, delete it: a "
+            "run goes on from what is in the folders of its stages"
+        ) from error
     return content
 
 

@@ -115,9 +115,11 @@ def _scores(card: Path) -> dict | None:
     if not card.exists():
         return None
     content = json.loads(card.read_text(encoding="utf-8"))
-    numbers = {key: value for key, value in flat(content["metrics"]).items() if isinstance(value, int | float)}
+    scores = flat(content["metrics"])
     if "text_loss" in content:
-        numbers["text_loss"] = content["text_loss"]["now"]["nats_per_token"]
+        scores["text_loss"] = content["text_loss"]["now"]["nats_per_token"]
+    # what is not finite is text in a run card
+    numbers = {key: value for key, value in scores.items() if isinstance(value, int | float)}
     return {"split": content["data"]["split"], "step": content["step"], **numbers}
 
 

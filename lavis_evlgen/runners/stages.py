@@ -22,10 +22,10 @@ from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.checkpointing.lock import RunLock
 from lavis_evlgen.runners.checkpointing.resume import check_frozen
 from lavis_evlgen.runners.checkpointing.stopping import signals
-from lavis_evlgen.runners.preflight import check_splits, check_training
+from lavis_evlgen.runners.preflight import check_splits
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.runners.stage_ledger import StageLedger, summary
-from lavis_evlgen.runners.trainer import Trainer, run_folder
+from lavis_evlgen.runners.trainer import Trainer, check_run, run_folder
 from lavis_evlgen.tasks.build import build_data
 from lavis_evlgen.weights.trainable import load_trainable
 
@@ -76,7 +76,7 @@ class StagedRun:
                 task, datasets = build_data(cfg)
                 task.check_arch(cfg)
                 task.check_model(cfg, self.model)
-                check_training(cfg.run_cfg, RunSettings.meanings())
+                check_run(cfg)
                 check_splits(cfg.run_cfg, datasets, task)
             except ConfigError as error:
                 raise ConfigError(f"{cfg.stage.key}: {error}") from error

@@ -63,8 +63,7 @@ class Trainer:
         if self.evaluate_only:
             check_evaluation(section, cfg.model_cfg)
         else:
-            check_training(section, RunSettings.meanings())
-            check_halves(amp_of(run), check_precision(cfg.model_cfg.get("llm_precision") or "fp32", "llm_precision"))
+            check_run(cfg)
             recompute_llm(model, run.llm_grad_checkpoint)
             compile_parts(model, self.compiled)
         check_splits(section, self.datasets, self.task)
@@ -266,6 +265,13 @@ class Trainer:
         if distributed.is_main():
             self.reporter.close()
         distributed.barrier()
+
+
+def check_run(cfg):
+    """Raises ConfigError where a key that training needs is not set, and for two half precisions at once."""
+    check_training(cfg.run_cfg, RunSettings.meanings())
+    precision = check_precision(cfg.model_cfg.get("llm_precision") or "fp32", "llm_precision")
+    check_halves(amp_of(cfg.run_cfg), precision)
 
 
 def run_folder(run: RunSettings, job_id: str) -> Path:

@@ -61,7 +61,10 @@ class EvlgenConversationTask(Task):
             f"model.max_txt_len={most}"
         )
         if dropped:
-            words += f"; {dropped} have no turns with the picture that fit, and are left out"
+            words += (
+                f"; {dropped} have no turns with the picture that fit, or say a special token of the tokenizer, and "
+                "are left out"
+            )
         if dropped == total or dropped > dataset.max_bad_fraction * total:
             raise ConfigError(f"{words}: raise model.max_txt_len, or datasets.{name}.max_bad_fraction")
         if shorter or dropped:

@@ -236,7 +236,7 @@ class EvlgenVqaTask(Task):
                 kind = name.removeprefix("accuracy ")
                 blind = result["blind_by_kind"].get(kind)
                 words.append(f"{kind} {value:.3f}" + (f" (blind {blind['accuracy']:.3f})" if blind else ""))
-        words.append(f"[{result['questions']} questions, {self.metric}]")
+        words.append(f"[{result['questions']} questions, {result['metric']}]")
         if result["unreadable"]:
             pictures = len(result["unreadable"])
             words.append(f"{result['unasked']} questions about {pictures} unreadable pictures left out")

@@ -32,13 +32,19 @@ class RunRecord:
 
 def read_runs(folders: list[str | Path]) -> list[RunRecord]:
     """Run folders of train.py; those of the same name are numbered, and one of a run with stages stands for those of
-    its stages. Raises ConfigError that names a bad one."""
-    # RUN/* of a run with stages names its ledger too
-    folders = [one for folder in folders if Path(folder).name != LEDGER for one in stage_folders(folder) or [folder]]
+    its stages that have scores. Raises ConfigError that names a bad one."""
+    # RUN/* of a run with stages names its ledger, and all else that is there
+    staged = [Path(folder).parent for folder in folders if Path(folder).name == LEDGER]
+    folders = [*staged, *(folder for folder in folders if Path(folder).parent not in staged)]
+    folders = [one for folder in folders for one in _scored_stages(folder) or [folder]]
     runs, names = [read_run(folder) for folder in folders], [Path(folder).resolve().name for folder in folders]
     for n, run in enumerate(runs):
         run.name = f"{names[n]} ({names[: n + 1].count(names[n])})" if names.count(names[n]) > 1 else names[n]
     return runs
+
+
+def _scored_stages(folder: str | Path) -> list[Path]:
+    return [one for one in stage_folders(folder) if (one / "run.json").is_file()]
 
 
 def read_run(folder: str | Path) -> RunRecord:

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.reporting.stage_files import stage_folders
 from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.tasks.captioning import decoding_of
 from lavis_evlgen.tasks.settings import SharedRunSettings
@@ -33,6 +34,8 @@ def run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
     """(config, checkpoint) of a run folder: a checkpoint holds the config it was trained with. Raises WeightsError."""
     names = (checkpoints.BEST, checkpoints.LAST, checkpoints.PREVIOUS)
     known = [folder / name for name in names if (folder / name).exists()]
+    if checkpoint is None and not known and (stages := stage_folders(folder)):
+        raise WeightsError(f"--run: {folder} holds a run with stages; give the folder of one, such as {stages[-1]}")
     if checkpoint is None and not known:
         raise WeightsError(
             f"--run: {folder} has neither {checkpoints.BEST} nor {checkpoints.LAST}; "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -26,19 +27,23 @@ Identity = dict[str, dict]
 
 
 @torch.no_grad()
-def frozen_identity(model: nn.Module) -> Identity:
+def frozen_identity(model: nn.Module, also: Iterable[str] = ()) -> Identity:
     """{part: {"dtype", "values": {tensor: [16 numbers]}}} of the model's frozen parameters; {} on the meta device.
 
-    A part is a child module, such as visual_encoder and language_model; "dtype" names all its number formats.
+    A part is a child module, such as visual_encoder and language_model; "dtype" names all its number formats. also:
+    parts that are told where nothing of them is frozen, too.
     """
-    parts: dict[str, dict[str, Tensor]] = {}
+    frozen: dict[str, dict[str, Tensor]] = {}
+    trained: dict[str, dict[str, Tensor]] = {}
     for name, parameter in model.named_parameters():
-        frozen = not is_kept(parameter) and not parameter.is_meta and parameter.is_floating_point()
-        if frozen and not NOT_THE_FILES.search(name):
-            part, _, rest = name.partition(".")
-            # peft's name for a weight with an adapter beside it: the weight is the same
-            parts.setdefault(part, {})[rest.replace(".base_layer.", ".")] = parameter
-    return {part: _identity_of(tensors) for part, tensors in parts.items()}
+        if parameter.is_meta or not parameter.is_floating_point() or NOT_THE_FILES.search(name):
+            continue
+        part, _, rest = name.partition(".")
+        parts = trained if is_kept(parameter) else frozen
+        # peft's name for a weight with an adapter beside it: the weight is the same
+        parts.setdefault(part, {})[rest.replace(".base_layer.", ".")] = parameter
+    told = {part: tensors for part, tensors in trained.items() if part in also} | frozen
+    return {part: _identity_of(tensors) for part, tensors in told.items()}
 
 
 def _identity_of(tensors: dict[str, Tensor]) -> dict:
@@ -79,7 +84,8 @@ def check_identity(model: nn.Module, identity: Identity, trained: dict, config: 
     trained, config: the model sections of the weights and of this model. A part that `config` gives
     another name was chosen by the user, and is logged; one of the same name with other weights raises WeightsError.
     """
-    for part in other_parts(identity, frozen_identity(model)):
+    # what was frozen then is not in the weights' file: where it trains now, it starts as its own files have it
+    for part in other_parts(identity, frozen_identity(model, also=identity)):
         keys = NAMED_BY.get(part, ())
         there, here = ([section[key] for key in keys if section.get(key)] for section in (trained, config))
         if there != here:

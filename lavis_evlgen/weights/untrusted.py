@@ -149,10 +149,14 @@ def _check_number(value, source: str, least: float = 0, most: float = 1e6, whole
 
 
 def _check_sizes(section: dict, shapes: dict[str, tuple], source: str):
-    """Sizes of a connector must be those of its weights: building it takes as much memory as they say."""
+    """Sizes of connector and adapters must be those of the weights: building them takes as much memory as they say."""
+    largest = max((side for shape in shapes.values() for side in shape), default=0)
+    training = section.get("llm_train")
+    rank = (training.get("lora") or {}).get("rank") if isinstance(training, dict) else None
+    if (rank or 0) > largest:
+        raise WeightsError(f"{source}: model.llm_train.lora.rank={rank}, but its weights are at most {largest} wide")
     if (section.get("connector") or "tomeformer") not in LAYERED:
         return
-    largest = max((side for shape in shapes.values() for side in shape), default=0)
     random = (section.get("connector_init") or "random") == "random"  # a BERT has sizes of its own
     layers, sizes = section.get("num_layers") or 0, (section.get("connector_sizes") or {}) if random else {}
     if layers > len(shapes):

@@ -65,6 +65,29 @@ def test_options_reach_stages_by_name(tmp_path, caplog):
     assert "stage stage2" not in caplog.text
 
 
+def test_options_on_data_sets_that_reach_no_stage(tmp_path, caplog):
+    own = [TWO[0], {"name": "own", "datasets": {"scenes": {"sizes": {"train": 3}}}}]
+    align, other = staged(tmp_path, "datasets.scenes.sizes.train=2", stages=own).stages
+    assert (align.datasets_cfg.scenes.sizes.train, other.datasets_cfg.scenes.sizes.train) == (2, 3)
+    words = "datasets.scenes by --options does not reach stage own, which has its own: set stages.own.datasets.scenes"
+    assert words in caplog.text and "no stage takes datasets.easy_vqa from the file" in caplog.text
+    for option, words in {
+        "datasets.scene.sizes.train=2": "--options datasets.scene: no stage takes it from the file; did you mean sce",
+        "datasets.easy_vqa.image_size=2": "--options datasets.easy_vqa: no stage takes it from the file; known: scenes",
+    }.items():
+        with pytest.raises(ConfigError, match=words):
+            staged(tmp_path, option, stages=own)
+    with pytest.raises(ConfigError, match="from the file: set stages.own.datasets.scenes"):
+        staged(tmp_path, "datasets.scenes.sizes.train=2", stages=own[1:])
+
+
+def test_a_key_that_only_the_task_of_no_stage_reads_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="stage align: unknown key run.num_samples"):
+        staged(tmp_path, stages=TWO, num_samples=2)  # of scst
+    cfgs = staged(tmp_path, stages=[*TWO, {"name": "reward", "run": {"task": "scst"}}], num_samples=2).stages
+    assert [cfg.run_cfg.get("num_samples") for cfg in cfgs] == [None, None, 2]
+
+
 def test_stages_by_options_replace_the_files(tmp_path):
     (cfg,) = staged(tmp_path, "stages=[{name: only, run: {max_iters: 3}}]", stages=TWO).stages
     assert cfg.stage.name == "only" and cfg.run_cfg.max_iters == 3
@@ -105,6 +128,7 @@ REFUSED = {
         {"name": "a", "run": {"max_iters": "ten"}}
     ],
     "stage a: unknown key run.lemmatize": [{"name": "a", "run": {"lemmatize": True}}],  # of evlgen_vqa
+    "stage a: run.task: .*'vqa'.* is unknown": [{"name": "a", "run": {"task": ["vqa"]}}],
     "stage a: datasets: 'pictures' is unknown": [{"name": "a", "datasets": {"pictures": {}}}],
 }
 

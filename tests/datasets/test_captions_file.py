@@ -222,3 +222,43 @@ def test_any_caption_survives_csv_and_jsonl(tmp_path, texts):
     expected = [(image, text.strip()) for image, text in rows]
     assert pairs(read_captions_file(tmp_path / "c.csv")) == expected
     assert pairs(read_captions_file(tmp_path / "c.jsonl")) == expected
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": [{"id": [], "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "a dog"}]},
+        {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": {}, "caption": "a dog"}]},
+        {"images": [{"filename": "a.jpg", "sentences": [{"raw": "a dog"}]}, 5]},
+        {"images": [{"filename": "a.jpg", "sentences": ["a dog"]}]},
+        {"images": [{"filename": "a.jpg", "sentences": 5}]},
+    ],
+)
+def test_a_benchmarks_file_of_another_layout_is_one_line(tmp_path, content):
+    with pytest.raises(DataError, match="c.json is broken: it is not laid out as (COCO|Karpathy) JSON is"):
+        read_captions_file(write_json(tmp_path / "c.json", content))
+
+
+def test_numbers_of_thousands_of_digits_are_one_message(tmp_path):
+    for text in ('[{"image": %s}]', '{"image": 1}\n{"image": %s}'):
+        path = tmp_path / "c.json"
+        path.write_text(text % ("1" * 5000))
+        with pytest.raises(DataError, match="c.json .*not valid JSON: Exceeds the limit"):
+            read_captions_file(path)
+
+
+def test_thousands_of_columns_are_not_all_listed(tmp_path):
+    path = tmp_path / "c.json"
+    path.write_text(json.dumps({f"{n}.jpg": "a dog" for n in range(1000)}))
+    with pytest.raises(DataError, match="no column 'image'; its columns are '0.jpg', .*'19.jpg' and 980 more") as error:
+        read_captions_file(path)
+    assert len(str(error.value)) < 800
+
+
+def test_a_column_that_is_there_twice_is_refused_where_it_is_needed(tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("image,caption,note,note\na.jpg,a dog,1,2\n")
+    assert read_captions_file(path).rows[0].caption == "a dog"
+    path.write_text("image,caption,caption\na.jpg,a dog,a cat\n")
+    with pytest.raises(DataError, match="c.csv has 2 columns 'caption': which one holds the caption is not known"):
+        read_captions_file(path)

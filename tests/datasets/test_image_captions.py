@@ -261,3 +261,12 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, pictures, monkeypatch)
         train.missing_files()
     with pytest.raises(DataError, match=r"images=.*x cannot be read \(File name too long\)"):
         builder(tmp_path, captions=write_csv(tmp_path / "c.txt"), images="x" * 300, split=COUNTS).build_datasets()
+
+
+@pytest.mark.parametrize("name", ["a\0/b.jpg", "a\0.jpg", "0.jpg/b.jpg", "x" * 300 + "/b.jpg", "x" * 300 + ".jpg"])
+def test_a_name_that_no_file_can_have_is_one_missing_file(tmp_path, pictures, name):
+    path = write_json(tmp_path / "c.json", [{"image": image, "caption": "a dog"} for image in ("1.jpg", name)])
+    data = builder(tmp_path, annotations={"train": str(path)}).build_datasets()["train"]
+    assert data.missing_files() == [data.path_of(name)]
+    with pytest.raises(UnreadableImage):
+        data.pil_image(1)

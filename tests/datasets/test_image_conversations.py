@@ -80,6 +80,7 @@ def test_a_system_message_may_come_first(tmp_path):
         ({"conversations": []}, "row 1: no conversations"),
         ({"conversations": ["hello"]}, "row 1: turn 1 is not {from, value} but 'hello'"),
         ({"conversations": [{"from": "bard", "value": "<image>"}]}, "turn 1 is from 'bard'; known are human, user,"),
+        ({"conversations": [{"from": ["human"], "value": "<image>"}]}, "turn 1 is from ['human']; known are human"),
         ({"conversations": turns("<image>", " ")}, "turn 2 says nothing"),
         ({"conversations": turns("<image> \ud800", "x")}, "turn 1 says nothing that can be read"),
         ({"conversations": turns("<image> What?")}, "from user; expected human and gpt in turn, gpt last"),

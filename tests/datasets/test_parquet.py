@@ -112,6 +112,35 @@ def test_a_broken_file_is_one_line(tmp_path, files):
         val.pil_image(0)
 
 
+def test_columns_that_no_question_needs_are_not_read(tmp_path):
+    """A picture of another kind, and a time that Python has no value for."""
+    pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    columns = {"image": ["0.jpg"], "question": ["what?"], "answer": ["red"],
+               "taken": pyarrow.array([2**62], pyarrow.timestamp("ms"))}  # fmt: skip
+    pq.write_table(pyarrow.table(columns), tmp_path / "q.parquet")
+    table, _ = parquet.read_parquet(str(tmp_path / "q.parquet"), "image", {"image", "question", "answer"})
+    assert table.header == list(columns) and table.records[0][1]["question"] == "what?"
+    assert "taken" not in table.records[0][1]
+
+
+@pytest.mark.parametrize("kind", ["text", "list"])
+def test_bytes_that_are_no_bytes_are_no_picture(tmp_path, kind):
+    pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    held = {"text": "abc", "list": [1, 2]}[kind]
+    pq.write_table(pyarrow.table({"image": [{"bytes": held}], "question": ["q"], "answer": ["a"]}),
+                   tmp_path / "q.parquet")  # fmt: skip
+    with pytest.raises(DataError, match="1 of 1 rows of .*q.parquet cannot be used, such as row 1: no image name"):
+        builder(tmp_path, annotations={"val": str(tmp_path / "q.parquet")}).build()
+
+
+def test_text_that_is_not_utf8_is_one_line(tmp_path):
+    pyarrow, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    broken = pyarrow.Array.from_buffers(pyarrow.string(), 1, pyarrow.array([b"\xff\xfe"]).buffers())
+    pq.write_table(pyarrow.table({"image": ["0.jpg"], "question": broken, "answer": ["a"]}), tmp_path / "q.parquet")
+    with pytest.raises(DataError, match="q.parquet is not a Parquet file that can be read .*utf-8"):
+        builder(tmp_path, annotations={"val": str(tmp_path / "q.parquet")}).build()
+
+
 def test_large_row_groups_are_told(tmp_path, files, monkeypatch, caplog):
     monkeypatch.setattr(parquet, "LARGE", 100)
     with caplog.at_level(logging.WARNING):

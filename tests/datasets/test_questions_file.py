@@ -179,3 +179,21 @@ def test_files_of_another_kind_say_so(tmp_path, content, second, words):
 def test_a_pattern_that_does_not_fit_the_ids_says_so(tmp_path):
     with pytest.raises(DataError, match=r"image_name=\{:012d\}.jpg does not fit the image id 'n161313'"):
         read_questions_file(write_json(tmp_path / "g.json", GQA), image_name="{:012d}.jpg")
+
+
+@pytest.mark.parametrize("broken", [5, {"question_id": []}, {"question_id": 42000, "image_id": 42, "answers": 5}])
+def test_an_official_file_of_another_layout_is_one_line(tmp_path, broken):
+    questions = write_json(tmp_path / "q.json", VQA_QUESTIONS)
+    answers = write_json(tmp_path / "a.json", {"annotations": [broken]})
+    with pytest.raises(DataError, match="q.json is broken: it is not laid out as VQA JSON is"):
+        read_questions_file(questions, answers)
+    gqa = write_json(tmp_path / "g.json", {"1": {"imageId": "1", "question": "q", "answer": "a", "types": ["x"]}})
+    with pytest.raises(DataError, match="g.json is broken: it is not laid out as GQA JSON is"):
+        read_questions_file(gqa)
+
+
+def test_nan_is_no_answer(tmp_path):
+    rows = [{"image": "a.jpg", "question": "q", "answer": value} for value in (float("nan"), 2.5, float("inf"))]
+    found = read_questions_file(write_json(tmp_path / "q.json", rows))
+    assert [row.question.answers for row in found.rows] == [("2.5",)]
+    assert found.problems == ["row 1: no answer to 'q'", "row 3: no answer to 'q'"]

@@ -12,7 +12,7 @@ from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.language.llm_train import Lora, adapter_state, make_trainable, save_adapter, training_of
 from lavis_evlgen.runners.optim import adamw
-from lavis_evlgen.weights.frozen_identity import frozen_identity, other_parts
+from lavis_evlgen.weights.frozen_identity import check_identity, frozen_identity, other_parts
 from lavis_evlgen.weights.sources import WeightsError
 from lavis_evlgen.weights.trainable import load_trainable, trainable_state
 from tests.tiny import pictures, tiny_evlgen, tiny_llama, tiny_opt
@@ -105,6 +105,16 @@ def test_weights_of_a_run_with_a_frozen_language_model_are_a_start(training):
     assert not other_parts(frozen_identity(aligned), frozen_identity(model))
 
 
+@TRAININGS
+def test_another_language_model_than_the_frozen_one_is_refused(training):
+    """Also where all of it trains now: it starts from its files, which the connector was not aligned with."""
+    identity, model = frozen_identity(tiny_evlgen()), tiny_evlgen(llm_train=training)
+    check_identity(model, identity, {}, {}, "there")
+    next(iter(identity["language_model"]["values"].values()))[0] += 1
+    with pytest.raises(WeightsError, match="there was trained with another language_model than the one here"):
+        check_identity(model, identity, {}, {}, "there")
+
+
 @KINDS
 def test_peft_loads_our_adapter_and_computes_the_same(llm, tmp_path):
     model, _ = trained(tiny_evlgen(llm, llm_train=LORA))
@@ -166,6 +176,7 @@ def test_what_the_config_may_say():
     assert training_of(None) is training_of({}) is None and training_of("full") == "full"
     assert training_of("lora") == training_of({"lora": None}) == Lora(16, 32, "all-linear")
     assert training_of({"lora": {"rank": 4, "targets": ["v_proj", "q_proj"]}}) == Lora(4, 32, ("q_proj", "v_proj"))
+    assert training_of({"lora": {"targets": "q_proj"}}) == Lora(16, 32, ("q_proj",))
     with pytest.raises(ValueError, match="nothing_here.* names no linear layer of LlamaForCausalLM; it has .*q_proj"):
         make_trainable(tiny_llama(), Lora(targets=("nothing_here",)))
     for wrong, words in (("half", "llm_train"), ({"lora": {"rank": 0}}, "rank=0 must be a whole number"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -77,10 +78,32 @@ def test_caption_compare_and_export_read_stages(run, tmp_path, capsys):
     assert evlgen("caption", tmp_path / "0.png", "--run", run.output() / "1_align") == 0
     capsys.readouterr()
     out = tmp_path / "compare.png"
+    own = tmp_path / "own"  # with what evaluate.py leaves beside the stages, and a stage that was not scored
+    shutil.copytree(run.output(), own)
+    (own / "result").mkdir()
+    shutil.copy(own / "1_align" / "run.json", own / "run.json")
+    (own / "2_questions" / "run.json").rename(own / "away.json")
+    for given in (sorted(own.glob("*")), [own]):
+        assert evlgen("compare", *given, "--markdown", "--out", out) == 0
+        lines = capsys.readouterr().out.splitlines()[2:4]
+        assert [line.split(" | ")[0] for line in lines] == ["| 1_align", "| 3_reward"]
     for given in (sorted(run.output().glob("*")), [run.output()]):  # RUN/* and RUN
         assert evlgen("compare", *given, "--markdown", "--out", out) == 0
         lines = capsys.readouterr().out.splitlines()[2:5]
         assert [line.split(" | ")[0] for line in lines] == ["| 1_align", "| 2_questions", "| 3_reward"]
+
+
+def test_the_folder_of_all_stages_is_no_run(run, tmp_path, capsys):
+    (tmp_path / "0.png").touch()
+    for command in (["export", run.output(), tmp_path / "out"], ["caption", tmp_path / "0.png", "--run", run.output()]):
+        assert evlgen(*command) == 2
+        assert "holds a run with stages; give the folder of one, such as" in capsys.readouterr().err
+    plain = run.copy(tmp_path)
+    del plain.config["stages"]
+    plain.output().mkdir(parents=True)
+    shutil.copy(run.output() / "stages.json", plain.output())
+    with pytest.raises(ConfigError, match="holds the stages.json of another run"):
+        plain.train("run.train_dataset_ratios={scenes: 1, image_questions: 1}", "run.valid_splits=[]")
 
 
 @pytest.mark.parametrize("name, has_adapter", [("1_align", False), ("3_reward", True)])
@@ -110,9 +133,10 @@ def test_mistakes_of_later_stages_are_found_before_the_first(parts, tmp_path):
         "{name: b, run: {valid_splits: [dev]}}": "stages.b: no data set has the split 'dev'",
         "{name: b, run: {batch_size_train: null}}": "stages.b: run.batch_size_train is not set",
         "{name: b, run: {task: evlgen_vqa, valid_splits: [val]}}": "stages.b: run.task=evlgen_vqa needs questions",
+        "{name: b, run: {amp: bf16}}": "stages.b: run.amp=bf16 with model.llm_precision=fp16: autocast cannot mix",
     }.items():
         with pytest.raises(ConfigError, match=words):
-            runs.train(f"stages=[{{name: a}}, {stage}]")
+            runs.train(f"stages=[{{name: a}}, {stage}]", "model.llm_precision=fp16")
     assert not runs.output().exists()
 
 
@@ -132,9 +156,15 @@ def test_a_start_that_is_gone_or_another_is_refused(run, tmp_path):
     torch.save(content, there / "1_align" / "checkpoint_last.pth")
     with pytest.raises(ConfigError, match="was trained with another language_model"):
         copy.train("run.resume_ckpt_path=auto")
-    (there / "stages.json").write_text("{}")
-    with pytest.raises(ConfigError, match="is not the stages.json of a run"):
-        copy.train("run.resume_ckpt_path=auto")
+    for change in ({"stages": [{**ledger["stages"][0], "folder": "../../1_align"}]}, {"settings": {}},
+                   {"stages": [{"name": "align", "folder": "1_align", "state": "done"}]}):  # fmt: skip
+        (there / "stages.json").write_text(json.dumps(ledger | change))
+        with pytest.raises(ConfigError, match="is not the stages.json of a run"):
+            copy.train("run.resume_ckpt_path=auto")
+    for text in ("{}", "[" * 10**6):
+        (there / "stages.json").write_text(text)
+        with pytest.raises(ConfigError, match="is not the stages.json of a run"):
+            copy.train("run.resume_ckpt_path=auto")
 
 
 def test_doctor_looks_at_every_stage(run, capsys):

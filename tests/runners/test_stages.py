@@ -197,6 +197,15 @@ def test_a_run_that_is_done_stays_done(three):
     assert runner.trainer is None and (three.output() / "stages.json").read_bytes() == before
 
 
+def test_without_its_ledger_a_run_goes_on_from_the_folders_of_its_stages(three, tmp_path):
+    runs = three.copy(tmp_path)
+    shutil.copytree(three.output(), runs.output())
+    (runs.output() / "stages.json").unlink()
+    runs.train("run.resume_ckpt_path=auto")
+    assert_same(runs, three)
+    assert [row["state"] for row in rows(runs)] == ["done"] * 3
+
+
 def test_a_changed_config_is_refused_by_name(three):
     words = "stages.language: run.max_iters: 3 -> 4. Resume with the config"
     with pytest.raises(ConfigError, match=words):

@@ -108,7 +108,7 @@ def test_every_conversation_is_scored_once(talked):
     [
         ("model.chat_template=null", "tokenizer has no chat template to render conversations with: set model.chat_"),
         ("model.chat_template=vicuna", "model.chat_template: 'vicuna' is not one of plain"),
-        ("model.max_txt_len=10", "4 have no turns with the picture that fit, and are left out: raise model.max_txt"),
+        ("model.max_txt_len=10", "4 have no turns with the picture that fit, or say a special token"),
         ("run.task=evlgen_vqa", "run.task=evlgen_vqa needs questions, image_conversations has none"),
         ("run.metrics=[CIDEr]", "unknown key run.metrics"),
     ],

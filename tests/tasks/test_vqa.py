@@ -132,6 +132,7 @@ def test_kinds_are_scored_apart_each_with_its_blind_twin():
         found = task(data, metric=metric)
         result = found.after_evaluation([dict(row) for row in rows], "test", 1)
         assert result["metric"] == ("vqa" if metric == "auto" else metric)
+        assert f"questions, {result['metric']}]" in found.summary(result)
         assert result["metrics"]["accuracy closed"] == pytest.approx(closed)
         assert result["metrics"]["accuracy open"] == 1.0
         assert result["metrics"]["accuracy"] == pytest.approx((closed + 1) / 2)

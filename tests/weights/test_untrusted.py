@@ -76,6 +76,7 @@ def changed(saved, tmp_path):
         ("model.connector_sizes.hidden_size", 4096, "connector_sizes.hidden_size=4096, but its weights are at most 32"),
         ("model.connector_sizes.intermediate_size", 10**9, "intermediate_size=1e+09 is too large"),
         ("model.connector_sizes.hidden_size", None, None),
+        ("model.llm_train", {"lora": {"rank": 4096}}, "llm_train.lora.rank=4096, but its weights are at most 32 wide"),
         ("model.dropout", float("nan"), "model.dropout: nan is no number"),
         ("preprocess.vis_processor.eval.image_size", 10**6, "image_size=1e+06 is too large"),
         ("decoding.custom_generate", "stranger/code", "decoding.custom_generate is unknown"),

@@ -15,6 +15,7 @@ from lavis_evlgen.datasets.annotations.files import (
     encodes,
     given_columns,
     has_words,
+    laid_out,
     quoted,
     read_rows,
 )
@@ -71,7 +72,8 @@ def read_captions_file(
     if isinstance(table, dict):
         if columns:
             raise DataError(f"{path} is a file of one of the benchmarks, whose fields are fixed; drop `columns`")
-        _read_json_object(found, table)
+        with laid_out(found):
+            _read_json_object(found, table)
         return found
     found.format = table.format
     if table.header:

@@ -60,7 +60,7 @@ def _problem_with_turns(turns) -> str | None:
     for number, turn in enumerate(turns, 1):
         if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
             return f"turn {number} is not {{from, value}} but {turn!r:.60}"
-        if turn.get("from") not in ROLES:
+        if str(turn.get("from")) not in ROLES:
             return f"turn {number} is from {turn.get('from')!r}; known are {', '.join(ROLES)}"
         if not turn["value"].strip() or not encodes(turn["value"]):
             return f"turn {number} says nothing that can be read"
@@ -82,7 +82,7 @@ def read_conversations_file(path) -> ConversationsFile:
     """Parse `path`; rows that cannot be used are listed in `.problems`. Raises DataError for a file of another kind."""
     table = read_rows(path, "conversations file", is_file=lambda content: False)
     if isinstance(table, dict):
-        raise DataError(f"{path} is a JSON object with {quoted(list(table)[:8])}; expected a list of conversations")
+        raise DataError(f"{path} is a JSON object with {quoted(table)}; expected a list of conversations")
     found, seen = ConversationsFile(str(path), table.format), {}
     for where, record in found.dicts(table.records, seen):
         found.add(where, record)

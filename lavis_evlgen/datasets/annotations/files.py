@@ -10,13 +10,16 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from lavis_evlgen.media.errors import DataError
 
 WHERE_FROM = "docs/evaluation.md says where the files of public benchmarks come from"
 _MOST_LINES = 10  # of one row of a table; more is a quote that was not meant
+_MOST_NAMES = 20  # in a message
 
 
 @dataclass
@@ -75,6 +78,8 @@ def _parse_json(path, text: str, is_file: Callable[[dict], bool]):
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":  # a second value after the first one: JSON lines
             raise DataError(f"{path} is not valid JSON, line {error.lineno}: {error.msg}") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path} is not valid JSON: {error}") from None
     else:
         one_row = isinstance(content, dict) and not is_file(content)
         if not one_row or "\n" in text.strip():
@@ -87,6 +92,8 @@ def _parse_json(path, text: str, is_file: Callable[[dict], bool]):
             rows.append((number, json.loads(line)))
         except json.JSONDecodeError as error:
             raise DataError(f"{path} line {number} is not valid JSON: {error.msg}") from None
+        except ValueError as error:
+            raise DataError(f"{path} line {number} is not valid JSON: {error}") from None
         except RecursionError:
             raise DataError(f"{path} line {number} is JSON that is nested too deeply to be a row") from None
     return rows
@@ -204,8 +211,20 @@ def _unquote(cell: str) -> str:
 
 
 def quoted(keys: Iterable[str]) -> str:
-    """Names in quotes, joined by commas."""
-    return ", ".join(map(repr, keys)) or "nothing"
+    """Names in quotes, joined by commas; of many, or of long ones, the beginning."""
+    keys = iter(keys)
+    first = [f"{key!r:.60}" for key in islice(keys, _MOST_NAMES)]
+    more = sum(1 for _ in keys)
+    return (", ".join(first) or "nothing") + (f" and {more} more" if more else "")
+
+
+@contextmanager
+def laid_out(found: "RowsFile"):
+    """Within it, a list or a text where a benchmark's file has an object is a DataError that names the file."""
+    try:
+        yield
+    except (AttributeError, TypeError) as error:
+        raise DataError(f"{found.path} is broken: it is not laid out as {found.format} is ({error})") from error
 
 
 @dataclass
@@ -229,7 +248,9 @@ class RowsFile:
 
 
 def check_column(path, header: Iterable[str], column: str, wanted: str, needed: str, config_path: str):
-    """Raises DataError when the header lacks `wanted`, which holds `column`; needed: all that a row must have."""
+    """Raises DataError unless the header has `wanted`, which holds `column`, once; needed: all that a row must have."""
+    if (count := list(header).count(wanted)) > 1:
+        raise DataError(f"{path} has {count} columns {wanted!r}: which one holds the {column} is not known; rename one")
     if wanted not in header:
         raise DataError(
             f"{path} has no column {wanted!r}; its columns are {quoted(header)}. Needed are {needed}: set "

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from lavis_evlgen.datasets.annotations.files import Table
@@ -68,18 +68,20 @@ def is_parquet(path) -> bool:
         return False
 
 
-def read_parquet(path: str, image: str) -> tuple[Table, dict[str, Place]]:
-    """The rows, and where the pictures of the column `image` are. Raises DataError.
+def read_parquet(path: str, image: str, columns: Collection[str]) -> tuple[Table, dict[str, Place]]:
+    """The rows, of these columns alone, and where the pictures of the column `image` are. Raises DataError.
 
     A picture's name, which stands for it in its rows, is a hash of its content: the same in every file and row. A
     picture without content keeps its path, a file's name.
     """
-    path, places, refused = str(path), {}, (_arrow().ArrowException, OSError)
+    # the last two: texts that are not UTF-8, times and numbers that Python has no value for
+    path, places, refused = str(path), {}, (_arrow().ArrowException, OSError, ValueError, OverflowError)
     try:
         file = _open(path)
         header = file.schema_arrow.names
         inside = image in header and _holds_pictures(file.schema_arrow.field(image).type)
-        rows = file.read([name for name in header if not (inside and name == image)], use_threads=False).to_pylist()
+        wanted = [name for name in header if name in columns and not (inside and name == image)]
+        rows = file.read(wanted, use_threads=False).to_pylist()
         if inside:
             _warn_of_large_groups(path, file, image)
             rows = rows or [{} for _ in range(file.metadata.num_rows)]  # of a file that has no other column
@@ -111,7 +113,9 @@ def _open(path: str):
 
 
 def _holds_pictures(kind) -> bool:
-    return _arrow().types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    types = _arrow().types
+    at = kind.get_field_index("bytes") if types.is_struct(kind) else -1
+    return at >= 0 and (types.is_binary(kind.field(at).type) or types.is_large_binary(kind.field(at).type))
 
 
 def _pictures(file, column: str, group: int):

@@ -5,6 +5,7 @@ LAVIS JSON (a list of rows), JSONL (a row a line), CSV or TSV with a header, or 
 layout is recognised by what the file contains.
 """
 
+import math
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from lavis_evlgen.datasets.annotations.files import (
     check_column,
     encodes,
     given_columns,
+    laid_out,
     quoted,
     read_rows,
 )
@@ -62,17 +64,18 @@ class QuestionsFile(RowsFile):
             if found is not None and not isinstance(found, (int, str)):
                 return self.problems.append(f"{where}: the {what} id is neither number nor text: {found!r}")
         question_id = self.first + len(self.rows) + len(self.problems) if question_id is None else question_id
+        kind = kind if isinstance(kind, str) else None
         answer_type = None if answer_type is None else sys.intern(str(answer_type).strip().lower()) or None
         asked = Question(question.strip(), tuple(answers), question_id, kind, answer_type)
         self.rows.append(QuestionRow(image.strip(), asked, image_id, split))
 
 
 def _answer_text(answer) -> str | None:
-    """"red", 3 or {"answer": "red", …} as text."""
+    """"red", 3 or {"answer": "red", …} as text; None for what is none, NaN among it."""
     if isinstance(answer, dict):
         answer = answer.get("answer")
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
-        return str(answer)
+        return str(answer) if math.isfinite(answer) else None
     return answer if isinstance(answer, str) else None
 
 
@@ -89,7 +92,8 @@ def read_questions_file(
     columns = given_columns(columns, COLUMNS)
     pictures: dict[str, Place] = {}
     if is_parquet(path):
-        table, pictures = read_parquet(path, columns.get("image", "image"))
+        read = {columns.get(column, column) for column in COLUMNS} | {"answers"}
+        table, pictures = read_parquet(path, columns.get("image", "image"), read)
     else:
         table = read_rows(path, "questions file", is_file=_is_official)
     if isinstance(table, dict):
@@ -121,7 +125,7 @@ def _read_official(path, content: dict, annotations, image_name: str | None) -> 
             raise DataError(f"{path} is a GQA file, which holds its answers itself; drop {annotations}")
         return _read_gqa(path, content, image_name)
     raise DataError(
-        f"{path} is a JSON object with {quoted(list(content)[:8])}; expected VQA questions (questions, with a file of "
+        f"{path} is a JSON object with {quoted(content)}; expected VQA questions (questions, with a file of "
         "annotations) or GQA questions (by id, each with imageId)"
     )
 
@@ -139,29 +143,31 @@ def _read_vqa(path, content: dict, annotations, image_name: str | None) -> Quest
     if not image_name and not subset:
         raise DataError(f"{path} has no data_subtype to name images by; set image_name=COCO_val2014_{{:012d}}.jpg")
     image_name = image_name or f"COCO_{subset}_{{:012d}}.jpg"
-    answered = {entry.get("question_id"): entry for entry in given["annotations"]}
     found = QuestionsFile(str(path), "VQA JSON")
-    for number, entry in enumerate(content["questions"], 1):
-        where, key, image_id = f"question {number}", entry.get("question_id"), entry.get("image_id")
-        own = answered.pop(key, None)
-        if own is None:
-            found.problems.append(f"{where}: {annotations} has no answers to the question {key!r}")
-        elif own.get("image_id") != image_id:
-            found.problems.append(f"{where}: is about image {image_id}, its answers about {own.get('image_id')}")
-        else:
-            image, answers = _image_name(path, image_name, image_id), own.get("answers") or []
-            found.add(where, image, entry.get("question"), answers, key, image_id, kind=own.get("answer_type"))
-    if answered:
-        found.notes.append(f"{len(answered)} annotations belong to no question and are not used")
+    with laid_out(found):
+        answered = {entry.get("question_id"): entry for entry in given["annotations"]}
+        for number, entry in enumerate(content["questions"], 1):
+            where, key, image_id = f"question {number}", entry.get("question_id"), entry.get("image_id")
+            own = answered.pop(key, None)
+            if own is None:
+                found.problems.append(f"{where}: {annotations} has no answers to the question {key!r}")
+            elif own.get("image_id") != image_id:
+                found.problems.append(f"{where}: is about image {image_id}, its answers about {own.get('image_id')}")
+            else:
+                image, answers = _image_name(path, image_name, image_id), own.get("answers") or []
+                found.add(where, image, entry.get("question"), answers, key, image_id, kind=own.get("answer_type"))
+        if answered:
+            found.notes.append(f"{len(answered)} annotations belong to no question and are not used")
     return found
 
 
 def _read_gqa(path, content: dict, image_name: str | None) -> QuestionsFile:
     found = QuestionsFile(str(path), "GQA JSON")
-    for key, entry in content.items():
-        image, kind = entry["imageId"], (entry.get("types") or {}).get("structural")
-        name = _image_name(path, image_name or "{}.jpg", image)
-        found.add(f"question {key}", name, entry.get("question"), [entry.get("answer")], key, image, kind=kind)
+    with laid_out(found):
+        for key, entry in content.items():
+            image, kind = entry["imageId"], (entry.get("types") or {}).get("structural")
+            name = _image_name(path, image_name or "{}.jpg", image)
+            found.add(f"question {key}", name, entry.get("question"), [entry.get("answer")], key, image, kind=kind)
     return found
 
 

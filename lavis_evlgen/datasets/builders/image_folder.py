@@ -1,5 +1,6 @@
 """Pictures of a data set that are files below one folder."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,9 +46,11 @@ def _file_names(folder: str) -> set[str]:
     try:
         with os.scandir(folder or ".") as entries:
             return {entry.name for entry in entries}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # the last: a name that holds a null character
         return set()
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return set()
         raise DataError(f"the images folder {folder} cannot be read ({error.strerror}); see its permissions") from None
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,10 @@ PLAIN = (
     "{% elif m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
     "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+
+# what the code of a template may raise
+_OF_TEMPLATES = (TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError,
+                 ValueError)  # fmt: skip
 
 Message = dict[str, str]  # {"role": system | user | assistant, "content": ...}, as Hugging Face's templates take them
 
@@ -67,15 +72,18 @@ class ChatEncoder:
 
     def cut(self, messages: Sequence[Message], most: int) -> list[Message] | None:
         """The first exchanges (up to an assistant's message) that are at most `most` ids; None where there are none
-        with the picture."""
-        messages = list(messages)
-        while any(IMAGE in message["content"] for message in messages):
-            if sum(len(part.ids) for part in self.encode(messages)) <= most:
-                return messages
-            messages.pop()
-            while messages and messages[-1]["role"] != "assistant":
-                messages.pop()
-        return None
+        with the picture, and where somebody says a special token: it would end or begin a turn."""
+        if any(self._special.search(message["content"].replace(IMAGE, "")) for message in messages):
+            return None
+        if self._length(messages) <= most:
+            return list(messages)
+        first = next(n for n, message in enumerate(messages) if IMAGE in message["content"])
+        ends = [n + 1 for n, message in enumerate(messages) if n > first and message["role"] == "assistant"]
+        fitting = bisect_right(ends, most, key=lambda end: self._length(messages[:end]))
+        return list(messages[: ends[fitting - 1]]) if fitting else None
+
+    def _length(self, messages: Sequence[Message]) -> int:
+        return sum(len(part.ids) for part in self.encode(messages))
 
     def _encode(self, text: str, spans: list[tuple[int, int]]) -> Labelled:
         """Ids of the text; those that reach into a span (from, to: letters) are labelled."""
@@ -121,5 +129,5 @@ class ChatEncoder:
     def _apply(self, messages: Sequence[Message]) -> str:
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, **self.options)
-        except TemplateError as error:  # some take no system message, or want the roles in turn
+        except _OF_TEMPLATES as error:  # some take no system message, or want the roles in turn
             raise ValueError(f"the chat template refuses a conversation ({error}); see model.chat_template") from None

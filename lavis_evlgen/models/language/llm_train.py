@@ -57,8 +57,11 @@ def training_of(value: str | LlmTrain | None) -> str | Lora | None:
     if value in (None, {}, "full"):
         return value or None
     keys = dict({} if value == "lora" else value["lora"] or {})
-    if isinstance(keys.get("targets"), list):
-        keys["targets"] = tuple(sorted(keys["targets"]))
+    targets = keys.get("targets")
+    if isinstance(targets, str) and targets.isidentifier():  # one layer's name; to peft, text is a pattern
+        targets = [targets]
+    if isinstance(targets, list):
+        keys["targets"] = tuple(sorted(targets))
     return Lora(**keys)
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lavis_evlgen.models.compile import eager
+
 HELD_OUT_TEXT = Path(__file__).resolve().parents[2] / "configs" / "held_out_text.txt"
 WINDOW = 256  # tokens that are read at once, each window from its own start
 
@@ -18,6 +20,7 @@ def held_out_text() -> str:
 
 
 @torch.no_grad()
+@eager()
 def text_loss(llm: nn.Module, tokenizer, text: str) -> dict[str, float | int | str]:
     """Cross-entropy of `text` in nats a token under a causal language model, without any visual prompt.
 

@@ -6,6 +6,7 @@ import logging
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.reporting.stage_files import LEDGER
 from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.preflight import sets_with
 from lavis_evlgen.runners.step import ADVICE, NonFinite
@@ -117,7 +118,7 @@ class RunState:
         return {key: saved[key] for key in ("step", "best", "unevaluated") if key in saved}
 
     def _refuse_used_folder(self):
-        names = (checkpoints.LAST, checkpoints.PREVIOUS, checkpoints.BEST)
+        names = (checkpoints.LAST, checkpoints.PREVIOUS, checkpoints.BEST, LEDGER)
         used = [name for name in names if (self.folder / name).exists()]
         if used:
             raise ConfigError(
