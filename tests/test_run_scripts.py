@@ -68,7 +68,7 @@ def test_a_table_trains_the_papers_recipe(words):
 
 def test_four_stages_read_the_folders_that_are_given(tmp_path):
     words = f"four_stages.sh {tmp_path}/coco {tmp_path}/photos {tmp_path}/captions.csv {tmp_path}/rad run.seed=7"
-    done = script(words, DRY_RUN="1")
+    done = script(words, DRY_RUN="1", NAME="other")
     assert done.returncode == 0, done.stderr
     train, compare = map(shlex.split, done.stdout.splitlines())
     options = train[train.index("--options") + 1 :]
@@ -77,7 +77,7 @@ def test_four_stages_read_the_folders_that_are_given(tmp_path):
     folders = [next(iter(stage.datasets_cfg.values())).images for stage in cfg.stages]
     assert folders == [f"{tmp_path}/{one}" for one in ("coco/images", "photos", "coco/images", "rad/images")]
     assert all(stage.run_cfg.seed == 7 and stage.model_cfg.prompt_attention == "visual" for stage in cfg.stages)
-    assert compare == ["evlgen", "compare", "output/stages/mini"]
+    assert compare == ["evlgen", "compare", "output/stages/other"] and cfg.run_cfg.run_name == "other"
     assert script("four_stages.sh").returncode == 2
 
 
