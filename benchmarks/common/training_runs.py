@@ -24,6 +24,12 @@ class Run(NamedTuple):
     options: list[str]
 
 
+def photo_options(images: str | Path, captions: str | Path) -> list[str]:
+    """--options that name the photos of `image_captions` and their captions."""
+    files = {"images": images, "captions": captions}
+    return [f"datasets.image_captions.{key}={Path(path).absolute()}" for key, path in files.items()]
+
+
 def train(runs: Iterable[Run], folder: Path, jobs: int = 1):
     """Make the runs that have not ended well before in `folder`, `jobs` beside each other on a CPU.
 

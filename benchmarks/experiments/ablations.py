@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.common.result_pages import put_between, spread
-from benchmarks.common.training_runs import ROOT, training_seconds
+from benchmarks.common.training_runs import ROOT, photo_options, training_seconds
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.reporting.sweep_plot import sweep_plot
 from lavis_evlgen.reporting.tables import markdown
@@ -44,8 +44,7 @@ def sweep(name: str, args) -> list[dict]:
     Seconds are those of a run's median window, so that pauses and other work beside it do not count.
     """
     key, values, columns = SWEEPS[name]
-    files = {"images": args.images.absolute(), "captions": args.captions.absolute()}
-    options = [f"datasets.image_captions.{part}={path}" for part, path in files.items()]
+    options = photo_options(args.images, args.captions)
     # the start and the rate that did best in docs/results/miniature.md; greedy captions; scored once, at the end
     options += ["model.connector_init=random", "run.init_lr=5e-3", "run.num_beams=1", "run.valid_splits=[]"]
     options += [f"run.max_iters={args.steps}", f"run.iters_per_inner_epoch={args.steps}"]

@@ -22,6 +22,7 @@ from benchmarks.common.training_runs import (
     Run,
     last_card,
     log_of,
+    photo_options,
     run_folder,
     scores,
     train,
@@ -47,8 +48,7 @@ SHOWN = 24  # test photos whose captions the page has: the first in the order of
 
 
 def options_of(args, seed: int, steps: int) -> list[str]:
-    files = {"images": args.images.absolute(), "captions": args.captions.absolute()}
-    options = [f"datasets.image_captions.{part}={path}" for part, path in files.items()]
+    options = photo_options(args.images, args.captions)
     return [*options, f"run.seed={seed}", f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}", *args.set]
 
 

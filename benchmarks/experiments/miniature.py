@@ -24,6 +24,7 @@ from benchmarks.common.training_runs import (
     ROOT,
     Run,
     last_card,
+    photo_options,
     run_folder,
     scores,
     train,
@@ -89,9 +90,7 @@ class Miniature:
         self.grey = _grey(args.images, self.folder / "grey")
 
     def _data(self, label: str | None = None) -> list[str]:
-        images = self.grey if label == BLIND else self.args.images
-        files = {"images": Path(images).absolute(), "captions": Path(self.args.captions).absolute()}
-        return [f"datasets.image_captions.{key}={path}" for key, path in files.items()]
+        return photo_options(self.grey if label == BLIND else self.args.images, self.args.captions)
 
     def _train(self, runs: list[Run]):
         train(runs, self.folder, self.args.jobs)

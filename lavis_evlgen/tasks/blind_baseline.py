@@ -45,6 +45,17 @@ class BlindPairs:
         pairs = [(position, row) for position, row in pairs if row is not None and wanted(row)]
         return [position for position, _ in pairs], [row for _, row in pairs]
 
+    def measure_losses(self, model, prompt, rows: list[dict]):
+        """Put into each row of a batch, under "blind", the loss (nats) of its partner's text under its own picture.
+
+        prompt: the batch's visual prompts; rows have `instance_id`.
+        """
+        positions, others = self.of(row["instance_id"] for row in rows)
+        if positions:
+            shuffled, _ = model.loss_of(prompts_of(prompt, positions), self.dataset.texts_of(others))
+            for position, other, nats in zip(positions, others, shuffled.tolist(), strict=True):
+                rows[position]["blind"] = {str(other): {"loss_shuffled": nats}}
+
 
 def prompts_of(prompt, positions: Sequence[int]):
     """The visual prompts at these positions of a batch."""

@@ -13,7 +13,7 @@ from lavis_evlgen.evaluation import caption_metrics, order_accuracy
 from lavis_evlgen.evaluation.blind import score_with_blind
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.tasks.base import Shown, Task
-from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
+from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses
 from lavis_evlgen.tasks.settings import DecodingSettings
 
 
@@ -113,11 +113,7 @@ class EvlgenCaptionTask(Task):
         for i, caption in enumerate(captions):
             row = {"image_id": samples["image_id"][i], "instance_id": samples["instance_id"][i], "caption": caption}
             rows.append(row | {"loss": right[i].item(), "tokens": tokens[i].item(), "loss_shuffled": None})
-        positions, others = self.blind.of(samples["instance_id"])
-        if positions:
-            shuffled, _ = model.loss_of(prompts_of(prompt, positions), self.blind.dataset.texts_of(others))
-            for position, other, loss in zip(positions, others, shuffled.tolist(), strict=True):
-                rows[position]["blind"] = {str(other): {"loss_shuffled": loss}}
+        self.blind.measure_losses(model, prompt, rows)
         return rows
 
     def after_evaluation(self, val_result: list[dict], split_name: str, epoch, **kwargs) -> dict:

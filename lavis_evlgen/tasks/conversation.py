@@ -13,7 +13,7 @@ from lavis_evlgen.datasets import DataError
 from lavis_evlgen.datasets.conversations import ConversationDataset
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.tasks.base import Shown, Task
-from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
+from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses
 
 
 @registry.register_task("evlgen_conversations")
@@ -89,11 +89,7 @@ class EvlgenConversationTask(Task):
         rows = [{key: samples[key][i] for key in keys} for i in range(len(loss))]
         for row, nats, count in zip(rows, loss.tolist(), tokens.tolist(), strict=True):
             row |= {"loss": nats, "tokens": count}
-        positions, others = self.blind.of(samples["instance_id"])
-        if positions:
-            shuffled, _ = model.loss_of(prompts_of(prompt, positions), self.blind.dataset.texts_of(others))
-            for position, other, nats in zip(positions, others, shuffled.tolist(), strict=True):
-                rows[position]["blind"] = {str(other): {"loss_shuffled": nats}}
+        self.blind.measure_losses(model, prompt, rows)
         return rows
 
     def after_evaluation(self, val_result: list[dict], split_name: str, epoch, **kwargs) -> dict:

@@ -16,7 +16,8 @@ def rows_by_split(
     settings, name: str, config_path: str, read: Callable[[list[str]], list], share_images: bool = False
 ) -> dict[str, tuple[str, list]]:
     """{split: (its files, for errors; its rows)} of a section that has either the key `name`, a file or a list, with
-    `split`, or `annotations`, each split's. read(files): their rows. share_images: as split_rows. Raises DataError.
+    `split`, or `annotations`, each split's. read(files): their rows. share_images: as split_rows. The rows come with
+    the id of their image (image_ids). Raises DataError.
     """
     whole, annotations = getattr(settings, name), settings.annotations
     if bool(whole) == bool(annotations):
@@ -26,7 +27,8 @@ def rows_by_split(
         )
     if annotations:
         files = {split: listed(annotations[split]) for split in SPLITS if annotations.get(split)}
-        return {split: (" and ".join(own), read(own)) for split, own in files.items()}
+        paths = {split: " and ".join(own) for split, own in files.items()}
+        return {split: (path, _identified(path, read(files[split]))) for split, path in paths.items()}
     path = " and ".join(listed(whole))
     found = split_rows(path, config_path, read(listed(whole)), settings.split, share_images)
     return {split: (path, rows) for split, rows in found.items()}
@@ -49,8 +51,7 @@ def split_rows(path: str, config_path: str, rows: Sequence, split, share_images:
             f"{path} holds all splits: say how to split it, with {config_path}.split.train=N (val, test), or with "
             "split=from_file where the file has a split column"
         )
-    ids = image_ids(path, ((row.image, row.image_id) for row in rows))
-    rows = [row._replace(image_id=ids[row.image]) for row in rows]
+    rows = _identified(path, rows)
     if split == "from_file":
         return _from_file(path, rows, None, share_images, config_path)
     if isinstance(split, str):
@@ -62,6 +63,12 @@ def split_rows(path: str, config_path: str, rows: Sequence, split, share_images:
     if not all(isinstance(value, str) for value in given.values()):
         raise DataError(f"{config_path}.split={given} mixes counts with names of the file's splits; give one of them")
     return _from_file(path, rows, given, share_images, config_path)
+
+
+def _identified(path: str, rows: Sequence) -> list:
+    """The rows with the id of their image (image_ids)."""
+    ids = image_ids(path, ((row.image, row.image_id) for row in rows))
+    return [row._replace(image_id=ids[row.image]) for row in rows]
 
 
 def _by_counts(path: str, config_path: str, rows: list, counts: Mapping[str, int]) -> dict[str, list]:

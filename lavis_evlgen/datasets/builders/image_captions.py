@@ -20,10 +20,6 @@ from lavis_evlgen.media.errors import DataError
 class ImageCaptionDataset(ImageFolder, CaptionDataset):
     """Captioned image files of one split, in the folder `images`."""
 
-    def __init__(self, *args, images: str, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.vis_root = str(images)
-
 
 @dataclass(kw_only=True)
 class CaptionsFileSettings(BuilderSettings):

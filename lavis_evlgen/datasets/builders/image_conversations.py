@@ -8,7 +8,7 @@ from lavis.common.registry import registry
 from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets.annotations import splits
 from lavis_evlgen.datasets.annotations.conversations import ConversationRow, read_conversations_file
-from lavis_evlgen.datasets.annotations.files import image_ids, report_problems
+from lavis_evlgen.datasets.annotations.files import report_problems
 from lavis_evlgen.datasets.builder import CONFIG_FOLDER, MOST_PICTURES, SPLITS, BuilderSettings, CaptionDatasetBuilder
 from lavis_evlgen.datasets.builders.image_folder import ImageFolder, data_folder
 from lavis_evlgen.datasets.conversations import ConversationDataset
@@ -17,10 +17,6 @@ from lavis_evlgen.media.errors import DataError
 
 class ImageConversationDataset(ImageFolder, ConversationDataset):
     """Conversations about image files of one split, in the folder `images`."""
-
-    def __init__(self, *args, images: str, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.vis_root = str(images)
 
 
 @dataclass(kw_only=True)
@@ -54,11 +50,11 @@ class ImageConversationsBuilder(CaptionDatasetBuilder):
         splits.report_shared_images({split: rows for split, (_, rows) in found.items()})
         return {
             split: ImageConversationDataset(
-                self.NAME, split, _identified(path, rows), images=folder,
+                self.NAME, split, rows, images=folder,
                 max_bad_fraction=self.settings.max_bad_fraction,
                 vis_processor=self._processor("vis_processor", "train" if split == "train" else "eval"),
             )
-            for split, (path, rows) in found.items()
+            for split, (_, rows) in found.items()
         }  # fmt: skip
 
     def _read(self, files: list[str]) -> list[ConversationRow]:
@@ -68,8 +64,3 @@ class ImageConversationsBuilder(CaptionDatasetBuilder):
             report_problems(file, found, self.settings.max_bad_fraction, self.config_path)
             rows += found.rows
         return rows
-
-
-def _identified(path: str, rows: list[ConversationRow]) -> list[ConversationRow]:
-    ids = image_ids(path, ((row.image, row.image_id) for row in rows))
-    return [row._replace(image_id=ids[row.image]) for row in rows]

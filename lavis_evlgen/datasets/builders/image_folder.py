@@ -13,10 +13,13 @@ from lavis_evlgen.media.images import open_image
 
 
 class ImageFolder:
-    """Mixin of a data set whose rows name their `image` below the folder `vis_root`, for its `vis_processor`."""
+    """Mixin of a data set whose rows name their `image` below the folder `images`, for its `vis_processor`."""
 
-    vis_root: str
     annotation: list[dict]
+
+    def __init__(self, *args, images: str, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.vis_root = str(images)
 
     def _load(self, row: dict) -> Image.Image:
         return open_image(self.path_of(row["image"]), self.vis_processor)

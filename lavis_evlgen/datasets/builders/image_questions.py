@@ -55,8 +55,8 @@ class ImageQuestionDataset(ImageFolder, QuestionDataset):
     """Questions about image files of one split, in the folder `images` or inside Parquet files (`pictures`)."""
 
     def __init__(self, *args, images: str, pictures: ParquetPictures | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.vis_root, self.pictures = str(images), pictures or ParquetPictures()
+        super().__init__(*args, images=images, **kwargs)
+        self.pictures = pictures or ParquetPictures()
 
     def _load(self, row: dict):
         if row["image"] in self.pictures:

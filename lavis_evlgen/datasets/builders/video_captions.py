@@ -50,11 +50,10 @@ class VideoCaptionDataset(Clips, ImageFolder, CaptionDataset):
     """Captioned video files of one split, in the folder `videos`."""
 
     def __init__(self, *args, videos: str, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.vis_root = str(videos)
+        super().__init__(*args, images=videos, **kwargs)
 
     def _load(self, row: dict) -> VideoFile:
-        return VideoFile(os.path.join(self.vis_root, row["image"]))
+        return VideoFile(self.path_of(row["image"]))
 
     def source_of(self, row: dict) -> Hashable:
         """The film that a clip was cut from: by the annotations, else by a name such as -4wsuPCjDBc_5_15.avi."""
