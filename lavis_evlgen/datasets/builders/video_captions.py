@@ -1,6 +1,5 @@
 """`video_captions`: a folder of clips and a captions file, or one per split; `webvid2m`: WebVid's tables."""
 
-import os
 import re
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
