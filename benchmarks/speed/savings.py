@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lavis_evlgen.models.activation_checkpointing import recompute
 from lavis_evlgen.models.compile import eager, stack_of
 from lavis_evlgen.models.evlgen import EVLGen
-from lavis_evlgen.models.language import model as language
+from lavis_evlgen.models.language import sequences
 from lavis_evlgen.nn.losses import IGNORE
 
 
@@ -27,11 +27,11 @@ def full_logits_loss(hidden: Tensor, labels: Tensor, head: Callable) -> tuple[Te
 @contextlib.contextmanager
 def loss_of(function: Callable) -> Iterator[None]:
     """The language model computes its loss by `function` of (hidden, labels, head)."""
-    before, language.prefix_lm_loss = language.prefix_lm_loss, function
+    before, sequences.prefix_lm_loss = sequences.prefix_lm_loss, function
     try:
         yield
     finally:
-        language.prefix_lm_loss = before
+        sequences.prefix_lm_loss = before
 
 
 @contextlib.contextmanager

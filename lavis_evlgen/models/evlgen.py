@@ -208,15 +208,25 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         return tokens + self.soft_prompt.repeat(tokens.shape[1] // len(self.soft_prompt), 1)
 
     def loss_of(self, prompt: VisualPrompt, samples: dict) -> tuple[Tensor, Tensor]:
-        """Per sample: summed cross-entropy (B,) in nats of samples["text_input"] under these prompts, tokens (B,); of
-        samples["conversations"], where there are some, in the assistant's words."""
+        """Per text: summed cross-entropy (N,) in nats of samples["text_input"] under these prompts, tokens (N,); of
+        samples["conversations"], where there are some, in the assistant's words.
+
+        samples["texts_per_image"]: how many of the texts (and of samples["prompt"], where that is a list) each of the
+        B pictures has, a picture's in a row; left out: one each. They share its visual prompt. Raises ValueError.
+        """
+        lm, counts = self.language_model, samples.get("texts_per_image")
         if "conversations" in samples:
-            return self.language_model.conversation_loss(prompt.tokens, samples["conversations"], prompt.mask)
+            return lm.conversation_loss(prompt.tokens, samples["conversations"], prompt.mask, counts)
         texts = samples["text_input"]
-        return self.language_model.loss(prompt.tokens, texts, self._prompts(samples, len(texts)), prompt.mask)
+        return lm.loss(prompt.tokens, texts, self._prompts(samples, len(texts)), prompt.mask, counts)
+
+    def check_packing(self):
+        """Raise ValueError where the texts of a picture cannot share its visual prompt: another language model can."""
+        self.language_model.check_packing()
 
     def forward(self, samples: dict, objective=None) -> dict[str, Tensor]:
-        """samples: image (B, 3, H, W), text_input list[str]. loss: mean over supervised tokens (EVLGen, eq. 3).
+        """samples: image (B, 3, H, W), text_input list[str], and where pictures have several texts texts_per_image
+        (`loss_of`). loss: mean over supervised tokens (EVLGen, eq. 3).
 
         `loss_tokens` is their number, so that a trainer can weight ranks rightly; `across_picture_share` is the share
         of the prompt's power that is variance across pictures (0: the connector has collapsed). `objective`, a

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lavis_evlgen.models.connectors import VisualPrompt
+from lavis_evlgen.models.language.packing import own_rows
 
 
 class Generates:
@@ -15,7 +16,7 @@ class Generates:
         prompt = samples.get("prompt", self.prompt)
         prompts = [prompt] * batch if isinstance(prompt, str) else list(prompt)
         if len(prompts) != batch:
-            raise ValueError(f"{len(prompts)} prompts for {batch} pictures; give one, or one for each")
+            raise ValueError(f"{len(prompts)} prompts for {batch} pictures or texts; give one, or one for each")
         return prompts
 
     @torch.no_grad()
@@ -100,10 +101,14 @@ class Generates:
     def log_probs_of(
         self, prompt: VisualPrompt, samples: dict, sampled: list[list[int]], temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Log-probability (N,) in nats of sampled ids, as many for each picture, and tokens (N,); differentiable."""
+        """Log-probability (N,) in nats of sampled ids, as many for each picture, and tokens (N,); differentiable.
+
+        Captions of a picture share its visual prompt where the language model lets them (LanguageModel.packs).
+        """
         pictures = len(prompt.tokens)
-        each = len(sampled) // pictures
-        prompts = [text for text in self._prompts(samples, pictures) for _ in range(each)]
-        mask = None if prompt.mask is None else prompt.mask.repeat_interleave(each, 0)
-        visual = prompt.tokens.repeat_interleave(each, 0)  # (N, L', D_l)
-        return self.language_model.log_probs(visual, sampled, prompts, mask, temperature)
+        counts = [len(sampled) // pictures] * pictures
+        prompts = [text for text in self._prompts(samples, pictures) for _ in range(counts[0])]
+        visual, mask, lm = prompt.tokens, prompt.mask, self.language_model
+        if counts[0] > 1 and not lm.packs:
+            (visual, mask), counts = own_rows(visual, mask, counts), None  # (N, L', D_l)
+        return lm.log_probs(visual, sampled, prompts, mask, temperature, counts)

@@ -5,25 +5,27 @@ OPT, LLaMA, Vicuna, Qwen, SmolLM and any other `AutoModelForCausalLM` differ in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import LogitsProcessorList
 
 from lavis_evlgen.models.compile import eager
-from lavis_evlgen.models.language.chat import ChatEncoder, Labelled, Message
-from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, up_to_end
+from lavis_evlgen.models.language.chat import ChatEncoder, Message
+from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, cache_key, decode, up_to_end
 from lavis_evlgen.models.language.llm_train import Lora, make_trainable
+from lavis_evlgen.models.language.packing import checked_counts
 from lavis_evlgen.models.language.prompt_attention import PromptAttention
-from lavis_evlgen.models.language.tokenizer import TextEncoder, pad_rows
+from lavis_evlgen.models.language.sequences import Sequences, pads_to
+from lavis_evlgen.models.language.tokenizer import TextEncoder
 from lavis_evlgen.models.precision import freeze
-from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
+from lavis_evlgen.nn.losses import IGNORE
 
 
-class LanguageModel(nn.Module):
+class LanguageModel(Sequences, nn.Module):
     """`loss(visual_prompt, texts, prompts)` and `generate(visual_prompt, prompts, **decoding)`.
 
     Sequence: `[visual prompt][BOS][prompt][caption]` (bos="after", released) or
@@ -124,77 +126,41 @@ class LanguageModel(nn.Module):
                 "computed on supervised positions alone; use another language model"
             )
 
-    def body(self, embeds: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Last hidden states (B, T, D_l) of embeddings (B, T, D_l), mask (B, T) | None: nothing is padded on the left.
-
-        That is said by ones: given no mask, transformers looks for several texts in a row and makes a table of them.
-        """
-        mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
-        return self.llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state
-
-    def _head(self, hidden: Tensor) -> Tensor:
-        return self.llm.get_output_embeddings()(hidden)
-
-    def _assemble(
+    def loss(
         self,
         visual: Tensor,
-        visual_mask: Tensor | None,
-        rows: list[list[int]],
-        prompt_lengths: list[int],
-        front: list[list[int]] | None = None,
-    ):
-        """Embeddings (B, T, D), mask (B, T), members of the prompt (B, T), the column where the text rows start.
-
-        Padded on the right. prompt_lengths: ids of the text prompt that each row begins with. front: ids in front of
-        each visual prompt, padded on the left, of texts that bring their BOS; None: the BOS stands where `bos` says.
-        """
-        batch, n_visual, _ = visual.shape
-        bos, first = [] if self.text.bos_id is None else [self.text.bos_id], 0
-        if front is None and self.bos == "after":
-            rows, first = [bos + row for row in rows], len(bos)
-        elif front is None:
-            front = [bos] * batch
-        ids = pad_rows(rows, self.text.pad_id, "right", visual.device)  # (B, S)
-        mask = pad_rows([[1] * len(row) for row in rows], 0, "right", visual.device)
-        if visual_mask is None:
-            visual_mask = mask.new_ones(batch, n_visual)
-        parts, masks = [visual.to(self.dtype), self.embed[0](ids)], [visual_mask.long(), mask]
-        members = [visual_mask.bool(), self._prompt_members(mask, prompt_lengths, first)]
-        if front and any(front):
-            before = pad_rows(front, self.text.pad_id, "left", visual.device)  # (B, F)
-            parts.insert(0, self.embed[0](before))
-            masks.insert(0, pad_rows([[1] * len(row) for row in front], 0, "left", visual.device))
-            members.insert(0, torch.zeros_like(before, dtype=torch.bool))
-        embeds, mask = torch.cat(parts, 1), torch.cat(masks, 1)
-        return embeds, mask, torch.cat(members, 1), embeds.shape[1] - ids.shape[1]
-
-    def _prompt_members(self, mask: Tensor, prompt_lengths: list[int], first: int) -> Tensor:
-        """Of text rows (B, S), which tokens see each other with the visual prompt: (B, S). first: where texts start."""
-        if self.prompt_attention.kind != "prefix":
-            return torch.zeros_like(mask, dtype=torch.bool)
-        positions = torch.arange(mask.shape[1], device=mask.device)
-        ends = torch.tensor(prompt_lengths, device=mask.device).unsqueeze(1) + first
-        return (positions >= first) & (positions < ends)
-
-    def loss(
-        self, visual: Tensor, texts: list[str], prompts: list[str], mask: Tensor | None = None
+        texts: list[str],
+        prompts: list[str],
+        mask: Tensor | None = None,
+        counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """visual (B, P, D_l), mask (B, P) | None -> per sample: summed cross-entropy (B,) in nats, tokens (B,)."""
+        """visual (B, P, D_l), mask (B, P) | None -> per text: summed cross-entropy (N,) in nats, tokens (N,).
+
+        counts: how many of the texts each picture has, a picture's in a row, which share its visual prompt; None: one
+        each. Raises ValueError for counts of other texts, and for a language model in which texts cannot share.
+        """
+        counts = checked_counts(counts, len(visual), len(texts))
         pairs = [self.text.caption(p, t, self.text_limit) for p, t in zip(prompts, texts, strict=True)]
         for prompt, (_, labels) in zip(prompts, pairs, strict=True):
             if all(label == IGNORE for label in labels):
                 self.check_prompt(prompt)
         first = [self.text.bos_id if self.labelled_bos(prompt) else IGNORE for prompt in prompts]
-        return self._nats(visual, pairs, mask, self._head, first)
+        return self._nats(visual, pairs, mask, self._head, first, counts=counts)
 
     def conversation_loss(
-        self, visual: Tensor, conversations: list[Sequence[Message]], mask: Tensor | None = None
+        self,
+        visual: Tensor,
+        conversations: list[Sequence[Message]],
+        mask: Tensor | None = None,
+        counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """As `loss`, of the assistant's words in conversations of at most max_txt_len ids (chat.py).
 
         The visual prompt stands where a conversation says <image>. With prompt_attention=prefix, what follows it up to
-        the assistant's first word is of the prompt; what stands in front of it stays causal. Raises ValueError.
+        the assistant's first word is of the prompt; what stands in front of it stays causal. Words of a conversation
+        stand in front of the visual prompt, so the conversations of a picture have a row each. Raises ValueError.
         """
+        counts = checked_counts(counts, len(visual), len(conversations))
         fronts, rows = zip(*map(self.chat.encode, conversations), strict=True)
         longest = max(len(front.ids) + len(row.ids) for front, row in zip(fronts, rows, strict=True))
         if longest > self.max_txt_len:
@@ -202,7 +168,7 @@ class LanguageModel(nn.Module):
                 f"a conversation of {longest} tokens is longer than max_txt_len={self.max_txt_len}; raise it, or train "
                 "with run.task=evlgen_conversations, which cuts conversations at a turn"
             )
-        return self._nats(visual, list(rows), mask, self._head, fronts=list(fronts))
+        return self._nats(visual, list(rows), mask, self._head, fronts=list(fronts), counts=counts)
 
     def log_probs(
         self,
@@ -211,51 +177,18 @@ class LanguageModel(nn.Module):
         prompts: list[str],
         mask: Tensor | None = None,
         temperature: float = 1.0,
+        counts: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """visual (B, P, D_l), ids that `sample` drew -> per sample: log-probability (B,) in nats, tokens (B,).
+        """visual (B, P, D_l), ids that `sample` drew -> per text: log-probability (N,) in nats, tokens (N,).
 
-        Differentiable, and what `sample` drew with at this temperature; an end token counts as any other.
+        Differentiable, and what `sample` drew with at this temperature; an end token counts as any other. prompts: of
+        each text; counts: as `loss`.
         """
+        counts = checked_counts(counts, len(visual), len(sampled))
         starts = [self.text.encode(p.rstrip()) for p in prompts]
         pairs = [(start + ids, [IGNORE] * len(start) + ids) for start, ids in zip(starts, sampled, strict=True)]
-        sums, tokens = self._nats(visual, pairs, mask, lambda hidden: self._head(hidden) / temperature)
+        sums, tokens = self._nats(visual, pairs, mask, lambda hidden: self._head(hidden) / temperature, counts=counts)
         return -sums, tokens
-
-    def _nats(
-        self,
-        visual: Tensor,
-        pairs: list[tuple[list[int], list[int]]],
-        mask: Tensor | None,
-        head,
-        first: list[int] | None = None,
-        fronts: list[Labelled] | None = None,
-    ):
-        """Summed cross-entropy (B,) of the labels of (ids, labels) after the visual prompt, and their number (B,).
-
-        first: the label of each text's BOS, where that stands behind the visual prompt; None: it has none. fronts: of
-        texts that bring their BOS, what stands in front of the visual prompt.
-        """
-        front = None if fronts is None else [own.ids for own in fronts]
-        ragged = mask is not None or len({len(ids) for ids in front or []}) > 1
-        lengths = [next((n for n, label in enumerate(labels) if label != IGNORE), len(labels)) for _, labels in pairs]
-        embeds, mask, members, start = self._assemble(visual, mask, [ids for ids, _ in pairs], lengths, front)
-        extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows
-        first = [IGNORE] * len(pairs) if first is None else first
-        rows = [[IGNORE] * start + [bos] * extra + lab for bos, (_, lab) in zip(first, pairs, strict=True)]
-        labels = pad_rows(rows, IGNORE, "right", visual.device)
-        if fronts is not None:
-            before = pad_rows([own.labels for own in fronts], IGNORE, "left", visual.device)  # (B, F)
-            labels[:, : before.shape[1]] = before
-        if ragged:
-            embeds, mask, labels, members = _pads_to("right", mask, embeds, mask, labels, members)
-        if self.training:
-            more = -embeds.shape[1] % self.length_multiple
-            embeds, labels = F.pad(embeds, (0, 0, 0, more)), F.pad(labels, (0, more), value=IGNORE)
-            members = F.pad(members, (0, more))
-        # all padding is on the right, behind what looks back: no mask is needed, and without one attention is fused
-        with self.prompt_attention.within(members):
-            hidden = self.body(embeds)
-        return prefix_lm_loss(hidden, labels, head)
 
     def token_log_probs(
         self, visual: Tensor, text: str, prompt: str = "", mask: Tensor | None = None
@@ -294,8 +227,13 @@ class LanguageModel(nn.Module):
 
         seeds: one a picture, which its captions are a function of. greedy: the greedy caption of each picture comes
         before its drawn ones. Every row of the search is one of these, so the greedy ones cost no pass of their own.
+        The prompt of a picture is read once for all of them where the language model takes a cache that can be copied.
         """
         drawing = GumbelRows(seeds, num_samples, greedy, temperature, top_p, visual.device)
+        if cache_key(self.llm):
+            with self._prompted(visual, prompts, mask) as (embeds, mask):
+                ids = decode(self, embeds, mask, drawing, max_new_tokens)
+            return up_to_end(ids, self.text.end_id)
         ids = self._generate(
             visual.repeat_interleave(drawing.group, 0),
             [prompt for prompt in prompts for _ in range(drawing.group)],
@@ -308,12 +246,18 @@ class LanguageModel(nn.Module):
         )
         return up_to_end(ids, self.text.end_id)
 
-    def _generate(self, visual: Tensor, prompts: list[str], mask: Tensor | None, **decoding) -> Tensor:
-        """Generated ids (N, T), without the prompt."""
+    @contextmanager
+    def _prompted(self, visual: Tensor, prompts: list[str], mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Embeddings (B, T, D) and mask (B, T), padded on the left; inside, the prompt is read as it should be."""
         rows = [self.text.encode(p.rstrip()) for p in prompts]
         embeds, mask, members, _ = self._assemble(visual, mask, rows, [len(row) for row in rows])
-        embeds, mask, members = _pads_to("left", mask, embeds, mask, members)
+        embeds, mask, members = pads_to("left", mask, embeds, mask, members)
         with eager(), self.prompt_attention.within(members):
+            yield embeds, mask
+
+    def _generate(self, visual: Tensor, prompts: list[str], mask: Tensor | None, **decoding) -> Tensor:
+        """Generated ids (N, T), without the prompt."""
+        with self._prompted(visual, prompts, mask) as (embeds, mask):
             return self.llm.generate(
                 inputs_embeds=embeds,
                 attention_mask=mask,
@@ -321,13 +265,3 @@ class LanguageModel(nn.Module):
                 pad_token_id=self.text.pad_id,
                 **decoding,
             )
-
-
-def _pads_to(side: str, mask: Tensor, *rows: Tensor) -> list[Tensor]:
-    """Move the masked columns of each of `rows` (B, T, ...) to one side, the rest in order.
-
-    Positions then count real tokens only, for every model.
-    """
-    order = mask.argsort(dim=1, stable=True, descending=side == "right")  # (B, T)
-    batch = torch.arange(len(mask), device=mask.device).unsqueeze(1)  # (B, 1)
-    return [row[batch, order] for row in rows]
