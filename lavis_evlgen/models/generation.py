@@ -109,6 +109,6 @@ class Generates:
         counts = [len(sampled) // pictures] * pictures
         prompts = [text for text in self._prompts(samples, pictures) for _ in range(counts[0])]
         visual, mask, lm = prompt.tokens, prompt.mask, self.language_model
-        if counts[0] > 1 and not lm.packs:
+        if counts[0] > 1 and not lm.packs():
             (visual, mask), counts = own_rows(visual, mask, counts), None  # (N, L', D_l)
         return lm.log_probs(visual, sampled, prompts, mask, temperature, counts)

@@ -1,13 +1,18 @@
 """Captions are drawn from the model's own distribution, by their picture's seed, and their log-probabilities are those
 that they were drawn with."""
 
+import functools
+
 import pytest
 import torch
+from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from lavis_evlgen.models.language import model as language
 from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, up_to_end
+from lavis_evlgen.models.language.model import LanguageModel
 from tests.models.test_language import BOS, KINDS, PROMPTS, by_hand, soft_prompts
-from tests.tiny import pictures, tiny_evlgen, tiny_language_model
+from tests.models.test_prompt_attention import language_model
+from tests.tiny import pictures, tiny_evlgen, tiny_language_model, tiny_tokenizer
 
 SEEDS = [11, 12, 13]
 
@@ -148,3 +153,69 @@ def test_an_objective_takes_the_place_of_the_loss():
 
     assert set(model(samples, objective=objective)) == {"loss"} and seen == [(True, 2, ["a dog"] * 2)]
     assert "loss_tokens" in model(samples)
+
+
+def repeated(lm, monkeypatch, *args, **how):
+    """What Hugging Face's own search draws, which reads the prompt once for each caption."""
+    with monkeypatch.context() as patch:
+        patch.setattr(language, "cache_key", lambda llm: None)
+        return lm.sample(*args, **how)
+
+
+def tiny_gpt2():
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=330, n_embd=32, n_layer=2, n_head=2, initializer_range=0.3)).eval()
+
+
+def tiny_bloom():
+    torch.manual_seed(0)
+    config = BloomConfig(vocab_size=330, hidden_size=32, n_layer=2, n_head=2, initializer_range=0.3)
+    return BloomForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("llm", ["llama", "opt", "qwen2", "mistral", tiny_gpt2, tiny_bloom])
+@pytest.mark.parametrize("attention", ["causal", "prefix"])
+def test_captions_that_share_a_prompt_are_those_of_prompts_of_their_own(llm, attention, monkeypatch):
+    """Prompts of different length, visual prompts too; captions end at different places; nucleus and greedy rows."""
+    if callable(llm):
+        lm = LanguageModel(llm(), tiny_tokenizer(), "before")
+    else:
+        lm = language_model(llm, "before", attention)
+    visual, mask = soft_prompts(3, length=6), torch.tensor([[1] * 6, [1, 1, 1, 0, 0, 0], [0, 0, 1, 0, 1, 1]])
+    inside = [token for row in lm.sample(visual, PROMPTS, mask, seeds=SEEDS, num_samples=4) for token in row[1:6]]
+    lm.text.end_id = max(inside, key=inside.count)
+    lengths = set()
+    for how in ({"greedy": True}, {"top_p": 0.8, "temperature": 0.7}):
+        args = (visual, PROMPTS, mask)
+        how = {"seeds": SEEDS, "num_samples": 4, "max_new_tokens": 9, **how}
+        found = lm.sample(*args, **how)
+        assert found == repeated(lm, monkeypatch, *args, **how)
+        lengths |= {len(row) for row in found}
+    assert len(lengths) > 1
+
+
+def test_a_prompt_is_read_once_for_all_its_captions(monkeypatch):
+    lm, reads = tiny_language_model(), []
+    forward = lm.llm.base_model.forward
+
+    @functools.wraps(forward)  # the signature stays, which says by what name the cache goes
+    def counting(**kwargs):
+        reads.append(tuple(kwargs.get("inputs_embeds", kwargs.get("input_ids")).shape[:2]))
+        return forward(**kwargs)
+
+    monkeypatch.setattr(lm.llm.base_model, "forward", counting)
+    lm.sample(soft_prompts(2), ["", ""], seeds=SEEDS[:2], num_samples=5, max_new_tokens=3)
+    assert reads[0] == (2, 6) and reads[1:] == [(10, 1), (10, 1)]
+
+
+def test_a_language_model_that_cannot_share_is_scored_in_rows_of_its_own():
+    model = tiny_evlgen()
+    assert model.language_model.packs()
+    model.language_model = LanguageModel(tiny_bloom(), tiny_tokenizer())
+    assert not model.language_model.packs()
+    samples = {"image": pictures(2)}
+    prompt = model.visual_prompt(samples["image"])
+    sampled = model.sample(prompt, samples, seeds=[1, 2], num_samples=3, max_new_tokens=4)
+    found, _ = model.log_probs_of(prompt, samples, sampled)
+    each = prompt.tokens.repeat_interleave(3, 0)
+    torch.testing.assert_close(found, model.language_model.log_probs(each, sampled, [""] * 6)[0])

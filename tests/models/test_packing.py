@@ -165,7 +165,7 @@ def test_a_language_model_that_would_let_texts_see_each_other_is_refused():
     bloom = BloomForCausalLM(BloomConfig(vocab_size=330, hidden_size=32, n_layer=2, n_head=2)).eval()
     for llm in (neo, bloom):
         lm = LanguageModel(llm, tiny_tokenizer())
-        assert not lm.packs
+        assert not lm.packs()
         words = f"run.texts_per_image: .* {type(llm).__name__}: .*; set run.texts_per_image=1"
         with pytest.raises(ValueError, match=words):
             lm.loss(visual(1), TEXTS[:2], ["", ""], None, [2])

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import is_fake
 
 from lavis_evlgen.models.compile import eager
 
-_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError)  # that a model which takes no such mask may raise
+# what a model that takes no mask of ours may raise
+_REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def check_prompt_attention(llm: nn.Module, within: Callable) -> str:
 def check_segments(llm: nn.Module, within: Callable) -> str:
     """Why texts in one row cannot share the front in this language model; empty where they can.
 
-    within: PromptAttention.within. A front of three tokens, a text of two and one of three.
+    within: PromptAttention.within. A front of three tokens, which see each other, a text of two and one of three.
     """
     if not _computes(llm):
         return ""
@@ -56,16 +57,19 @@ def check_segments(llm: nn.Module, within: Callable) -> str:
     positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 5]], device=embeds.device)
     in_a_row = torch.arange(8, device=embeds.device).unsqueeze(0)
     second = [0, 1, 2, 5, 6, 7]  # the front with the second text
+    none = torch.zeros_like(segments)
     try:
         with within(_members(embeds), segments.repeat(4, 1), positions.repeat(4, 1)):
             hidden = _hidden(llm, embeds)
         with within(_members(embeds[:1]), segments, in_a_row):
             elsewhere = _hidden(llm, embeds[:1])
-        with within(_members(embeds[:1, second])):
+        with within(_members(embeds[:1, second]), none[:, second], in_a_row[:, :6]):
             alone = _hidden(llm, embeds[:1, second])
     except _REFUSALS as error:
         return _no_mask(error)
     moved = _moved(hidden)  # (4, T)
+    if not moved[1, 0]:  # of row 1, which saw a change behind it
+        return "a mask of its own stays in force beside ours, and may hide the visual prompt from distant texts"
     if not moved[1, 3:].all() or not (moved[2, 4] and moved[3, 6:].all()):
         return "its texts would not see the visual prompt and themselves"
     if moved[2, :3].any() or moved[2, 5:].any() or moved[3, :5].any():

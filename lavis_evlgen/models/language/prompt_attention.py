@@ -100,7 +100,6 @@ class PromptAttention:
         if self.kind == "causal" and segments is None:
             yield
             return
-        members = members if self.kind != "causal" else torch.zeros_like(members)
         self._sight, self._used = _Sight(members, segments, positions), False
         try:
             yield

@@ -41,7 +41,6 @@ class Sequences:
                 f"{type(self.llm).__name__}: {why}; set run.texts_per_image=1, or use another language model"
             )
 
-    @property
     def packs(self) -> bool:
         """Whether texts can share a visual prompt in this language model (check_packing)."""
         return not self.prompt_attention.why_not_packing(self.llm)
@@ -139,6 +138,8 @@ class Sequences:
         rows = TextRows([in_text + ids for ids, _ in pairs], counts)
         front = [in_front] * len(counts)
         embeds, real, members, start = self._assemble(visual, mask, rows.ids, [0] * len(counts), front)
+        if self.prompt_attention.kind == "causal":
+            members = torch.zeros_like(members)
         segments, positions = rows.segments_and_positions(real[:, :start])
         more = self._more(embeds, max(counts))
         padded = [F.pad(each, (0, more)) for each in (members, segments, positions)]
