@@ -176,6 +176,36 @@ def blip2_table(card: dict) -> str:
     return f"`{row['scale']}`, batch {row['batch']}, {row['dtype']}.\n\n" + markdown(columns, rows)
 
 
+def packing_table(card: dict) -> str:
+    """The step by its number of texts a picture, and SCST's with and without sharing the prompt."""
+    settings, rows = card["settings"], [row for row in card["rows"] if row["part"] == "training"]
+    parts = {"vision encoder": ("vision",), "connector": ("connector",), "language model": ("language", "head")}
+    cells = []
+    for row in rows:
+        spent = [1e3 * sum(time["median"] for name, time in row["phases"].items() if name.startswith(starts))
+                 for starts in parts.values()]  # fmt: skip
+        cells.append([
+            str(row["texts"]), milliseconds(row["seconds"]), *(f"{ms:.3g}" for ms in spent),
+            f"{row['texts_per_s']:.3g}", f"{row['texts_per_s'] / rows[0]['texts_per_s']:.2f}x",
+            f"{row['loss_difference']:.0e}",
+        ])  # fmt: skip
+    columns = ["texts a picture", "step, ms", *(f"{name}, ms" for name in parts), "texts/s",
+               f"of {rows[0]['texts']}'s", "loss differs by"]  # fmt: skip
+    (scst,) = (row for row in card["rows"] if row["part"] == "scst")
+    shared = []
+    for name in ("step", "drawing"):
+        ways = [f"{name}, {how}" for how in SCST_PROMPTS]
+        shared.append([name, *(milliseconds(scst["seconds"][way]) for way in ways), ratio(scst["seconds"], *ways)])
+    told = f"`{settings['scale']}`, batch {settings['batch']}, {settings['dtype']}."
+    drawn = (
+        f"SCST, {settings['samples']} captions of {settings['tokens']} tokens drawn for a picture, scoring not "
+        f"counted; {scst['same_draws']:.0%} of them the same either way:"
+    )
+    columns_of_scst = ["", *(f"{how}, ms" for how in SCST_PROMPTS), "takes"]
+    return "\n\n".join([told, markdown(columns, cells), drawn, markdown(columns_of_scst, shared)])
+
+
+SCST_PROMPTS = ("one prompt for all", "a prompt for each")
 AXES = {"batch": "pictures a batch", "text": "tokens of a caption", "tokens_left": "visual tokens left",
         "frames": "frames of a clip"}  # fmt: skip
 
@@ -219,7 +249,8 @@ def floor_table(card: dict) -> str:
 
 TABLES = {
     "merge": merge_table, "connector": connector_table, "data": data_table, "vision": vision_table, "step": step_table,
-    "lengths": lengths_table, "blip2": blip2_table, "scaling": scaling_table, "generate": generate_table,
+    "lengths": lengths_table, "packing": packing_table, "blip2": blip2_table, "scaling": scaling_table,
+    "generate": generate_table,
 }  # fmt: skip
 
 

@@ -115,18 +115,25 @@ def vision_encoder(scale: Scale, precision: str) -> VisionEncoder:
 
 
 def samples(
-    scale: Scale, batch: int, device: torch.device, seed: int = 0, tokens: int | None = None, frames: int | None = None
+    scale: Scale,
+    batch: int,
+    device: torch.device,
+    seed: int = 0,
+    tokens: int | None = None,
+    frames: int | None = None,
+    texts: int = 1,
 ) -> dict:
-    """Pictures of noise, or clips of `frames`, with captions of `tokens` tokens without BOS and end.
+    """Pictures of noise, or clips of `frames`, with `texts` captions each of `tokens` tokens without BOS and end.
 
     tokens: None for 8 to 20, as COCO's are.
     """
     numbers = random.Random(seed)
-    captions = ["a" * (tokens or numbers.randint(8, 20)) for _ in range(batch)]
+    captions = ["a" * (tokens or numbers.randint(8, 20)) for _ in range(batch * texts)]
     generator = torch.Generator().manual_seed(seed)
     times = () if frames is None else (frames,)
     image = torch.randn(batch, 3, *times, scale.image_size, scale.image_size, generator=generator)
-    return {"image": image.to(device), "text_input": captions}
+    counts = {} if texts == 1 else {"texts_per_image": [texts] * batch}
+    return {"image": image.to(device), "text_input": captions, **counts}
 
 
 def add_step_arguments(parser: argparse.ArgumentParser):

@@ -153,7 +153,8 @@ def in_phases(model: EVLGen, step: TrainingStep, batch: dict) -> dict[str, float
         lap("connector, forward")
         prompt = tokens.detach().requires_grad_()
         with loss_of(lambda hidden, labels, head: (hidden, labels)):
-            hidden, labels = model.language_model.loss(prompt, texts, no_prompts)
+            counts = batch.get("texts_per_image")
+            hidden, labels = model.language_model.loss(prompt, texts, no_prompts, counts=counts)
         lap("language model, forward")
         last = hidden.detach().requires_grad_()
         sums, count = prefix_lm_loss(last, labels, model.language_model._head)

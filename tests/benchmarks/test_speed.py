@@ -10,7 +10,7 @@ import torch
 from benchmarks.common import performance_page as page
 from benchmarks.common import random_models as models
 from benchmarks.common import timing
-from benchmarks.speed import blip2_step, connector, data, generate, lengths, merge, roofline, scaling, step
+from benchmarks.speed import blip2_step, connector, data, generate, lengths, merge, packing, roofline, scaling, step
 from lavis_evlgen.tools.cost.macs import evlgen_cost
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
@@ -186,6 +186,38 @@ def test_lengths_padded_against_one_compilation_for_any(card_of, tmp_path, monke
     assert max(row["loss_difference"] for row in (padded, free)) < 1e-5
     text = page.section("lengths", tmp_path)
     assert "captions of 4 to 11 tokens" in text and "| one compilation for any length |" in text
+
+
+def test_texts_that_share_a_prompt_against_a_prompt_for_each(card_of, tmp_path):
+    options = "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --texts 1 3 --samples 2"
+    one, three, scst = card_of(packing, f"{options} --tokens 3")["rows"]
+    assert (one["texts"], three["texts"], one["loss_difference"]) == (1, 3, 0) and three["loss_difference"] < 1e-5
+    assert tuple(sorted(one["phases"], key=page.PHASES.index)) == tuple(one["phases"]) == tuple(three["phases"])
+    ways = {f"{name}, {way}" for name in ("step", "drawing") for way in page.SCST_PROMPTS}
+    assert set(scst["seconds"]) == ways and scst["same_draws"] == 1
+    text = page.section("packing", tmp_path)
+    assert "2 captions of 3 tokens drawn" in text and "| 3 |" in text and "| drawing |" in text
+
+
+@torch.no_grad()
+def test_captions_with_a_prompt_for_each_are_compared_with_what_training_does():
+    """Either way is the same captions; with prompts of their own the language model reads each of them."""
+    model, reads = models.build(models.scales()["tiny"], "fp32", torch.device("cpu")), []
+    batch = models.samples(models.scales()["tiny"], 2, torch.device("cpu"))
+    prompt = model.visual_prompt(batch["image"])
+
+    def draw():
+        reads.clear()
+        rows = model.sample(prompt, batch, seeds=[1, 2], num_samples=3, max_new_tokens=2)
+        return rows, model.log_probs_of(prompt, batch, rows)[0], [tuple(shape[:2]) for shape in reads]
+
+    blocks = model.language_model.llm.model.layers
+    blocks[0].register_forward_hook(lambda module, args, output: reads.append(args[0].shape))
+    rows, shared, read = draw()
+    with packing.own_prompts(model):
+        again, own, read_own = draw()
+    assert rows == again and torch.allclose(shared, own, atol=1e-4)
+    assert [batch for batch, _ in read] == [2, 6, 2] and [batch for batch, _ in read_own] == [6, 6, 6]
 
 
 def test_steps_of_blip2_beside_evlgens(card_of, tmp_path):

@@ -79,9 +79,7 @@ class PromptAttention:
 
     def _hook(self, llm: nn.Module):
         if not self._hooked:
-            # OPTForCausalLM calls the decoder inside its base model, so a hook on that would miss generation
-            decoder = llm.get_decoder() or llm.base_model
-            decoder.register_forward_pre_hook(self._replace_mask, with_kwargs=True)
+            _decoder_of(llm).register_forward_pre_hook(self._replace_mask, with_kwargs=True)
             self._hooked = True
 
     def why_not_packing(self, llm: nn.Module) -> str:
@@ -144,6 +142,13 @@ class PromptAttention:
 
     def _off(self) -> str:
         return "run.texts_per_image=1" if self._asked() == "run.texts_per_image" else "prompt_attention=causal"
+
+
+def _decoder_of(llm: nn.Module) -> nn.Module:
+    """The module that every pass goes through: OPTForCausalLM calls the decoder inside its base model. Where there is
+    none such, get_decoder says None or the whole model, or is not there, by model and version of transformers."""
+    decoder = llm.get_decoder() if hasattr(llm, "get_decoder") else None
+    return llm.base_model if decoder is None or decoder is llm else decoder
 
 
 def _sliding_window(config) -> int | None:
