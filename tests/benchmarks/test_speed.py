@@ -192,7 +192,7 @@ def test_texts_that_share_a_prompt_against_a_prompt_for_each(card_of, tmp_path):
     options = "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --texts 1 3 --samples 2"
     one, three, scst = card_of(packing, f"{options} --tokens 3")["rows"]
     assert (one["texts"], three["texts"], one["loss_difference"]) == (1, 3, 0) and three["loss_difference"] < 1e-5
-    assert tuple(sorted(one["phases"], key=page.PHASES.index)) == tuple(one["phases"]) == tuple(three["phases"])
+    assert set(one["phases"]) == set(three["phases"]) == set(page.PHASES)
     ways = {f"{name}, {way}" for name in ("step", "drawing") for way in page.SCST_PROMPTS}
     assert set(scst["seconds"]) == ways and scst["same_draws"] == 1
     text = page.section("packing", tmp_path)
@@ -205,6 +205,7 @@ def test_captions_with_a_prompt_for_each_are_compared_with_what_training_does():
     model, reads = models.build(models.scales()["tiny"], "fp32", torch.device("cpu")), []
     batch = models.samples(models.scales()["tiny"], 2, torch.device("cpu"))
     prompt = model.visual_prompt(batch["image"])
+    model.check_packing()  # tried once, which reads too
 
     def draw():
         reads.clear()
