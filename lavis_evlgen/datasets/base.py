@@ -187,5 +187,12 @@ class CaptionDataset(ReadableRows):
             "instance_id": row["instance_id"],
         }
 
+    def references_of(self, indices: Iterable[int], most: int) -> dict[str, list]:
+        """A batch of the first `most` references of these evaluation rows' pictures, as TextGroups make them."""
+        rows = [self.annotation[index] for index in indices]
+        groups = [[{**row, "caption": text} for text in self.references[row["image_id"]][:most]] for row in rows]
+        texts, counts = in_a_row([{"texts": [self._text(row) for row in group]} for group in groups])
+        return {**self._texts(texts), **counts}
+
     def source_of(self, row: dict) -> Hashable:
         return self.sources.get(row["image_id"], row["image_id"])

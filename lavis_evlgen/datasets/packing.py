@@ -58,7 +58,7 @@ class TextGroups(Dataset):
 
 
 def in_a_row(samples: list[dict]) -> tuple[list[dict], dict[str, list[int]]]:
-    """(what each text of a batch says, what the batch says of their numbers: `texts_per_image`, B numbers of 1 or more).
+    """(what each text of a batch says, {`texts_per_image`: B numbers of 1 or more}).
 
     Samples without `texts` are of one text each and say it themselves; the batch then has no `texts_per_image`.
     """

@@ -8,6 +8,7 @@ from lavis_evlgen.compat.adapting import take_over
 class ModelFacts:
     """Base class of our models; `facts_of` gives other models the defaults."""
 
+    packs_texts = False  # whether batches may have `texts_per_image` (datasets/packing.py)
     prompt: str = ""  # text before every caption, for the run card
     lr_scale: dict[str, float] = {}  # learning-rate factor of each part; 1 where it is not named
 

@@ -146,6 +146,7 @@ class Trainer:
             self.device.type == "cuda",
             self.shards.positions,
             run.mix_per_rank,
+            run.texts_per_image,
         )
 
     def _loop(self, batches):

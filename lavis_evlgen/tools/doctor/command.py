@@ -5,10 +5,13 @@ from __future__ import annotations
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.config.stages import starts_from
 from lavis_evlgen.datasets import ImageShards
-from lavis_evlgen.runners.preflight import check_splits
+from lavis_evlgen.datasets.facts import adapted_sets
+from lavis_evlgen.runners.preflight import check_splits, sets_with
+from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tasks.build import build_data
 from lavis_evlgen.tools.doctor.checks import (
     Finding,
+    check_epoch,
     check_images,
     check_memory,
     check_stage,
@@ -47,6 +50,9 @@ def _check_training(cfg: EvlgenConfig, limit: int | None, looked_at: list) -> li
     findings.append(_shown(check_memory(cfg.model_cfg, cfg.stage)))
     task, datasets = build_data(cfg)
     findings.append(_shown(_check_splits(cfg.run_cfg, datasets, task)))
+    if findings[-1].ok and not cfg.run_cfg.get("evaluate"):
+        run = RunSettings.read(cfg.run_cfg, "run.")
+        findings.append(_shown(check_epoch(run, sets_with(adapted_sets(datasets), "train"))))
     for name, splits in datasets.items():
         section = (name, cfg.datasets_cfg[name])
         if section in looked_at:
