@@ -12,6 +12,7 @@ from lavis_evlgen.datasets import DataError
 from lavis_evlgen.evaluation import caption_metrics, order_accuracy
 from lavis_evlgen.evaluation.blind import score_with_blind
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.facts import check_packing
 from lavis_evlgen.tasks.base import Shown, Task
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses
 from lavis_evlgen.tasks.settings import DecodingSettings
@@ -104,6 +105,10 @@ class EvlgenCaptionTask(Task):
                 f"run.task=evlgen_captioning captions with EVLGen models; model.arch={cfg.model_cfg.arch} is none; "
                 "use evlgen_blip2_stage1 for evlgen_blip2, image_text_pretrain for LAVIS's own blip2 and blip2_opt"
             )
+
+    def check_model(self, cfg, model):
+        if self.texts_per_image > 1:
+            check_packing(model, f"run.eval_texts_per_image={self.texts_per_image}")
 
     def before_evaluation(self, model, dataset, **kwargs):
         self.references = dataset.references
