@@ -28,7 +28,7 @@ def check_splits(run, datasets: dict, task):
         scored = [*(run.get("valid_splits") or []), *scored]
         train = sets_with(datasets, "train")
         _check_ratios(run.get("train_dataset_ratios"), train)
-        check_packing(run.get("texts_per_image") or 1, train)
+        check_texts(run.get("texts_per_image") or 1, train)
         for name, dataset in train.items():
             if isinstance(dataset, ImageShards):
                 check_shards(name, dataset, distributed.world_size() * max(1, int(run.get("num_workers", 0))))
@@ -77,7 +77,7 @@ def check_shards(name: str, dataset: ImageShards, streams: int):
         )
 
 
-def check_packing(texts_per_image: int, data: dict):
+def check_texts(texts_per_image: int, data: dict):
     """Raises ConfigError where several texts of a picture are asked of training sets that give one a sample."""
     for name, dataset in data.items():
         if texts_per_image > 1 and not isinstance(dataset, ReadableRows | ImageShards):

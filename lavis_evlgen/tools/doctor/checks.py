@@ -39,9 +39,9 @@ class Finding:
     details: list[str] = field(default_factory=list)
 
 
-def check_epoch(run: RunSettings, train: dict) -> Finding:
+def epoch_words(run: RunSettings, train: dict) -> list[str]:
     """How many steps of one process an epoch of each training set is; shards do not know."""
-    a_step, seen = (run.batch_size_train or 1) * run.accum_grad_iters, []
+    a_step, lines = (run.batch_size_train or 1) * run.accum_grad_iters, []
     for name, dataset in train.items():
         if isinstance(dataset, ImageShards):
             continue
@@ -49,8 +49,8 @@ def check_epoch(run: RunSettings, train: dict) -> Finding:
         if run.texts_per_image > 1:
             samples, what = len(TextGroups(dataset, run.texts_per_image, run.seed)), "groups of texts of a picture"
             what += f" ({len(dataset)} texts of {dataset.num_images} {dataset.media}s)"
-        seen.append(f"{name} {samples} {what}, {samples / a_step:.4g} steps of one process")
-    return Finding(True, "an epoch", "; ".join(seen) or "not known: shards do not say how many samples they hold")
+        lines.append(f"an epoch of {name}: {samples} {what}, {samples / a_step:.4g} steps of one process")
+    return lines
 
 
 def check_images(name: str, split: str, dataset, limit: int | None, say) -> Finding:

@@ -11,11 +11,11 @@ from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tasks.build import build_data
 from lavis_evlgen.tools.doctor.checks import (
     Finding,
-    check_epoch,
     check_images,
     check_memory,
     check_stage,
     check_weights,
+    epoch_words,
     trained_by,
 )
 from lavis_evlgen.tools.doctor.shards import check_shards
@@ -50,9 +50,6 @@ def _check_training(cfg: EvlgenConfig, limit: int | None, looked_at: list) -> li
     findings.append(_shown(check_memory(cfg.model_cfg, cfg.stage)))
     task, datasets = build_data(cfg)
     findings.append(_shown(_check_splits(cfg.run_cfg, datasets, task)))
-    if findings[-1].ok and not cfg.run_cfg.get("evaluate"):
-        run = RunSettings.read(cfg.run_cfg, "run.")
-        findings.append(_shown(check_epoch(run, sets_with(adapted_sets(datasets), "train"))))
     for name, splits in datasets.items():
         section = (name, cfg.datasets_cfg[name])
         if section in looked_at:
@@ -83,7 +80,9 @@ def _check_splits(run, datasets: dict, task):
     except ConfigError as error:
         return Finding(False, "splits", str(error))
     splits = [str(split) for key in ("train_splits", "valid_splits", "test_splits") for split in run.get(key) or []]
-    return Finding(True, "splits", f"{', '.join(splits)} are there and large enough")
+    train = {} if run.get("evaluate") else sets_with(adapted_sets(datasets), "train")
+    epochs = epoch_words(RunSettings.read(run, "run."), train)
+    return Finding(True, "splits", f"{', '.join(splits)} are there and large enough", epochs)
 
 
 def _shown(finding: Finding) -> Finding:
