@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.packing import TextGroups
@@ -51,12 +53,15 @@ def test_pictures_and_texts_are_counted(whole):
 def test_operations_are_counted_for_a_picture_with_its_texts(whole):
     trainer = whole.runner
     batch = next(iter(trainer._train_loader({"scenes": trainer.datasets["scenes"]["train"]})))
-    one = {key: value for key, value in batch.items() if key != "texts_per_image"}
-    firsts = [sum(batch["texts_per_image"][:n]) for n in range(4)]
-    one |= {key: [value[n] for n in firsts] for key, value in one.items() if key in ("text_input", "image_id")}
-    several, single = flops_per_image(trainer.step, batch), flops_per_image(trainer.step, one)
-    separate = flops_per_image(trainer.step, {**one, "image": batch["image"]})
-    assert single == separate < several < sum(batch["texts_per_image"]) / 4 * single
+    counts = torch.tensor(batch["texts_per_image"])
+    apart = {**batch, "image": batch["image"].repeat_interleave(counts, 0)}  # each text with a picture of its own
+    del apart["texts_per_image"]
+    together, each = flops_per_image(trainer.step, batch), flops_per_image(trainer.step, apart)
+    vision = trainer.model.visual_encoder
+    with FlopCounterMode(display=False) as counter:
+        vision(batch["image"][:1])
+    saved = each * len(apart["image"]) - together * 4
+    assert saved > counter.get_total_flops() * (len(apart["image"]) - 4) > 0  # what one picture's texts share
 
 
 def test_two_ranks_are_one_with_twice_the_batch(whole, tmp_path):
@@ -109,7 +114,7 @@ def test_the_evaluations_loss_may_be_over_several_references(whole, tmp_path):
             image = data[picture]["image"].unsqueeze(0)
             alone = [model.loss_of(model.visual_prompt(image), {"text_input": [data.text_processor(text)]})
                      for text in texts]  # fmt: skip
-            nats, tokens = (sum(float(one[n]) for one in alone) for n in (0, 1))
+            nats, tokens = (sum(one[n].item() for one in alone) for n in (0, 1))
             assert rows[str(number)][key] == pytest.approx(nats, rel=1e-4)
         assert rows[str(number)]["tokens"] == tokens
     assert found[3]["loss_right"] != pytest.approx(found[1]["loss_right"], rel=1e-3)
@@ -136,6 +141,6 @@ def test_data_sets_of_others_are_refused():
 def test_the_doctor_says_how_long_an_epoch_is(packed, capsys):
     evlgen("doctor", packed.path())
     told = capsys.readouterr().out
-    assert "an epoch of scenes: 14 groups of texts of a picture (35 texts of 7 images), 1.75 steps of one process" in told
+    assert "an epoch of scenes: 14 groups of texts of a picture (35 texts of 7 images), 1.75 steps of one" in told
     evlgen("doctor", packed.path(), "--options", "run.texts_per_image=1")
     assert "an epoch of scenes: 35 rows, 4.375 steps of one process" in capsys.readouterr().out
