@@ -3,12 +3,9 @@
 import json
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.packing import TextGroups
-from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.runners.preflight import check_texts
 from tests.processes import on_two_ranks
 from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
@@ -48,20 +45,6 @@ def test_pictures_and_texts_are_counted(whole):
         assert row["texts_per_s"] / row["images_per_s"] == pytest.approx(row["texts_per_step"] / 8)
     epochs = [row["texts_per_step"] for row in rows]
     assert sum(epochs) == pytest.approx(35 * STEPS * 8 / 14, abs=2)  # 35 texts in 14 groups
-
-
-def test_operations_are_counted_for_a_picture_with_its_texts(whole):
-    trainer = whole.runner
-    batch = next(iter(trainer._train_loader({"scenes": trainer.datasets["scenes"]["train"]})))
-    counts = torch.tensor(batch["texts_per_image"])
-    apart = {**batch, "image": batch["image"].repeat_interleave(counts, 0)}  # each text with a picture of its own
-    del apart["texts_per_image"]
-    together, each = flops_per_image(trainer.step, batch), flops_per_image(trainer.step, apart)
-    vision = trainer.model.visual_encoder
-    with FlopCounterMode(display=False) as counter:
-        vision(batch["image"][:1])
-    saved = each * len(apart["image"]) - together * 4
-    assert saved > counter.get_total_flops() * (len(apart["image"]) - 4) > 0  # what one picture's texts share
 
 
 def test_two_ranks_are_one_with_twice_the_batch(whole, tmp_path):

@@ -154,7 +154,7 @@ def test_it_counts_what_a_real_step_on_several_texts_does(runs, kind):
     language, caption = model.language_model, "a red square and a blue circle"
     ids, _ = language.text.caption(model.prompt, caption, language.text_limit)
     cost = cost_of(OmegaConf.create(section), text_tokens=1 + len(ids), texts=Texts(3))
-    batch = {"image": pictures(1), "text_input": [caption] * 3, "texts_per_image": [3]}
+    batch = {"image": pictures(2), "text_input": [caption] * 6, "texts_per_image": [3, 3]}
     with sdpa_kernel(SDPBackend.MATH):
         flops_per_image(step_of(model), batch)  # asks whether the language model can
         real = flops_per_image(step_of(model), batch)
