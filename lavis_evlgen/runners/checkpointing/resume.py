@@ -149,10 +149,11 @@ class RunState:
             logging.warning("resumed with other settings than %s was made with: %s", path, words)
 
     def _check_texts(self, saved: dict, path):
-        """Refuse other groups of texts: the stream is one of groups, and positions in another mean nothing."""
+        """Refuse other groups of texts: the stream of a data set is one of groups (not so that of shards)."""
         then = flat(saved.get("config", {})).get("run.texts_per_image") or 1
         now = self.trainer.run.texts_per_image
-        if then != now:
+        rows = len(sets_with(self.trainer.datasets, "train")) > len(self.trainer.shards.sets)
+        if then != now and rows:
             raise ConfigError(
                 f"{path} was trained with run.texts_per_image={then}, this run has {now}, and would lose its position "
                 f"in the data: keep it, or start a new run from these weights with model.pretrained={path}"
