@@ -41,7 +41,9 @@ class Finding:
 
 def epoch_words(run: RunSettings, train: dict) -> list[str]:
     """How many steps of one process an epoch of each training set is; shards do not know."""
-    a_step, lines = (run.batch_size_train or 1) * run.accum_grad_iters, []
+    if run.batch_size_train is None:  # which train.py will ask for
+        return []
+    a_step, lines = run.batch_size_train * run.accum_grad_iters, []
     for name, dataset in train.items():
         if isinstance(dataset, ImageShards):
             continue
