@@ -173,8 +173,16 @@ def test_a_group_of_an_unreadable_picture_moves_on_as_a_whole_and_is_counted_onc
         assert [entry["image"] for entry in found["bad"]] == met
     batch = groups.collater([groups[0, 0], groups[0, 4]])
     assert [entry["image"] for entry in batch["bad"]] == ["0.jpg", "1.jpg"] and len(batch["image"]) == 2
+    groups.dataset.broken, groups.dataset.vis_processor = frozenset(), _only_the_last  # as clips, read by the processor
+    assert [entry["image"] for entry in groups[0, 1]["bad"]] == ["0.jpg", "1.jpg"]
     with pytest.raises(DataError, match="a: 2 images in a row cannot be read, from group 1 of train on"):
         TextGroups(captions([2, 2], broken=[0, 1]), 2, 5)[0, 1]
+
+
+def _only_the_last(number: int) -> torch.Tensor:
+    if number < 2:
+        raise UnreadableImage(f"{number}.jpg", "its frames are gone")
+    return to_tensor(number)
 
 
 def test_questions_of_a_picture_bring_their_prompts_and_answers():
