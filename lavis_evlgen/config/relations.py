@@ -20,6 +20,18 @@ def check_run(run: DictConfig):
         _warn_of_warmup(run)
 
 
+def check_packing(run: DictConfig, arch: str, packs_texts: bool):
+    """Raises Refused where a training that learns one text of a picture at a time is asked for several."""
+    asked = run.get("texts_per_image", 1)
+    if asked == 1 or run.get("evaluate"):
+        return
+    why = None if packs_texts else f"model.arch={arch} learns one text of a picture at a time"
+    if run.task == "scst":
+        why = "run.task=scst draws its captions itself, run.num_samples of a picture"
+    if why is not None:
+        raise Refused(f"run.texts_per_image={asked}: {why}; leave it out")
+
+
 def _check_run_name(run: DictConfig):
     """One folder below output_dir; a number is a name too, such as a year."""
     if "run_name" not in run:

@@ -272,6 +272,7 @@ class EvlgenConfig(Config):
         check_values(run, keys, "run.")
         if declares(runner):
             relations.check_run(run)
+            relations.check_packing(run, model.arch, getattr(model_cls, "packs_texts", False))
         check_values(model, keys_of(model_cls), "model.")
         for name, section in self.config.datasets.items():
             builder = registry.get_builder_class(name)

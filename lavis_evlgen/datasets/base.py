@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lavis_evlgen.datasets.facts import DatasetFacts
+from lavis_evlgen.datasets.packing import in_a_row
 from lavis_evlgen.media.errors import DataError
 from lavis_evlgen.media.file_checks import Unreadable
 
@@ -50,12 +51,22 @@ class ReadableRows(DatasetFacts, BaseDataset):
         text = self._text(row)
         return {"image": None if image is None else self.vis_processor(image), **text, "bad": bad}
 
+    def group_sample(self, rows: list[dict], bad: list[dict]) -> dict:
+        """Rows of one picture as one sample: `image`, `texts` (of each row, what `_text` returns) and `bad`."""
+        image, texts = self._load(rows[0]), [self._text(row) for row in rows]
+        return {"image": self.vis_processor(image), "texts": texts, "bad": bad}
+
     def collater(self, samples: list[dict]) -> dict:
         """Stack samples into a batch: `image` (B, 3, H, W), or None where none could be read; the rest lists of
-        length B, except `bad`: every unreadable image met, those of dropped samples included."""
+        length B, except `bad`: every unreadable image met, those of dropped samples included.
+
+        Of `group_sample`s, lists of all texts, those of a picture in a row, and `texts_per_image`: how many are whose.
+        """
         kept = [sample for sample in samples if sample["image"] is not None]
+        texts, counts = in_a_row(kept)
         return {
-            **self._texts(kept),
+            **self._texts(texts),
+            **counts,
             "image": torch.stack([sample["image"] for sample in kept]) if kept else None,  # (B, 3, H, W)
             "bad": [entry for sample in samples for entry in sample["bad"]],
         }
@@ -81,20 +92,32 @@ class ReadableRows(DatasetFacts, BaseDataset):
             index += len(self)
         if not self.is_train:
             return self._eval_sample(self.annotation[index])
+        following = ([self.annotation[(index + step) % len(self)]] for step in range(len(self)))
+        return self.first_readable(
+            following, lambda rows, bad: self._sample(rows[0], self._load(rows[0]), bad), f"row {index}"
+        )
+
+    def first_readable(
+        self, groups: Iterable[list[dict]], sample_of: Callable[[list[dict], list[dict]], dict], start: str
+    ) -> dict:
+        """sample_of(rows, bad) of the first group of rows (each of one picture) whose picture can be read.
+
+        bad: the unreadable ones before it. Raises DataError after MAX_TRIES pictures; start: where that began.
+        """
         bad, failed = [], set()
-        for step in range(len(self)):
-            row = self.annotation[(index + step) % len(self)]
-            if row["image_id"] in failed:  # the neighbouring rows are often captions of the same broken image
+        for rows in groups:
+            image_id = rows[0]["image_id"]
+            if image_id in failed:  # the neighbouring rows are often captions of the same broken image
                 continue
             try:
-                return self._sample(row, self._load(row), bad)
+                return sample_of(rows, bad)
             except Unreadable as error:
-                failed.add(row["image_id"])
+                failed.add(image_id)
                 bad.append({"image": error.path, "reason": error.reason})
             if len(failed) == MAX_TRIES:
                 break
         raise DataError(
-            f"{self.name}: {len(bad)} {self.media}s in a row cannot be read, from row {index} of {self.split} "
+            f"{self.name}: {len(bad)} {self.media}s in a row cannot be read, from {start} of {self.split} "
             f"on; the first is {bad[0]['image']} ({bad[0]['reason']}). Check the {self.media}s folder."
         )
 
@@ -163,6 +186,13 @@ class CaptionDataset(ReadableRows):
             "image_id": row["image_id"],
             "instance_id": row["instance_id"],
         }
+
+    def references_of(self, indices: Iterable[int], most: int) -> dict[str, list]:
+        """A batch of the first `most` references of these evaluation rows' pictures, as TextGroups make them."""
+        rows = [self.annotation[index] for index in indices]
+        groups = [[{**row, "caption": text} for text in self.references[row["image_id"]][:most]] for row in rows]
+        texts, counts = in_a_row([{"texts": [self._text(row) for row in group]} for group in groups])
+        return {**self._texts(texts), **counts}
 
     def source_of(self, row: dict) -> Hashable:
         return self.sources.get(row["image_id"], row["image_id"])

@@ -6,6 +6,8 @@ ranks see what one rank with twice the batch sees, and a resumed run goes on at 
 
 Tar shards cannot be read in any order: each (rank, worker) has a stream of its own, whose position is saved
 (shards/stream.py). Which data set a micro-step draws, and which worker's stream, is a function of (seed, m) there too.
+
+With several texts a picture (packing.py), what is said of samples and rows holds of groups.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from lavis_evlgen.datasets.packing import TextGroups
 from lavis_evlgen.datasets.seeding import EpochOrder, generators_kept, mix, seed_all
 from lavis_evlgen.datasets.shards.dataset import ImageShards
 from lavis_evlgen.datasets.shards.stream import START, ShardStream, StreamPosition
@@ -104,7 +107,8 @@ class Mixture(Dataset):
             return key.data_set, self._stream(key).take(key.count)
         k, epoch, row = key
         seed_all(mix(self.seed, k, epoch, row))
-        return k, self.datasets[k][row]
+        grouped = isinstance(self.datasets[k], TextGroups)
+        return k, self.datasets[k][(epoch, row) if grouped else row]
 
     def _stream(self, key: FromShards) -> ShardStream:
         if self._worker not in (None, key.worker):  # samples would be lost and repeated
@@ -140,25 +144,33 @@ def _prepare_worker(exiting, _worker: int):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _shard_stream(datasets, seed, rank, world, workers, positions, k: int, worker: int) -> ShardStream:
+def _shard_stream(datasets, seed, rank, world, workers, positions, texts, k: int, worker: int) -> ShardStream:
     position = positions.get((k, worker), START)
-    return ShardStream(datasets[k], mix(seed, k), rank * workers + worker, world * workers, position)
+    return ShardStream(datasets[k], mix(seed, k), rank * workers + worker, world * workers, position, texts)
 
 
 def train_loader(datasets, ratios, batch_size, seed, rank, world, start, num_workers, pin_memory,
-                 positions: dict[tuple[int, int], StreamPosition] | None = None, per_rank: bool = False) -> DataLoader:
+                 positions: dict[tuple[int, int], StreamPosition] | None = None, per_rank: bool = False,
+                 texts_per_image: int = 1) -> DataLoader:
     """Endless loader over `datasets` from micro-step `start` on. ratios: shares of micro-steps (None: by size).
 
     positions: of the streams of (shard set, worker) of this rank; a stream without one starts at its beginning.
-    per_rank: each rank draws a data set of its own in every micro-step.
+    per_rank: each rank draws a data set of its own in every micro-step. texts_per_image: above 1, samples are of up to
+    so many texts of a picture (all data sets are then ReadableRows or ImageShards), and `batch_size` counts pictures.
     """
+    datasets = list(datasets)
+    if texts_per_image > 1:
+        datasets = [
+            d if isinstance(d, ImageShards) else TextGroups(d, texts_per_image, mix(seed, k))
+            for k, d in enumerate(datasets)
+        ]
     sizes = [None if isinstance(d, ImageShards) else len(d) for d in datasets]
     ratios = ratios or (sizes if len(sizes) > 1 else [1])
     workers = max(1, num_workers)
     batches = MixtureBatches(sizes, ratios, batch_size, seed, rank, world, start, workers, per_rank)
 
-    streams = partial(_shard_stream, datasets, seed, rank, world, workers, positions or {})
-    mixture = Mixture(list(datasets), seed, streams)
+    streams = partial(_shard_stream, datasets, seed, rank, world, workers, positions or {}, texts_per_image)
+    mixture = Mixture(datasets, seed, streams)
     return DataLoader(
         mixture,
         batch_sampler=batches,

@@ -108,6 +108,7 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         for name in ("opt2.7b", "opt6.7b", "vicuna7b", "vicuna13b", "quickstart")
     }
     PARTS, Settings = PARTS, EvlgenSettings
+    packs_texts = True
 
     def __init__(
         self,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from lavis_evlgen.compat.adapting import take_over
+from lavis_evlgen.config import ConfigError
 
 
 class ModelFacts:
     """Base class of our models; `facts_of` gives other models the defaults."""
 
+    packs_texts = False  # whether batches may have `texts_per_image` (datasets/packing.py)
     prompt: str = ""  # text before every caption, for the run card
     lr_scale: dict[str, float] = {}  # learning-rate factor of each part; 1 where it is not named
 
@@ -24,6 +26,9 @@ class ModelFacts:
         stage has trained one of them, checkpoints do without them, and they may be absent as a whole at loading."""
         return set()
 
+    def check_packing(self):
+        """Of a model that packs texts: raises ValueError where its language model cannot."""
+
     def token_counts(self) -> str | None:
         """From how many visual tokens to how many of the prompt, for the start-up table; None: no such line."""
         return None
@@ -39,3 +44,11 @@ class LavisModelFacts(ModelFacts):
 def facts_of(model) -> ModelFacts:
     """The model itself where it has the facts, else the defaults."""
     return model if isinstance(model, ModelFacts) else LavisModelFacts(model)
+
+
+def check_packing(model, asked: str):
+    """Raises ConfigError where `model` cannot learn or score several texts of a picture; asked: by which key."""
+    try:
+        facts_of(model).check_packing()
+    except ValueError as error:
+        raise ConfigError(f"{asked}: {error}") from error

@@ -8,6 +8,7 @@ from pathlib import Path
 from lavis_evlgen import distributed
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import ImageShards
+from lavis_evlgen.datasets.base import ReadableRows
 from lavis_evlgen.runners.checkpointing.stopping import save_every
 
 
@@ -27,6 +28,7 @@ def check_splits(run, datasets: dict, task):
         scored = [*(run.get("valid_splits") or []), *scored]
         train = sets_with(datasets, "train")
         _check_ratios(run.get("train_dataset_ratios"), train)
+        check_texts(run.get("texts_per_image") or 1, train)
         for name, dataset in train.items():
             if isinstance(dataset, ImageShards):
                 check_shards(name, dataset, distributed.world_size() * max(1, int(run.get("num_workers", 0))))
@@ -73,6 +75,17 @@ def check_shards(name: str, dataset: ImageShards, streams: int):
             f"{name}: {len(missing)} of {len(looked_at)} shards looked at are not there, more than max_bad_fraction="
             f"{dataset.max_bad_fraction:g} allows; the first is {missing[0]}. Check datasets.{name}.shards and .folder"
         )
+
+
+def check_texts(texts_per_image: int, data: dict):
+    """Raises ConfigError where several texts of a picture are asked of training sets that give one a sample."""
+    for name, dataset in data.items():
+        if texts_per_image > 1 and not isinstance(dataset, ReadableRows | ImageShards):
+            raise ConfigError(
+                f"run.texts_per_image={texts_per_image}: datasets.{name}, none of this package's data sets, gives one "
+                "text of a picture at a time; leave run.texts_per_image out, or read its files with a data set of "
+                "docs/your_own.md"
+            )
 
 
 def _check_ratios(ratios, data: dict):

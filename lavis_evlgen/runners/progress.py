@@ -114,8 +114,12 @@ class Progress:
         row = {"step": step, **means, "lr": lr}
         elapsed = max(time.perf_counter() - self.started - self.paused, 1e-9)
         self.seconds_per_step = elapsed / self.count
+        row["images_per_s"] = self.images_per_step * self.count / elapsed
+        rate = f"{row['images_per_s']:.1f} images/s"
+        if "texts_per_step" in row:
+            row["texts_per_s"] = row["texts_per_step"] * self.count / elapsed
+            rate += f", {row['texts_per_s']:.1f} texts/s"
         row |= {
-            "images_per_s": self.images_per_step * self.count / elapsed,
             "data_wait": self.waited / elapsed,
             "seconds_per_step": self.seconds_per_step,
             "peak_memory_gb": peak_memory_gb(self.device),
@@ -131,8 +135,8 @@ class Progress:
             more += f"  {skipped} of {self.count} steps skipped (gradient not finite)"
             self.skipped += skipped
         logging.info(
-            "%sstep %d/%d  loss %.4f  lr %.2e%s  %.1f images/s  data wait %.0f%%  peak %.1f GB  ETA %s",
-            self.label, step, self.max_steps, row["loss"], lr, more, row["images_per_s"],
+            "%sstep %d/%d  loss %.4f  lr %.2e%s  %s  data wait %.0f%%  peak %.1f GB  ETA %s",
+            self.label, step, self.max_steps, row["loss"], lr, more, rate,
             100 * row["data_wait"], row["peak_memory_gb"], _clock(eta),
         )  # fmt: skip
         self.write(row)

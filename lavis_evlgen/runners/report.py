@@ -41,7 +41,8 @@ class Reporter:
             **({} if tokens is None else {"tokens": tokens}),
             "device": f"{device}, {distributed.world_size()} process(es), amp {amp_of(run)}",
             "batch": f"{images_per_step} images a step ({run.batch_size_train} x {distributed.world_size()} ranks x "
-            f"{trainer.accum_grad_iters} accumulated)",
+            f"{trainer.accum_grad_iters} accumulated)"
+            + (f", up to {run.texts_per_image} texts of each" if run.texts_per_image > 1 else ""),
             "compiled": ", ".join(trainer.compiled) or "nothing",
             "steps": f"{trainer.start_step} -> {trainer.max_iters}, evaluated every {trainer.iters_per_inner_epoch}",
             "data": "; ".join(d.description or f"{name}: {len(d)} rows" for name, d in data.items()),

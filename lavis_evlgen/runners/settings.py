@@ -23,6 +23,10 @@ class RunSettings(OptimSettings, StepSettings, SharedRunSettings):
     max_iters: int | None = key("optimizer steps of the run", None, at_least=1, at_most=10**9)
     iters_per_inner_epoch: int | None = key("evaluate and save every this many steps", None, at_least=1, at_most=10**9)
     batch_size_train: int | None = key("images per rank and micro-step", None, at_least=1, at_most=10**6)
+    texts_per_image: int = key(
+        "texts of a picture that are learnt in one pass of it, where it has so many: batch_size_train then counts "
+        "pictures (not of run.task=scst, nor of other models than EVLGen's)", 1, at_least=1, at_most=10_000,
+    )  # fmt: skip
     batch_size_eval: int | None = key(
         "images per rank in evaluation; left out: batch_size_train", None, at_least=1, at_most=10**6
     )

@@ -76,7 +76,7 @@ class StagedRun:
                 task, datasets = build_data(cfg)
                 task.check_arch(cfg)
                 task.check_model(cfg, self.model)
-                check_run(cfg)
+                check_run(cfg, self.model)
                 check_splits(cfg.run_cfg, datasets, task)
             except ConfigError as error:
                 raise ConfigError(f"{cfg.stage.key}: {error}") from error

@@ -90,12 +90,13 @@ class TrainingStep:
             return model(batch) if objective is None else model(batch, objective=objective)
 
     def __call__(self, batches, step: int = 0) -> tuple[dict[str, Tensor], float, list[dict]]:
-        waited, bad, values = 0.0, [], {}
+        waited, bad, values, texts = 0.0, [], {}, 0
         for micro in range(self.accum):
             started = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - started
             bad += batch.get("bad", [])
+            texts += sum(batch.get("texts_per_image", ()))
             last = micro == self.accum - 1
             hold = contextlib.nullcontext() if last or not distributed.initialized() else self.model.no_sync()
             with hold:
@@ -104,6 +105,8 @@ class TrainingStep:
         self.last_loss = values["loss"]
         values["grad_norm"] = self._update()
         values["skipped_steps"] = self.skipped.clone()
+        if texts:  # several of a picture; of all ranks, of which a log line takes the mean
+            values["texts_per_step"] = torch.full((), float(texts * distributed.world_size()), device=self.device)
         return values, waited, bad
 
     def _forward_backward(self, batch: dict, micro_step: int) -> dict[str, Tensor]:

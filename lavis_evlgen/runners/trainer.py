@@ -21,6 +21,7 @@ from lavis_evlgen.datasets.facts import adapted_sets
 from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.compile import check_parts, compile_parts, eager
+from lavis_evlgen.models.facts import check_packing
 from lavis_evlgen.models.precision import check_halves, check_precision
 from lavis_evlgen.models.trains import train_mode
 from lavis_evlgen.runners.checkpointing import checkpoints
@@ -63,7 +64,7 @@ class Trainer:
         if self.evaluate_only:
             check_evaluation(section, cfg.model_cfg)
         else:
-            check_run(cfg)
+            check_run(cfg, model)
             recompute_llm(model, run.llm_grad_checkpoint)
             compile_parts(model, self.compiled)
         check_splits(section, self.datasets, self.task)
@@ -146,6 +147,7 @@ class Trainer:
             self.device.type == "cuda",
             self.shards.positions,
             run.mix_per_rank,
+            run.texts_per_image,
         )
 
     def _loop(self, batches):
@@ -267,9 +269,12 @@ class Trainer:
         distributed.barrier()
 
 
-def check_run(cfg):
-    """Raises ConfigError where a key that training needs is not set, and for two half precisions at once."""
+def check_run(cfg, model):
+    """Raises ConfigError where a key that training needs is not set, for two half precisions at once, and where the
+    model cannot learn several texts of a picture that are asked for."""
     check_training(cfg.run_cfg, RunSettings.meanings())
+    if (texts := RunSettings.read(cfg.run_cfg, "run.").texts_per_image) > 1:
+        check_packing(model, f"run.texts_per_image={texts}")
     precision = check_precision(cfg.model_cfg.get("llm_precision") or "fp32", "llm_precision")
     check_halves(amp_of(cfg.run_cfg), precision)
 

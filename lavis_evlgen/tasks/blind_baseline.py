@@ -11,6 +11,9 @@ import hashlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 
+import torch
+from torch import Tensor
+
 
 def partners(sources: Sequence[Hashable]) -> list[int | None]:
     """For each row, the row whose text goes under its picture: one of another source, each row at most once.
@@ -30,10 +33,14 @@ def partners(sources: Sequence[Hashable]) -> list[int | None]:
 
 
 class BlindPairs:
-    """The pairs of one data set (a ReadableRows), for the batches of an evaluation."""
+    """The pairs of one data set (a ReadableRows), for the batches of an evaluation.
 
-    def __init__(self, dataset):
-        self.dataset = dataset
+    texts: of each picture, how many references a loss is over, where the data set has so many (a CaptionDataset above
+    1); their nats and tokens are summed.
+    """
+
+    def __init__(self, dataset, texts: int = 1):
+        self.dataset, self.texts = dataset, texts
         self.partner = partners([dataset.source_of(row) for row in dataset.annotation])
 
     def __len__(self) -> int:
@@ -45,6 +52,16 @@ class BlindPairs:
         pairs = [(position, row) for position, row in pairs if row is not None and wanted(row)]
         return [position for position, _ in pairs], [row for _, row in pairs]
 
+    def losses(self, model, prompt, rows: Sequence[int]) -> tuple[list[float], list[int]]:
+        """Nats and tokens of the texts of `rows` of the data set, under as many visual prompts."""
+        if self.texts == 1:
+            nats, tokens = model.loss_of(prompt, self.dataset.texts_of(rows))
+        else:
+            texts = self.dataset.references_of(rows, self.texts)
+            found = model.loss_of(prompt, texts)  # of each text
+            nats, tokens = (sums_of(values, texts["texts_per_image"]) for values in found)
+        return nats.tolist(), tokens.tolist()
+
     def measure_losses(self, model, prompt, rows: list[dict]):
         """Put into each row of a batch, under "blind", the loss (nats) of its partner's text under its own picture.
 
@@ -52,16 +69,31 @@ class BlindPairs:
         """
         positions, others = self.of(row["instance_id"] for row in rows)
         if positions:
-            shuffled, _ = model.loss_of(prompts_of(prompt, positions), self.dataset.texts_of(others))
-            for position, other, nats in zip(positions, others, shuffled.tolist(), strict=True):
+            shuffled, _ = self.losses(model, prompts_of(prompt, positions), others)
+            for position, other, nats in zip(positions, others, shuffled, strict=True):
                 rows[position]["blind"] = {str(other): {"loss_shuffled": nats}}
+
+
+def sums_of(values: Tensor, counts: list[int]) -> Tensor:
+    """values (sum of counts,) -> (B,): the sum over each `counts[b]` in a row."""
+    return torch.stack([own.sum() for own in values.split(counts)])
+
+
+def prompts_by_picture(model, samples: dict):
+    """The visual prompts of a batch, each picture (by its image_id) put through the model once."""
+    place: dict[Hashable, int] = {}
+    rows = [place.setdefault(image_id, len(place)) for image_id in samples["image_id"]]
+    if len(place) == len(rows):
+        return model.visual_prompt(samples["image"])
+    firsts = [rows.index(n) for n in range(len(place))]
+    return prompts_of(model.visual_prompt(samples["image"][firsts]), rows)
 
 
 def prompts_of(prompt, positions: Sequence[int]):
     """The visual prompts at these positions of a batch."""
-    if len(positions) == len(prompt.tokens):
-        return prompt
     rows = list(positions)
+    if rows == list(range(len(prompt.tokens))):
+        return prompt
     return type(prompt)(prompt.tokens[rows], None if prompt.mask is None else prompt.mask[rows])
 
 

@@ -12,6 +12,7 @@ from lavis_evlgen.datasets import DataError
 from lavis_evlgen.evaluation import caption_metrics, order_accuracy
 from lavis_evlgen.evaluation.blind import score_with_blind
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.facts import check_packing
 from lavis_evlgen.tasks.base import Shown, Task
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses
 from lavis_evlgen.tasks.settings import DecodingSettings
@@ -40,6 +41,10 @@ class CaptionTaskSettings(DecodingSettings):
     tokenizer: str = key("auto (ptb where Java is found), ptb, simple", "auto")
     blind_shuffles: int = key("shuffles that the blind scores are averaged over", 5, at_least=1, at_most=10_000)
     agg_metric: str = key("which metric chooses the best checkpoint", "CIDEr")
+    eval_texts_per_image: int = key(
+        "references of a picture that the evaluation's loss is over, where it has so many", 1, at_least=1,
+        at_most=10_000,
+    )  # fmt: skip
 
 
 @registry.register_task("evlgen_captioning")
@@ -55,7 +60,9 @@ class EvlgenCaptionTask(Task):
     min_pictures = 2  # a single picture cannot be shuffled
     score_name = "CIDEr"
 
-    def __init__(self, decoding: dict, metrics=caption_metrics.METRICS, tokenizer="auto", shuffles=5, agg="CIDEr"):
+    def __init__(self, decoding: dict, metrics=caption_metrics.METRICS, tokenizer="auto", shuffles=5, agg="CIDEr",
+                 texts_per_image: int = 1):
+        """texts_per_image: references of a picture that the loss is over."""
         super().__init__()
         caption_metrics.check_metrics(metrics)
         # now, rather than after the first thousand steps
@@ -64,7 +71,7 @@ class EvlgenCaptionTask(Task):
         if agg not in known:
             raise ConfigError(f"run.agg_metric={agg} will not be scored here; run.metrics gives {', '.join(known)}")
         self.decoding, self.metrics, self.tokenizer = decoding, tuple(metrics), tokenizer
-        self.shuffles, self.agg = shuffles, agg
+        self.shuffles, self.agg, self.texts_per_image = shuffles, agg, texts_per_image
         self.references: dict = {}
         self.order_captions: dict = {}
         self.blind: BlindPairs
@@ -73,8 +80,9 @@ class EvlgenCaptionTask(Task):
     def setup_task(cls, cfg):
         settings = cls.Settings.read(cfg.run_cfg, "run.")
         return cls(
-            _decoding(settings), settings.metrics, settings.tokenizer, settings.blind_shuffles, settings.agg_metric
-        )
+            _decoding(settings), settings.metrics, settings.tokenizer, settings.blind_shuffles, settings.agg_metric,
+            settings.eval_texts_per_image,
+        )  # fmt: skip
 
     def check_dataset(self, name: str, dataset):
         """Raises ConfigError for a data set without captions; the runner asks before anything runs."""
@@ -98,21 +106,25 @@ class EvlgenCaptionTask(Task):
                 "use evlgen_blip2_stage1 for evlgen_blip2, image_text_pretrain for LAVIS's own blip2 and blip2_opt"
             )
 
+    def check_model(self, cfg, model):
+        if self.texts_per_image > 1:
+            check_packing(model, f"run.eval_texts_per_image={self.texts_per_image}")
+
     def before_evaluation(self, model, dataset, **kwargs):
         self.references = dataset.references
         self.order_captions = dataset.order_captions
-        self.blind = BlindPairs(dataset)
+        self.blind = BlindPairs(dataset, self.texts_per_image)
 
     def valid_step(self, model, samples: dict) -> list[dict]:
         """One row a picture: image_id, instance_id, caption, loss (nats), tokens, and under "blind" what the picture
         measured for another row's text."""
         prompt = model.visual_prompt(samples["image"])
         captions = model.generate(samples, visual_prompt=prompt, **self.decoding)
-        right, tokens = model.loss_of(prompt, samples)  # (B,), (B,)
+        right, tokens = self.blind.losses(model, prompt, [int(own) for own in samples["instance_id"]])
         rows = []
         for i, caption in enumerate(captions):
             row = {"image_id": samples["image_id"][i], "instance_id": samples["instance_id"][i], "caption": caption}
-            rows.append(row | {"loss": right[i].item(), "tokens": tokens[i].item(), "loss_shuffled": None})
+            rows.append(row | {"loss": right[i], "tokens": tokens[i], "loss_shuffled": None})
         self.blind.measure_losses(model, prompt, rows)
         return rows
 
@@ -139,6 +151,7 @@ class EvlgenCaptionTask(Task):
             "metrics": scores.scores,
             "blind": blind.mean,
             **paired_losses(rows),
+            **({"loss_texts_per_image": self.texts_per_image} if self.texts_per_image > 1 else {}),
             **self._order(predictions),
             "pictures": len(rows),
             "unreadable": bad,

@@ -13,7 +13,7 @@ from lavis_evlgen.datasets import DataError
 from lavis_evlgen.datasets.conversations import ConversationDataset
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.tasks.base import Shown, Task
-from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses
+from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_by_picture
 
 
 @registry.register_task("evlgen_conversations")
@@ -83,7 +83,7 @@ class EvlgenConversationTask(Task):
     def valid_step(self, model, samples: dict) -> list[dict]:
         """One row a conversation: its ids and messages, loss (nats) and tokens of the assistant's words, and under
         "blind" what the picture measured for another row's conversation."""
-        prompt = model.visual_prompt(samples["image"])
+        prompt = prompts_by_picture(model, samples)
         loss, tokens = model.loss_of(prompt, samples)  # (B,), (B,)
         keys = ("instance_id", "conversation_id", "image_id", "conversations")
         rows = [{key: samples[key][i] for key in keys} for i in range(len(loss))]

@@ -15,7 +15,7 @@ from lavis_evlgen.datasets.questions import TEMPLATE, QuestionDataset
 from lavis_evlgen.evaluation import vqa_metrics
 from lavis_evlgen.evaluation.lemmas import load_lemmatizer
 from lavis_evlgen.tasks.base import Shown, Task
-from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_of
+from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_by_picture, prompts_of
 from lavis_evlgen.tasks.settings import DecodingSettings, SharedRunSettings
 
 AUTO = "auto"
@@ -131,7 +131,7 @@ class EvlgenVqaTask(Task):
     def valid_step(self, model, samples: dict) -> list[dict]:
         """One row a question: its ids, question, answer, loss (nats) and tokens of the human answer, and under "blind"
         what the picture measured for another row's question."""
-        prompt = model.visual_prompt(samples["image"])
+        prompt = prompts_by_picture(model, samples)
         answers = model.predict_answers(samples, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
         keys = ("instance_id", "question_id", "image_id", "question")
         rows = [{key: samples[key][i] for key in keys} | {"answer": answer} for i, answer in enumerate(answers)]

@@ -68,6 +68,7 @@ def unlike(runs: list[RunRecord]) -> list[str]:
         "the scoring tokenizer": lambda card: card.get("scoring_tokenizer"),
         "decoding": lambda card: card.get("decoding"),
         "the prompt": lambda card: card.get("prompt"),
+        "how many references the loss is over": lambda card: card["metrics"].get("loss_texts_per_image", 1),
     }
     found = []
     for what, of in facts.items():

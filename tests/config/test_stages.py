@@ -39,6 +39,17 @@ def test_a_stage_overlays_run_and_datasets_and_nothing_else(tmp_path):
     assert align.to_dict()["stage"] == {"name": "align", "number": 1, "of": 2, "trains": ["connector.*"]}
 
 
+def test_a_stage_may_say_how_many_texts_a_picture(tmp_path):
+    align, other = staged(tmp_path, stages=[{**TWO[0], "run": {"texts_per_image": 5}}, TWO[1]]).stages
+    assert (align.run_cfg.texts_per_image, "texts_per_image" in other.run_cfg) == (5, False)
+    drawn = {"datasets": ["scenes"], "run": {"task": "scst"}}
+    with pytest.raises(ConfigError, match="stage stage2: run.texts_per_image=5: run.task=scst draws its captions"):
+        staged(tmp_path, stages=[TWO[0], drawn], texts_per_image=5)
+    drawn["run"]["texts_per_image"] = 1
+    both = staged(tmp_path, stages=[TWO[0], drawn], texts_per_image=5).stages
+    assert [cfg.run_cfg.texts_per_image for cfg in both] == [5, 1]
+
+
 def test_without_stages_there_is_none(tmp_path):
     cfg = staged(tmp_path, stages=None)
     assert cfg.stages == [] and cfg.stage is None and "stage" not in cfg.to_dict()

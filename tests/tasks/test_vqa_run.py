@@ -98,6 +98,26 @@ def test_a_visual_prompt_already_computed_gives_the_same_answers(answered):
     assert model.predict_answers(samples, num_beams=2, visual_prompt=turned) != expected
 
 
+def test_a_picture_is_encoded_once_for_its_questions(answered):
+    """In any order: the rows are those of each question in a batch of its own."""
+    runner = answered.runner
+    task, data, model = runner.task, runner.datasets["image_questions"]["test"], runner.model.eval()
+    task.before_evaluation(model, data)
+    encoded = []
+    hook = model.visual_encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+    with torch.no_grad():
+        together = task.valid_step(model, data.collater([data[n] for n in (0, 2, 1, 3)]))
+        apart = [row for n in (0, 2, 1, 3) for row in task.valid_step(model, data.collater([data[n]]))]
+    hook.remove()
+    assert encoded == [2, 1, 1, 1, 1]
+    for row, same in zip(together, apart, strict=True):
+        (blind,), (same_blind,) = row.pop("blind").items(), same.pop("blind").items()
+        assert (blind[0], blind[1]["blind_answer"]) == (same_blind[0], same_blind[1]["blind_answer"])
+        values = (row.pop("loss"), blind[1]["loss_shuffled"])
+        assert values == pytest.approx((same.pop("loss"), same_blind[1]["loss_shuffled"]), rel=1e-6)
+        assert row == same
+
+
 def test_evaluate_gives_the_same_answers(answered, tmp_path, capsys):
     best = answered.output() / "checkpoint_best.pth"
     expected = read(answered.output() / "result" / f"test_{checkpoint(answered.output(), best.name)['step']}.json")

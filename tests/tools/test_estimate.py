@@ -1,6 +1,7 @@
 """Memory counted without numbers against a real step's, and hours against measured files."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.tools.cost.estimate import Speed, auto_on, speed_of
 from lavis_evlgen.tools.cost.hardware import ASSUMED, HARDWARE, RESULTS
 from lavis_evlgen.tools.cost.step_memory import Alive, step_flops, step_memory
+from lavis_evlgen.tools.cost.texts import Texts
 from lavis_evlgen.weights.bundle import empty_model
 from tests.runners.test_cost import step_of
 from tests.test_cli import evlgen
@@ -73,9 +75,9 @@ def test_a_step_without_numbers_takes_what_a_real_one_does(runs, connector, dtyp
     assert found.working > sum(p.grad.nbytes for p in trained)
 
 
-def real_step(model, image, dtype) -> tuple[int, int]:
+def real_step(model, image, dtype, texts: int = 1) -> tuple[int, int]:
     """Bytes of a model's parameters and buffers, and the most that forward and backward hold beside them."""
-    samples = {"image": image, "text_input": [CAPTION] * len(image)}
+    samples = {"image": image, "text_input": [CAPTION] * len(image) * texts, "texts_per_image": [texts] * len(image)}
     with Alive() as alive:
         for value in (*model.parameters(), *model.buffers(), samples["image"]):
             alive.add(value)
@@ -107,6 +109,18 @@ def test_memory_grows_as_pictures_do(runs):
     assert again.working > six.working  # gradients of the micro-batch before
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_several_texts_of_a_picture_take_what_a_real_step_does(runs, dtype):
+    """Their mask and their copies of the last states are left out of the count: of tiny models that is seen."""
+    cfg = section(runs, prompt="a photo of", llm_precision="fp32" if dtype is None else "bf16")
+    model = EVLGen.from_config(cfg).train()
+    found = step_memory(empty_model(EVLGen, cfg), (16, 3, 28, 28), length_of(model), dtype, texts=Texts(3))
+    _, most = real_step(model, pictures(16), dtype, texts=3)
+    assert found.working == pytest.approx(most, rel=0.1)
+    alone = step_memory(empty_model(EVLGen, cfg), (48, 3, 28, 28), length_of(model), dtype)
+    assert found.working < alone.working and found.frozen == alone.frozen
+
+
 def test_frames_are_paid_for(runs):
     frames, flops = [], []
     for count in (1, 4):
@@ -123,6 +137,17 @@ def test_operations_are_a_real_steps(runs):
     with sdpa_kernel(SDPBackend.MATH):
         real = flops_per_image(step_of(model), {"image": pictures(1), "text_input": [CAPTION]})
     assert step_flops(empty_model(EVLGen, cfg), (1, 3, 28, 28), length_of(model)) == real
+
+
+def test_texts_of_a_run_share_a_row_or_do_not(runs):
+    def texts(count=4, task="evlgen_captioning", **model):
+        sections = {"run_cfg": {"texts_per_image": count, "task": task}, "model_cfg": model}
+        return Texts.of(SimpleNamespace(**{name: OmegaConf.create(value) for name, value in sections.items()}))
+
+    assert texts() == texts(task="evlgen_vqa") == texts(prompt_attention="prefix") == Texts(4, False)
+    assert texts(None) == Texts(1, False) and texts(task="evlgen_conversations") == Texts(4, True)
+    assert texts(prompt_attention="prefix", prompt="a photo of") == Texts(4, True)
+    assert texts(prompt_attention="prefix", task="evlgen_vqa") == Texts(4, True)
 
 
 def measured(folder, gpu, scale="opt-2.7b", flops=1e12, seconds=0.5, dtype="bf16"):
@@ -180,6 +205,10 @@ def test_the_command(runs, tmp_path, capsys):
     assert "does not fit into 16 GB of one T4" in told
     again = int(told.split("that does: ")[1].split()[0])
     assert again == pytest.approx(largest, rel=0.02)
+    assert evlgen("estimate", runs.path(), "--gpu", "t4", "--options", "run.texts_per_image=5") == 0
+    told = capsys.readouterr().out
+    assert "a picture or clip with 5 texts (" in told and "FLOPs a text), 2 of them a step" in told
+    assert "pictures with 5 texts each a second" in told
 
 
 @pytest.mark.parametrize(

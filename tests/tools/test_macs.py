@@ -17,6 +17,8 @@ from lavis_evlgen.models.vision import encoder
 from lavis_evlgen.nn.merging import merge_schedule
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.tools.cost.macs import COLUMNS, amount, cost_of, table_rows
+from lavis_evlgen.tools.cost.texts import ONE, Texts
+from lavis_evlgen.weights.bundle import empty_model
 from tests.models.test_full_size import LLMS
 from tests.runners.test_cost import step_of
 from tests.test_cli import evlgen
@@ -60,10 +62,10 @@ def shallow(monkeypatch):
     monkeypatch.setattr(encoder, "build_empty", one_block)
 
 
-def full_size(hub, **changes):
+def full_size(hub, texts=ONE, text_tokens=None, **changes):
     section = OmegaConf.load(EVLGen.default_config_path("opt2.7b")).model
     section |= {"llm_model": str(hub / "opt"), "connector_init": str(hub / "bert"), **changes}
-    return cost_of(section)
+    return cost_of(section, text_tokens, texts=texts)
 
 
 def part(cost, name):
@@ -118,6 +120,45 @@ def test_all_parts_of_the_papers_model(hub):
     trained = sum(part(cost, name).macs for name in ("ln_vision", "input_proj", "connector", "llm_proj"))
     assert cost.flops == 2 * vit.macs + 6 * trained + 4 * (llm.macs + head.macs)
     assert cost.flops == pytest.approx(cost.step_flops, rel=0.01)
+
+
+def test_five_texts_of_a_picture_cost_it_once(hub):
+    """By hand: the language model runs over 29 + 5 x 20 positions in place of 5 x (29 + 20)."""
+    one, five = (full_size(hub, texts=Texts(count), text_tokens=20) for count in (1, 5))
+    for name in ("vision encoder", "ln_vision", "input_proj", "connector", "llm_proj"):
+        assert part(five, name) == part(one, name)
+    llm, length = part(five, "language model"), 29 + 5 * 20
+    assert llm.linear == 32 * length * (4 * 2560**2 + 2 * 2560 * 10240)
+    assert llm.products == 32 * 2 * length**2 * 2560
+    assert part(five, "head").macs == 5 * part(one, "head").macs
+    assert five.flops == pytest.approx(five.step_flops, rel=0.01)
+    assert five.step_flops / 5 / one.step_flops == pytest.approx(0.36, abs=0.005)  # docs/macs.md
+
+
+@pytest.mark.parametrize(
+    "changes, layout",
+    [({}, (1, 1 + 5 * 11, 5 * 11)), ({"bos": "after"}, (1, 5 * 12, 5 * 11)),
+     ({"bos": "after", "label_bos": True}, (1, 5 * 12, 5 * 12)), ({"own_rows": True}, (5, 12, 11))],
+)  # fmt: skip
+def test_where_texts_of_a_picture_lie(runs, changes, layout):
+    """Of 12 tokens with BOS, which stands in front of the picture in the quickstart, once for all texts."""
+    own_rows = changes.pop("own_rows", False)
+    model = empty_model(EVLGen, OmegaConf.create(runs.config["model"] | {"bos": "before"} | changes))
+    assert Texts(5, own_rows).layout(model, 12) == layout
+
+
+@pytest.mark.parametrize("kind", ["causal", "visual"])
+def test_it_counts_what_a_real_step_on_several_texts_does(runs, kind):
+    section = runs.config["model"] | {"vit_precision": "fp32", "prompt": "a photo of", "prompt_attention": kind}
+    model = EVLGen.from_config(OmegaConf.create(section)).eval()
+    language, caption = model.language_model, "a red square and a blue circle"
+    ids, _ = language.text.caption(model.prompt, caption, language.text_limit)
+    cost = cost_of(OmegaConf.create(section), text_tokens=1 + len(ids), texts=Texts(3))
+    batch = {"image": pictures(2), "text_input": [caption] * 6, "texts_per_image": [3, 3]}
+    with sdpa_kernel(SDPBackend.MATH):
+        flops_per_image(step_of(model), batch)  # asks whether the language model can
+        real = flops_per_image(step_of(model), batch)
+    assert cost.step_flops == real
 
 
 def test_the_papers_q_former_in_stage_2(shallow, hub):
@@ -222,6 +263,9 @@ def test_the_command(runs, capsys):
     assert (content["text_tokens"], content["step_flops"]) == (12, cost.step_flops)
     rows = table_rows(cost)
     assert {len(row) for row in rows} == {len(COLUMNS)} and rows[-1][0] == "sum"
+    assert evlgen("macs", runs.path(), "--text-tokens", 12, "--options", "run.texts_per_image=3") == 0
+    words = capsys.readouterr().out
+    assert "3 texts of 12 text tokens each" in words and "of each of the 3 texts: " in words
     assert evlgen("macs", runs.path(), "--options", "model.tomer=2") == 2
     assert "did you mean tome_r?" in capsys.readouterr().err
     assert evlgen("macs", runs.path(), "--text-tokens", 0) == 2

@@ -16,6 +16,7 @@ from lavis_evlgen.config.keys import key
 from lavis_evlgen.datasets.annotations.files import encodes, has_words
 from lavis_evlgen.datasets.builder import CONFIG_FOLDER, BuilderSettings, CaptionDatasetBuilder
 from lavis_evlgen.datasets.facts import DatasetFacts
+from lavis_evlgen.datasets.packing import in_a_row
 from lavis_evlgen.datasets.shards.names import shard_names
 from lavis_evlgen.datasets.shards.reader import IMAGES, ShardItem
 from lavis_evlgen.media.errors import DataError, UnreadableImage
@@ -32,7 +33,8 @@ class ImageShards(DatasetFacts):
     Attributes: `name`, `split` ("train"), `shards` (file names), `caption_key`, `shuffle_window` (samples shuffled
     together, 1 or more), `max_bad_fraction` (share of samples, or of shards, that may be unusable), `description`.
 
-    A sample is a dict with `image` (3, H, W) float, `text_input` str, `image_id` str (shard:KEY), `instance_id` str.
+    A sample is a dict with `image` (3, H, W) float, `text_input` str, `image_id` str (shard:KEY), `instance_id` str; of
+    several captions a picture, `image` and `texts`, a list of dicts with the rest.
     """
 
     split, is_train = "train", True
@@ -49,21 +51,25 @@ class ImageShards(DatasetFacts):
         self.shuffle_window, self.max_bad_fraction = shuffle_window, float(max_bad_fraction)
         self.description = f"{name} train: {len(shards)} shards, {shards[0]} to {shards[-1]}"
 
-    def sample(self, index: int, item: ShardItem) -> dict:
-        """Item of shard `index` as a sample; draws from Python's and torch's generators. Raises UnreadableImage."""
+    def sample(self, index: int, item: ShardItem, most: int = 1) -> dict:
+        """Item of shard `index` as a sample; draws from Python's and torch's generators. Raises UnreadableImage.
+
+        most: above 1, a sample of up to so many of its captions, each drawn once at most.
+        """
         where = f"{self.shards[index]}:{item.key}"
         captions = self.captions(item, where)
         content = next((item.files[kind] for kind in item.files if kind in self.extensions), None)
         if content is None:
             kinds = ", ".join(self.extensions)
             raise UnreadableImage(where, f"a caption without {_ONE[self.media]} ({kinds}) beside it")
-        caption = captions[0] if len(captions) == 1 else random.choice(captions)
-        return {
-            "image": self.vis_processor(self._open(content, where)),  # (3, H, W)
-            "text_input": self.text_processor(caption),
-            "image_id": where,
-            "instance_id": f"{index}:{item.index}",
-        }
+        if most > 1:
+            drawn = random.sample(captions, min(most, len(captions)))
+        else:
+            drawn = captions if len(captions) == 1 else [random.choice(captions)]
+        image, ids = self._open(content, where), {"image_id": where, "instance_id": f"{index}:{item.index}"}
+        image = self.vis_processor(image)  # (3, H, W)
+        texts = [{"text_input": self.text_processor(caption), **ids} for caption in drawn]
+        return {"image": image, "texts": texts} if most > 1 else {"image": image, **texts[0]}
 
     def _open(self, content: bytes, where: str):
         return decode_image(content, where, self.vis_processor)
@@ -91,10 +97,10 @@ class ImageShards(DatasetFacts):
         return row[self.caption_key]
 
     def collater(self, samples: list[dict]) -> dict:
-        """Stack samples into a batch: `image` (B, 3, H, W); the rest lists of length B."""
+        """Stack samples into a batch: `image` (B, 3, H, W); the rest lists, as ReadableRows.collater makes them."""
+        images, (texts, counts) = torch.stack([sample["image"] for sample in samples]), in_a_row(samples)
         keys = ("text_input", "image_id", "instance_id")
-        images = torch.stack([sample["image"] for sample in samples])
-        return {"image": images, **{key: [sample[key] for sample in samples] for key in keys}}
+        return {"image": images, **{key: [text[key] for text in texts] for key in keys}, **counts}
 
     def looked_at(self) -> Iterator[str]:
         """A few hundred shards, evenly over the list, the first and the last among them."""

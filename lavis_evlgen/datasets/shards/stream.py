@@ -61,10 +61,13 @@ class Tally:
 
 
 class ShardStream:
-    """Stream `stream` of `streams` over `dataset` (see ImageShards), from `position` on."""
+    """Stream `stream` of `streams` over `dataset` (see ImageShards), from `position` on; up to `texts` captions of each
+    picture."""
 
-    def __init__(self, dataset, seed: int, stream: int, streams: int, position: StreamPosition = START):
-        self.dataset, self.seed, self.stream, self.streams = dataset, seed, stream, streams
+    def __init__(
+        self, dataset, seed: int, stream: int, streams: int, position: StreamPosition = START, texts: int = 1
+    ):
+        self.dataset, self.seed, self.stream, self.streams, self.texts = dataset, seed, stream, streams, texts
         self.position = position
         self._order = EpochOrder(len(dataset.shards), seed)
         self._items = self._read(position)
@@ -100,7 +103,7 @@ class ShardStream:
         if item.problem is not None:
             raise UnreadableImage(self.dataset.shards[index], item.problem)
         tally.met += 1
-        return self.dataset.sample(index, item)
+        return self.dataset.sample(index, item, self.texts)
 
     def _nothing_usable(self, tally: Tally, unusable: int) -> DataError:
         worst = max(tally.bad.values(), key=lambda bad: bad.count)

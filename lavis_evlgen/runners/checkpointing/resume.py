@@ -140,12 +140,24 @@ class RunState:
             )
         check_frozen(self.trainer.model, saved, path)
         self._check_draws(saved, path)
+        self._check_texts(saved, path)
         now = flat(self.trainer.config.to_dict())
         then = flat(saved.get("config", now))
         changed = [key for key in sorted(now | then) if now.get(key) != then.get(key) and key not in MAY_CHANGE]
         if changed:
             words = ", ".join(f"{key}: {then.get(key)} -> {now.get(key)}" for key in changed)
             logging.warning("resumed with other settings than %s was made with: %s", path, words)
+
+    def _check_texts(self, saved: dict, path):
+        """Refuse other groups of texts: the stream of a data set is one of groups (not so that of shards)."""
+        then = flat(saved.get("config", {})).get("run.texts_per_image") or 1
+        now = self.trainer.run.texts_per_image
+        rows = len(sets_with(self.trainer.datasets, "train")) > len(self.trainer.shards.sets)
+        if then != now and rows:
+            raise ConfigError(
+                f"{path} was trained with run.texts_per_image={then}, this run has {now}, and would lose its position "
+                f"in the data: keep it, or start a new run from these weights with model.pretrained={path}"
+            )
 
     def _check_draws(self, saved: dict, path):
         """Refuse a mix whose draws are of another size: how often each set was drawn would no longer be known."""

@@ -20,6 +20,7 @@ from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tools.cost.hardware import CPU, HARDWARE
 from lavis_evlgen.tools.cost.macs import amount
 from lavis_evlgen.tools.cost.step_memory import StepMemory, step_flops, step_memory
+from lavis_evlgen.tools.cost.texts import Texts
 from lavis_evlgen.weights.bundle import empty_model
 
 CONTEXT, LOST = 1e9, 0.05  # bytes of CUDA's context and libraries; share that the allocator's gaps cost
@@ -36,7 +37,8 @@ class Speed:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one run: memory of a GPU, and time. flops: of one picture or clip, forward and backward."""
+    """Of one run: memory of a GPU, and time. flops: of one picture or clip with its texts, forward and
+    backward."""
 
     memory: StepMemory
     each: float  # bytes that one more picture of a micro-batch takes
@@ -47,6 +49,7 @@ class Estimate:
     gpu: str
     flops: float
     speed: Speed
+    texts: int = 1  # of a picture
 
     @property
     def seconds_per_step(self) -> float:
@@ -88,14 +91,15 @@ def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, re
     length = text_tokens or made.language_model.max_txt_len
     frames = (settings.num_frames,) if section.arch == "evlgen_video" else ()
     image = (3, *frames, settings.image_size, settings.image_size)
-    flops = step_flops(made, (1, *image), length)
+    texts = Texts.of(cfg)
+    flops = step_flops(made, (1, *image), length, texts)
     few, many = max(1, batch // 2), max(2, batch)
-    less, most = (step_memory(model(), (n, *image), length, dtype, accumulated > 1) for n in (few, many))
+    less, most = (step_memory(model(), (n, *image), length, dtype, accumulated > 1, texts) for n in (few, many))
     each = (most.working - less.working) / (many - few)
     memory = most if batch > 1 else less
     speed = speed_of(gpu, "fp32" if dtype is None else "half", flops, results, mfu)
     steps, pictures = run.max_iters, batch * accumulated * gpus
-    return Estimate(memory, each, batch, pictures, steps, gpus, gpu, flops, speed)
+    return Estimate(memory, each, batch, pictures, steps, gpus, gpu, flops, speed, texts.count)
 
 
 def auto_on(gpu: str) -> str:
@@ -171,11 +175,15 @@ def words(found: Estimate) -> str:
         largest = found.largest(free)
         batch = f"the largest micro-batch that does: {largest}" if largest else "no micro-batch does"
         lines.append(f"memory: {fits} into {HARDWARE[found.gpu].gb:g} GB of one {HARDWARE[found.gpu].name}; {batch}")
+    texts, rate = "", f"{found.pictures_per_step / found.seconds_per_step:.3g} pictures"
+    if found.texts > 1:
+        texts = f" with {found.texts} texts ({amount(found.flops / found.texts)}FLOPs a text)"
+        rate += f" with {found.texts} texts each"
     lines += [
-        f"work: {amount(found.flops)}FLOPs a picture or clip, {found.pictures_per_step} of them a step",
+        f"work: {amount(found.flops)}FLOPs a picture or clip{texts}, {found.pictures_per_step} of them a step",
         f"speed: {amount(found.speed.rate)}FLOPs a second; {found.speed.source}",
-        f"time: {found.seconds_per_step:.3g} s a step, {found.pictures_per_step / found.seconds_per_step:.3g} pictures "
-        f"a second; {found.steps} steps in {found.hours:.3g} hours, without evaluation and waiting for data",
+        f"time: {found.seconds_per_step:.3g} s a step, {rate} a second; {found.steps} steps in "
+        f"{found.hours:.3g} hours, without evaluation and waiting for data",
     ]
     return "\n".join(lines)
 

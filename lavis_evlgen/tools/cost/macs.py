@@ -28,7 +28,7 @@ from lavis_evlgen.reporting import tables
 from lavis_evlgen.runners.preflight import check_training
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, without_weights
-from lavis_evlgen.tools.cost.step_memory import caption_tokens
+from lavis_evlgen.tools.cost.texts import ONE, Texts
 from lavis_evlgen.weights.bundle import empty_model
 
 COLUMNS = ("part", "parameters", "", "MACs, linear layers", "MACs, all", "FLOPs of a training step")
@@ -74,6 +74,7 @@ class Cost:
     prompt_tokens: int
     text_tokens: int
     step_flops: int
+    texts: int = 1  # of so many tokens each
 
     @property
     def flops(self) -> int:
@@ -81,34 +82,36 @@ class Cost:
         return sum(part.flops for part in self.parts)
 
 
-def cost_of(model_cfg, text_tokens: int | None = None, stage: Stage | None = None) -> Cost:
-    """Cost of a model section for one picture and a text of `text_tokens` tokens (default: max_txt_len), in a stage.
+def cost_of(model_cfg, text_tokens: int | None = None, stage: Stage | None = None, texts: Texts = ONE) -> Cost:
+    """Cost of a model section for one picture and its texts, in a stage; text_tokens: of each (default: max_txt_len).
 
     Of full-size models only configs and tokenizers are read. Raises ConfigError for an architecture it cannot count.
     """
     cls = registry.get_model_class(model_cfg.arch)
-    counters = {EVLGen: evlgen_cost, Blip2Stage1: stage1_cost}
-    if cls not in counters:
-        known = ", ".join(sorted(n for n, c in registry.mapping["model_name_mapping"].items() if c in counters))
+    counted_ones = (EVLGen, Blip2Stage1)
+    if cls not in counted_ones:
+        known = ", ".join(sorted(n for n, c in registry.mapping["model_name_mapping"].items() if c in counted_ones))
         raise ConfigError(f"model.arch: evlgen macs cannot count {model_cfg.arch}; it counts {known}")
     if cls is Blip2Stage1 and stage is not None and stage.trains is not None:
         raise ConfigError(f"{stage.key}.trains: evlgen macs counts BLIP-2's first stage as a whole, not parts of it")
     model = empty_model(cls, model_cfg)
     train_as_in(model, stage)
-    longest = model.language_model.max_txt_len if cls is EVLGen else model.max_txt_len
-    return counters[cls](model.eval(), cls.Settings.read(model_cfg).image_size, text_tokens or longest)
+    image_size = cls.Settings.read(model_cfg).image_size
+    if cls is Blip2Stage1:
+        return stage1_cost(model.eval(), image_size, text_tokens or model.max_txt_len)
+    return evlgen_cost(model.eval(), image_size, text_tokens or model.language_model.max_txt_len, texts)
 
 
-def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int) -> Cost:
-    """Of an EVLGen on the meta device. Of the text's tokens, the head runs on those that are labels."""
+def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int, texts: Texts = ONE) -> Cost:
+    """Of an EVLGen on the meta device. Of a text's tokens, the head runs on those that are labels."""
     language = model.language_model
-    labels = caption_tokens(model, text_tokens)
+    rows, length, labels = texts.layout(model, text_tokens)
     sizes = _sizes(model)
     head = language.llm.get_output_embeddings()
 
-    def body(prompt):  # (B, L', D_l) -> (B, L' + T, D_l)
-        text = torch.empty(1, text_tokens, language.width)
-        return language.body(torch.cat([prompt, text], 1))
+    def body(prompt):  # (1, L', D_l) -> (rows, L' + T, D_l)
+        text = torch.empty(rows, length, language.width)
+        return language.body(torch.cat([prompt.expand(rows, -1, -1), text], 1))
 
     with without_numbers(model):
         image = torch.empty(1, 3, image_size, image_size)
@@ -123,12 +126,12 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int) -> Cost:
         prompt, found["llm_proj"] = counted(lambda: model.llm_proj(prompt.tokens))
         hidden, found["language model"] = counted(lambda: body(prompt))
         if ADAPTERS in sizes:  # each of their numbers is a product at each position
-            own = sizes[ADAPTERS][0] * hidden.shape[1]
+            own = sizes[ADAPTERS][0] * rows * hidden.shape[1]
             linear, products = found["language model"]
             found |= {"language model": (linear - own, products), ADAPTERS: (own, 0)}
         logits, found["head"] = counted(lambda: head(hidden[:, -labels:]))
         step = _step(model, logits.sum(), found)
-    return Cost(_parts(sizes, found), image_size, tokens.shape[1], prompt.shape[1], text_tokens, step)
+    return Cost(_parts(sizes, found), image_size, tokens.shape[1], prompt.shape[1], text_tokens, step, texts.count)
 
 
 def stage1_cost(model: Blip2Stage1, image_size: int, text_tokens: int) -> Cost:
@@ -279,13 +282,13 @@ def main(args) -> int:
         raise ConfigError(f"--text-tokens {args.text_tokens}: give at least 1")
     cfg = EvlgenConfig(args)
     if not cfg.stages:
-        cost = cost_of(cfg.model_cfg, args.text_tokens)
+        cost = cost_of(cfg.model_cfg, args.text_tokens, texts=Texts.of(cfg))
         if args.json:
             print(as_json(cost))
         else:
             _show(cost)
         return 0
-    costs = [(one, cost_of(one.model_cfg, args.text_tokens, one.stage)) for one in cfg.stages]
+    costs = [(one, cost_of(one.model_cfg, args.text_tokens, one.stage, Texts.of(one))) for one in cfg.stages]
     seen = [_pictures(one) for one in cfg.stages]
     flops = sum(pictures * cost.flops for pictures, (_, cost) in zip(seen, costs, strict=True))
     if args.json:
@@ -308,9 +311,13 @@ def _pictures(cfg: EvlgenConfig) -> int:
 
 
 def _show(cost: Cost):
+    times = f"{cost.texts} texts of " if cost.texts > 1 else ""
+    unit = " each" if times else ""
     print(f"one picture of {cost.image_size} x {cost.image_size}: {cost.visual_tokens} visual tokens, "
-          f"{cost.prompt_tokens} after the connector, {cost.text_tokens} text tokens")  # fmt: skip
+          f"{cost.prompt_tokens} after the connector, {times}{cost.text_tokens} text tokens{unit}")  # fmt: skip
     print(tables.show(COLUMNS, table_rows(cost), left=("part", "")))
     off = cost.flops / cost.step_flops - 1
     print(f"a training step on it, counted forward and backward: {amount(cost.step_flops)}FLOPs "
           f"(the formula's sum is {off:+.1%} of that)")  # fmt: skip
+    if cost.texts > 1:
+        print(f"of each of the {cost.texts} texts: {amount(cost.step_flops / cost.texts)}FLOPs")

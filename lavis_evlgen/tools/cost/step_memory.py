@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, backward, without_weights
+from lavis_evlgen.tools.cost.texts import ONE, Texts
 
 FLOAT, MOMENTS = 4, 8  # bytes per trained number: the weight or its gradient; AdamW's two moments
 
@@ -37,13 +37,14 @@ class StepMemory:
 
 
 def step_memory(
-    model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torch.dtype | None, accumulated: bool = False
+    model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torch.dtype | None, accumulated: bool = False,
+    texts: Texts = ONE,
 ) -> StepMemory:
     """Of one optimizer step of a model on the meta device (which it spoils), on micro-batches of shape `image`.
 
     text_tokens: of each caption, BOS and prompt included, all others supervised; dtype: autocast's, None without;
     accumulated: more micro-batches than one a step, so that gradients are there during the passes. Attention counts as
-    the fused kernels of a GPU keep it, also where a processor would keep its probabilities.
+    the fused kernels of a GPU keep it, also where a processor would keep its probabilities. texts: of each picture.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), FusedAttention():
         without_weights(model.train())
@@ -52,42 +53,32 @@ def step_memory(
                 alive.add(value)
             weights = alive.now
             for _ in range(1 + accumulated):
-                _passes(model, image, text_tokens, dtype)
+                _passes(model, image, text_tokens, dtype, texts)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = weights - FLOAT * trained
     return StepMemory(frozen, FLOAT * trained, MOMENTS * trained, alive.most - weights)
 
 
-def step_flops(model: EVLGen, image: tuple[int, ...], text_tokens: int) -> float:
-    """Of forward and backward on one picture or clip of a micro-batch of shape `image`, counted (a MAC is two)."""
+def step_flops(model: EVLGen, image: tuple[int, ...], text_tokens: int, texts: Texts = ONE) -> float:
+    """Of forward and backward on one picture or clip, with its texts, of a micro-batch of shape `image`, counted (a MAC
+    is two)."""
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), NothingIsPadded():
         without_weights(model.train(), torch.float32)
         model.visual_encoder.precision = "fp32"
         with FlopCounterMode(display=False) as counter:
-            _passes(model, image, text_tokens, None)
+            _passes(model, image, text_tokens, None, texts)
     return counter.get_total_flops() / image[0]
 
 
-def caption_tokens(model: EVLGen, text_tokens: int) -> int:
-    """Supervised tokens of a text: all but the config's prompt, and BOS where it is a label (`model.label_bos`).
-
-    Raises ConfigError where none is left for a caption.
-    """
-    language = model.language_model
-    labels = text_tokens - (language.text.bos_id is not None) - len(language.text.encode(model.prompt.rstrip()))
-    if labels < 1:
-        raise ConfigError(f"--text-tokens {text_tokens}: BOS and the config's prompt leave no token for a caption")
-    return labels + language.labelled_bos(model.prompt)
-
-
-def _passes(model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torch.dtype | None):
+def _passes(model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torch.dtype | None, texts: Texts):
     """Forward and backward of one micro-batch as EVLGen's, but which positions are supervised is not read from data."""
-    language, labels = model.language_model, caption_tokens(model, text_tokens)
+    language, (rows, length, labels) = model.language_model, texts.layout(model, text_tokens)
     batch = torch.empty(image)  # held to the end, as the runner holds it
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         prompt = model.visual_prompt(batch).tokens.to(language.dtype)  # (B, L', D_l)
-        text = torch.empty(len(prompt), text_tokens, language.width, dtype=language.dtype)
-        hidden = language.body(torch.cat([prompt, text], 1))[:, -labels:].flatten(0, 1)  # (B labels, D_l)
+        prompt = prompt.repeat_interleave(rows, 0) if rows > 1 else prompt
+        text = torch.empty(len(prompt), length, language.width, dtype=language.dtype)
+        hidden = language.body(torch.cat([prompt, text], 1))[:, -labels:].flatten(0, 1)  # (B rows labels, D_l)
         logits = language.llm.get_output_embeddings()(hidden)
         loss = F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long))
     del prompt, text, hidden, logits

@@ -16,12 +16,15 @@ from lavis.common.registry import registry
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.config.keys import Settings, keys_of
 from lavis_evlgen.config.stages import Stage
+from lavis_evlgen.datasets import ImageShards
+from lavis_evlgen.datasets.packing import TextGroups
 from lavis_evlgen.media.file_checks import MISSING, Unreadable
 from lavis_evlgen.models.connectors import CONNECTORS, READS, ConnectorSettings
 from lavis_evlgen.models.language.loading import empty_language_model, folder_and_file
 from lavis_evlgen.models.precision import DTYPES, check_precision
 from lavis_evlgen.models.trains import train_as_in
 from lavis_evlgen.models.vision.encoder import LAVIS_VITS, VisionSettings, vision_of
+from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.weights.bundle import empty_model
 from lavis_evlgen.weights.sources import WeightsError, resolve
 
@@ -34,6 +37,22 @@ class Finding:
     what: str
     seen: str
     details: list[str] = field(default_factory=list)
+
+
+def epoch_words(run: RunSettings, train: dict) -> list[str]:
+    """How many steps of one process an epoch of each training set is; shards do not know."""
+    if run.batch_size_train is None:  # which train.py will ask for
+        return []
+    a_step, lines = run.batch_size_train * run.accum_grad_iters, []
+    for name, dataset in train.items():
+        if isinstance(dataset, ImageShards):
+            continue
+        samples, what = len(dataset), "rows"
+        if run.texts_per_image > 1:
+            samples, what = len(TextGroups(dataset, run.texts_per_image, run.seed)), "groups of texts of a picture"
+            what += f" ({len(dataset)} texts of {dataset.num_images} {dataset.media}s)"
+        lines.append(f"an epoch of {name}: {samples} {what}, {samples / a_step:.4g} steps of one process")
+    return lines
 
 
 def check_images(name: str, split: str, dataset, limit: int | None, say) -> Finding:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.config.stages import starts_from
 from lavis_evlgen.datasets import ImageShards
-from lavis_evlgen.runners.preflight import check_splits
+from lavis_evlgen.datasets.facts import adapted_sets
+from lavis_evlgen.runners.preflight import check_splits, sets_with
+from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tasks.build import build_data
 from lavis_evlgen.tools.doctor.checks import (
     Finding,
@@ -13,6 +15,7 @@ from lavis_evlgen.tools.doctor.checks import (
     check_memory,
     check_stage,
     check_weights,
+    epoch_words,
     trained_by,
 )
 from lavis_evlgen.tools.doctor.shards import check_shards
@@ -77,7 +80,9 @@ def _check_splits(run, datasets: dict, task):
     except ConfigError as error:
         return Finding(False, "splits", str(error))
     splits = [str(split) for key in ("train_splits", "valid_splits", "test_splits") for split in run.get(key) or []]
-    return Finding(True, "splits", f"{', '.join(splits)} are there and large enough")
+    train = {} if run.get("evaluate") else sets_with(adapted_sets(datasets), "train")
+    epochs = epoch_words(RunSettings.read(run, "run."), train)
+    return Finding(True, "splits", f"{', '.join(splits)} are there and large enough", epochs)
 
 
 def _shown(finding: Finding) -> Finding:
