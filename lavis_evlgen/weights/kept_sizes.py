@@ -42,8 +42,9 @@ def sizes_of(source: str, file: str = "config.json") -> str:
     """The folder whose config.json says the sizes of `source`: the kept one, or `source` itself where it is a folder,
     where the hub's cache has its `file`, where nothing is kept of it, and wherever weights are wanted."""
     kept = KEPT.get(str(source))
-    there = not on_meta() or kept is None or Path(source).exists()
-    if there or isinstance(try_to_load_from_cache(source, file), str):
+    if not on_meta() or kept is None or Path(source).exists():
+        return source
+    if isinstance(try_to_load_from_cache(source, file), str):
         return source
     _tell(source)
     return str(SIZES / kept)
@@ -56,7 +57,7 @@ def is_kept(folder: str) -> bool:
 
 @cache
 def _tell(source: str):
-    logging.warning("%s is not here: counted with its sizes as this package knows them", source)
+    logging.warning("%s is not here: its sizes are those that this package knows", source)
 
 
 class KeptTokens:
