@@ -55,7 +55,7 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.10,<3.13",
     packages=find_packages(include=["lavis_evlgen", "lavis_evlgen.*"]),
-    package_data={"lavis_evlgen": ["configs/**/*.yaml", "configs/*.txt"]},
+    package_data={"lavis_evlgen": ["configs/**/*.yaml", "configs/**/*.json", "configs/*.txt"]},
     install_requires=INSTALL,
     extras_require={"quickstart": QUICKSTART, "demo": DEMO, "dev": DEV},
     entry_points={"console_scripts": ["evlgen=lavis_evlgen.cli:main"]},

@@ -26,6 +26,7 @@ from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.connectors.base import bert_config, bert_folder, bert_state, is_random
 from lavis_evlgen.models.connectors.qformer import NUM_QUERY_TOKEN
 from lavis_evlgen.models.vision.encoder import VisionSettings, vision_of
+from lavis_evlgen.weights.kept_sizes import is_kept
 from lavis_evlgen.weights.sources import WeightsError, check_floating, load_from_hub, on_meta
 from lavis_evlgen.weights.trainable import load_checkpoint_file
 
@@ -69,8 +70,10 @@ class Blip2Stage1(Blip2Qformer):
         # shows in no shape of the weights, and the second stage must know
         self.register_buffer("num_attention_heads", torch.tensor(heads))
 
-    def init_tokenizer(self) -> BertTokenizer:
+    def init_tokenizer(self) -> BertTokenizer | range:
         bert = self._given[1]
+        if is_kept(bert):  # nothing but the number of its words is asked for, and [DEC] is one more
+            return range(bert_config(bert)["vocab_size"] + 1)
         if not (Path(bert) / "vocab.txt").exists():
             raise WeightsError(f"connector_init: {bert} has no vocab.txt, the words of its tokenizer")
         # it reads config.json too, and a BERT's tokenizer needs no code of the folder's

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,10 @@ class StepSettings(Settings):
         "autocast: false, bf16, fp16 (true means fp16, as in LAVIS), auto (bf16 where there is hardware for it)", False
     )
     accum_grad_iters: int = key("micro-steps per optimizer step", 1, at_least=1, at_most=10**6)
+    loss_mean: Literal["tokens", "micro_steps"] | None = key(
+        "how accumulated losses are averaged: tokens (left out: over the tokens of all micro-steps and ranks), or "
+        "micro_steps (each is a mean of its own, and they weigh alike); a resumed run goes on as it was trained", None,
+    )  # fmt: skip
     max_grad_norm: float = key("clip the gradient to this norm; 0: no clipping", 1.0, at_least=0.0, at_most=1e9)
 
 
@@ -47,10 +52,12 @@ ADVICE = "lower run.init_lr, set run.max_grad_norm, or use run.amp=bf16 in place
 class TrainingStep:
     """Call with an iterator of batches: accumulates, clips, steps; returns (values, seconds waited, bad images).
 
-    The loss is the mean over the supervised tokens of a micro-step on all ranks, then over micro-steps: W ranks
-    with batch B compute what one rank with batch W x B does. A step whose gradient is not finite is skipped on
-    the device and counted; `check_finite` raises after `patience` of them in a row. `objective` is of a task with a
-    loss of its own: in micro-step m the model is called with objective(m) (tasks/base.py).
+    The loss is the mean over the supervised tokens of all micro-steps and ranks: W ranks with A micro-steps of batch B
+    compute what one rank with batch W x A x B does. With `run.loss_mean: micro_steps` it is the mean over the tokens
+    of a micro-step on all ranks, then over micro-steps; so it is of a loss that counts no tokens. A step whose
+    gradient is not finite is skipped on the device and counted; `check_finite` raises after `patience` of them in a
+    row. `objective` is of a task with a loss of its own: in micro-step m the model is called with objective(m)
+    (tasks/base.py).
     """
 
     def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20, objective=None):
@@ -58,6 +65,7 @@ class TrainingStep:
         self.objective = objective
         settings = run if isinstance(run, StepSettings) else StepSettings.read(run, "run.")
         self.accum, self.max_norm = settings.accum_grad_iters, settings.max_grad_norm
+        self.asked_mean, self.loss_mean = settings.loss_mean, settings.loss_mean or "tokens"
         self.dtype = autocast_type(amp_of(settings))
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
@@ -69,7 +77,15 @@ class TrainingStep:
         return self.scaler.state_dict() if self.scaler.is_enabled() else None
 
     def load_state(self, saved: dict):
-        """Go on with the loss scale and the counts of skipped steps of a checkpoint ({}: a new run)."""
+        """Go on with the loss scale, the counts of skipped steps and, where the config asks for none, the mean of the
+        loss of a checkpoint; those that name none took the mean over micro-steps."""
+        if self.asked_mean is None:
+            self.loss_mean = saved.get("loss_mean", "micro_steps")
+            if self.loss_mean != "tokens" and self.accum > 1:
+                logging.info(
+                    "the checkpoint was trained with run.loss_mean=%s, and training goes on with it; "
+                    "run.loss_mean=tokens changes it", self.loss_mean,
+                )  # fmt: skip
         self.skipped += saved.get("skipped_steps", 0)
         self.in_a_row += saved.get("skipped_in_a_row", 0)
         if saved.get("scaler") and self.scaler.is_enabled():
@@ -90,7 +106,7 @@ class TrainingStep:
             return model(batch) if objective is None else model(batch, objective=objective)
 
     def __call__(self, batches, step: int = 0) -> tuple[dict[str, Tensor], float, list[dict]]:
-        waited, bad, values, texts = 0.0, [], {}, 0
+        waited, bad, values, counts, texts = 0.0, [], {}, [], 0
         for micro in range(self.accum):
             started = time.perf_counter()
             batch = next(batches)
@@ -100,8 +116,15 @@ class TrainingStep:
             last = micro == self.accum - 1
             hold = contextlib.nullcontext() if last or not distributed.initialized() else self.model.no_sync()
             with hold:
-                for key, value in self._forward_backward(batch, step * self.accum + micro).items():
-                    values[key] = values.get(key, 0) + value / self.accum
+                out = self.forward(self.model, batch, step * self.accum + micro)
+                loss, factor = self._part_of_step(out, counts, last)
+                if factor is not None:  # for what the micro-steps before this one have left
+                    values["loss"] = values["loss"] * factor
+                    torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
+                self.scaler.scale(loss).backward()
+            values["loss"] = values.get("loss", 0) + loss.detach()
+            for name, value in _shown(out).items():
+                values[name] = values.get(name, 0) + value / self.accum
         self.last_loss = values["loss"]
         values["grad_norm"] = self._update()
         values["skipped_steps"] = self.skipped.clone()
@@ -109,20 +132,27 @@ class TrainingStep:
             values["texts_per_step"] = torch.full((), float(texts * distributed.world_size()), device=self.device)
         return values, waited, bad
 
-    def _forward_backward(self, batch: dict, micro_step: int) -> dict[str, Tensor]:
-        out = self.forward(self.model, batch, micro_step)
-        loss = out["loss"]
-        if distributed.initialized() and "loss_tokens" in out:
-            # DDP averages gradients over ranks; this makes their mean the mean over all tokens
-            everywhere = distributed.sum_over_ranks(out["loss_tokens"].detach().clone())
-            loss = loss * out["loss_tokens"] * distributed.world_size() / everywhere
-        self.scaler.scale(loss / self.accum).backward()
-        shown = {"loss": loss.detach()}
-        if "across_picture_share" in out:
-            shown["across_picture_share"] = out["across_picture_share"]
-        # the terms of a loss that has several, as BLIP-2's first stage
-        terms = (key for key in out if key.startswith("loss_") and key != "loss_tokens")
-        return shown | {key: out[key].detach() for key in terms} | out.get("shown", {})
+    def _part_of_step(self, out: dict, counts: list[Tensor], last: bool) -> tuple[Tensor, Tensor | None]:
+        """A micro-step's loss as its part of the step's loss, and what the parts before it are to be multiplied by.
+
+        counts: tokens of the micro-steps before it; this one's are added. The number of tokens of the whole step is
+        known in front of the last backward pass, so the parts until then are of a reference in its place: the first
+        micro-step's tokens times the number of micro-steps. Ranks talk once; DDP averages gradients over ranks, and
+        `ranks` makes that mean the mean over all tokens.
+        """
+        loss, tokens, ranks = out["loss"], out.get("loss_tokens"), distributed.world_size()
+        if tokens is None:
+            return loss / self.accum, None
+        if self.loss_mean == "micro_steps" or self.accum == 1:
+            if distributed.initialized():
+                loss = loss * tokens * ranks / distributed.sum_over_ranks(tokens.detach().clone())
+            return loss / self.accum, None
+        counts.append(tokens.detach())
+        reference = (counts[0].clamp_min(1) * self.accum).to(loss.dtype)
+        if not last:
+            return loss * tokens / reference, None
+        total = distributed.sum_over_ranks(torch.stack(counts).sum()).clamp_min(1)
+        return loss * tokens * ranks / total, reference * ranks / total
 
     def _update(self) -> Tensor:
         """Clip and step; returns the gradient's norm before clipping."""
@@ -160,3 +190,11 @@ class TrainingStep:
         """Whether all weights and moments on this rank are finite; waits for the device."""
         moments = (value for of_one in self.optimizer.state.values() for value in of_one.values())
         return bool(all_finite([*self.parameters, *moments]).item())
+
+
+def _shown(out: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is logged of a micro-step beside its loss."""
+    shown = {key: out[key] for key in ("across_picture_share",) if key in out}
+    # the terms of a loss that has several, as BLIP-2's first stage
+    terms = (key for key in out if key.startswith("loss_") and key != "loss_tokens")
+    return shown | {key: out[key].detach() for key in terms} | out.get("shown", {})

@@ -13,7 +13,7 @@ import torch
 from lavis_evlgen import cli
 from lavis_evlgen.datasets import ScenesDataset
 from lavis_evlgen.models.evlgen import EVLGen
-from tests.run_tools import Runs, losses
+from tests.run_tools import Runs, checkpoint, losses
 
 FILES = Path(__file__).resolve().parents[1] / "files" / "release_0_1"
 PARTS = {key: str(FILES / "parts" / key) for key in ("vit_model", "connector_init", "llm_model")}
@@ -29,11 +29,13 @@ def old(tmp_path) -> Runs:
 
 
 def test_a_run_goes_on_from_an_old_checkpoint_as_the_old_version_did(old):
+    """It accumulates, and its checkpoint does not say how losses are averaged: as they were then."""
     expected = losses(FILES / "run")
     old.train(f"run.resume_ckpt_path={old.output() / 'checkpoint_step6.pth'}")
     found = losses(old.output())
     assert list(found) == list(expected) == list(range(1, 9))
     assert found == pytest.approx(expected, abs=1e-5)
+    assert checkpoint(old.output())["loss_mean"] == "micro_steps"  # and so a resume of this one
 
 
 def test_an_old_checkpoint_scores_what_its_run_card_says(old):

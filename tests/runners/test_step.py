@@ -47,24 +47,104 @@ def close(step, other, tolerance=1e-5):
     return all((a - b).abs().max() < tolerance for (name, a), b in pairs if not name.endswith("key.bias"))
 
 
-def test_two_micro_steps_are_one_step_of_both_when_token_counts_agree():
-    one, two = trainer(), trainer(accum_grad_iters=2)
-    whole = batch(4)
-    loss = one(iter([dict(whole)]))[0]["loss"]
-    accumulated = two(halves(whole))[0]["loss"]
-    assert accumulated.item() == pytest.approx(loss.item(), rel=1e-5)
-    assert close(one, two)
-    assert not close(one, trainer(), 1e-3)  # it did move
+def gradients(step, batches) -> tuple[dict, dict]:
+    """The values of a step, and the gradients that it would be taken with, by name."""
+    found, update = {}, step._update
+
+    def look():
+        found.update((name, p.grad.clone()) for name, p in step.model.named_parameters() if p.grad is not None)
+        return update()
+
+    step._update = look
+    return step(batches)[0], found
 
 
-def test_micro_steps_weigh_alike_whatever_their_tokens():
-    """With unequal token counts the two differ: a micro-step's loss is the mean over its own tokens."""
-    texts = ["a dog"] * 2 + ["two cats sleep on a wooden table by a red square and a blue circle"] * 2
+UNEVEN = ["a dog"] * 2 + ["two cats sleep on a wooden table by a red square and a blue circle"] * 2
+
+
+@pytest.mark.parametrize("texts", [["a red square"] * 4, UNEVEN], ids=["even", "uneven"])
+def test_two_micro_steps_are_one_step_of_both(texts):
+    whole = batch(4, texts=texts)
     one, two = trainer(), trainer(accum_grad_iters=2)
-    loss = one(iter([batch(4, texts=texts)]))[0]["loss"].item()
-    accumulated = two(halves(batch(4, texts=texts)))[0]["loss"].item()
-    parts = [trainer()(iter([half]))[0]["loss"].item() for half in halves(batch(4, texts=texts))]
-    assert accumulated == pytest.approx(sum(parts) / 2, rel=1e-5) and accumulated != pytest.approx(loss, rel=1e-3)
+    values, expected = gradients(one, iter([dict(whole)]))
+    accumulated, found = gradients(two, halves(whole))
+    assert accumulated["loss"].item() == pytest.approx(values["loss"].item(), rel=1e-6)
+    assert set(found) == set(expected)
+    largest = max(g.abs().max() for g in expected.values())
+    assert max((found[name] - g).abs().max() for name, g in expected.items()) < 2e-6 * largest
+    assert close(one, two) and not close(one, trainer(), 1e-3)  # they did move
+
+
+def test_micro_steps_may_weigh_alike_whatever_their_tokens():
+    """With loss_mean=micro_steps the loss of each is the mean over its own tokens: it shows where counts differ."""
+    one, two = trainer(), trainer(accum_grad_iters=2, loss_mean="micro_steps")
+    loss = one(iter([batch(4, texts=UNEVEN)]))[0]["loss"].item()
+    accumulated = two(halves(batch(4, texts=UNEVEN)))[0]["loss"].item()
+    parts = [trainer()(iter([half]))[0]["loss"].item() for half in halves(batch(4, texts=UNEVEN))]
+    assert accumulated == pytest.approx(sum(parts) / 2, rel=1e-6) and accumulated != pytest.approx(loss, rel=1e-3)
+
+
+class Tokens(nn.Module):
+    """loss: the mean of w * token over the tokens of a batch, in float64. It says their number, unless `counts` is
+    false."""
+
+    def __init__(self, counts: bool = True):
+        super().__init__()
+        self.w, self.counts = nn.Parameter(torch.ones((), dtype=torch.float64)), counts
+
+    def forward(self, samples):
+        tokens = samples["image"]
+        count = {"loss_tokens": torch.tensor(len(tokens))} if self.counts else {}
+        return {"loss": (self.w * tokens).sum() / max(len(tokens), 1), **count}
+
+
+@pytest.mark.parametrize("lengths", [[3, 5, 1], [1, 400, 2, 90], [0, 7, 0, 2], [4, 0], [0, 0]])
+@pytest.mark.parametrize("counts, mean", [(True, "tokens"), (True, "micro_steps"), (False, "tokens")])
+def test_every_token_weighs_alike(lengths, counts, mean):
+    tokens = torch.randn(sum(lengths), generator=torch.Generator().manual_seed(1), dtype=torch.float64).split(lengths)
+    model, run = Tokens(counts), {"accum_grad_iters": len(lengths), "max_grad_norm": 0, "loss_mean": mean}
+    step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=1.0, fused=True), CPU, run)
+    values, found = gradients(step, iter({"image": part} for part in tokens))
+    if counts and mean == "tokens":
+        expected = torch.cat(tokens).sum().item() / max(sum(lengths), 1)
+    else:
+        expected = sum(part.sum().item() / max(len(part), 1) for part in tokens) / len(tokens)
+    assert values["loss"].item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+    assert found["w"].item() == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+@pytest.mark.parametrize("mean", ["tokens", "micro_steps"])
+def test_loss_scaling_keeps_the_accumulated_gradient_and_sees_what_is_not_finite(mean):
+    plain = trainer(accum_grad_iters=2, loss_mean=mean)
+    scaled = trainer(accum_grad_iters=2, loss_mean=mean, amp="fp16")
+    scaled.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    expected = gradients(plain, halves(batch(4, texts=UNEVEN)))
+    found = gradients(scaled, halves(batch(4, texts=UNEVEN)))
+    assert found[0]["loss"].item() == pytest.approx(expected[0]["loss"].item(), rel=1e-2)
+    assert found[0]["grad_norm"].item() == pytest.approx(expected[0]["grad_norm"].item(), rel=0.05)
+    before = state(scaled)
+    for micro_steps in ([broken(), batch()], [batch(), broken()]):
+        scale = scaled.scaler.get_scale()
+        values = scaled(iter(micro_steps))[0]
+        assert not values["grad_norm"].isfinite() and scaled.scaler.get_scale() == scale / 2
+    assert same_tensors(state(scaled), before) and scaled.skipped.item() == 2
+
+
+@pytest.mark.parametrize(
+    "asked, saved, mean",
+    [
+        (None, {}, "micro_steps"), (None, {"loss_mean": "micro_steps"}, "micro_steps"),
+        (None, {"loss_mean": "tokens"}, "tokens"), ("tokens", {}, "tokens"),
+        ("micro_steps", {"loss_mean": "tokens"}, "micro_steps"),
+    ],
+)  # fmt: skip
+def test_a_resumed_run_keeps_its_mean_unless_the_config_names_one(asked, saved, mean, caplog):
+    step = trainer(accum_grad_iters=2, loss_mean=asked)
+    assert step.loss_mean == asked or (asked is None and step.loss_mean == "tokens")
+    with caplog.at_level("INFO"):
+        step.load_state(saved)
+    assert step.loss_mean == mean
+    assert ("run.loss_mean=tokens changes it" in caplog.text) == (asked is None and mean == "micro_steps")
 
 
 def test_waiting_and_bad_images_come_back_with_the_values():

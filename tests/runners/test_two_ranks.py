@@ -1,4 +1,4 @@
-"""Two processes with batch 2 are one process with batch 4: weighting, order, accumulation, evaluation."""
+"""Two processes with batch 2 are one with batch 4, two micro-steps one of both: weighting, order, evaluation."""
 
 import json
 
@@ -28,6 +28,14 @@ def one_rank(two, tmp_path_factory) -> Runs:
     return runs
 
 
+@pytest.fixture(scope="module")
+def one_batch(two, tmp_path_factory) -> Runs:
+    """The same pictures in steps without accumulation."""
+    runs = two.copy(tmp_path_factory.mktemp("batch"), batch_size_train=8, accum_grad_iters=1, valid_splits=[])
+    runs.train()
+    return runs
+
+
 def test_captions_differ_in_length(one_rank):
     """Else a wrong weighting of ranks would not show."""
     dataset = one_rank.runner.datasets["scenes"]["train"]
@@ -39,6 +47,26 @@ def test_losses_of_two_ranks_are_those_of_one_with_twice_the_batch(one_rank, two
     expected, found = losses(one_rank.output()), losses(two.output())
     assert list(found) == list(expected) == list(range(1, 11))
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-5, rel=1e-5)
+
+
+def test_two_micro_steps_on_two_ranks_are_one_batch_of_all(one_batch, two):
+    """Every token of a step weighs alike, whichever rank and micro-step it is in."""
+    expected, found = (losses(runs.output()) for runs in (one_batch, two))
+    assert list(found.values()) == pytest.approx(list(expected.values()), abs=1e-5, rel=1e-5)
+    first = [log(runs.output())[0] for runs in (one_batch, two)]
+    assert first[1]["loss"] == pytest.approx(first[0]["loss"], rel=1e-6)
+    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=2e-6)
+
+
+def test_the_mean_over_micro_steps_is_the_same_on_two_ranks(one_rank, two, tmp_path):
+    """`run.loss_mean: micro_steps`, as earlier versions had it: other numbers, and the same on two ranks."""
+    short = {"max_iters": 2, "iters_per_inner_epoch": 2, "valid_splits": [], "loss_mean": "micro_steps"}
+    of_two, of_one = two.copy(tmp_path / "two", **short), one_rank.copy(tmp_path / "one", **short)
+    on_two_ranks(of_two)
+    of_one.train()
+    expected = losses(of_one.output())
+    assert losses(of_two.output()) == pytest.approx(expected, abs=1e-5, rel=1e-5)
+    assert expected[1] != pytest.approx(losses(one_rank.output())[1], rel=1e-4)
 
 
 def test_weights_after_training_agree(one_rank, two):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import BertConfig
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
@@ -16,28 +15,18 @@ from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.vision import encoder
 from lavis_evlgen.nn.merging import merge_schedule
 from lavis_evlgen.runners.cost import flops_per_image
+from lavis_evlgen.tools.cost import macs
 from lavis_evlgen.tools.cost.macs import COLUMNS, amount, cost_of, table_rows
 from lavis_evlgen.tools.cost.texts import ONE, Texts
 from lavis_evlgen.weights.bundle import empty_model
 from tests.models.test_full_size import LLMS
+from tests.run_tools import ROOT
 from tests.runners.test_cost import step_of
 from tests.test_cli import evlgen
-from tests.tiny import pictures, tiny_tokenizer
+from tests.tiny import pictures
 
 WIDTH, HIDDEN = 768, 3072
 LAYER_ATTENTION, LAYER_MLP = 4 * WIDTH**2, 2 * WIDTH * HIDDEN
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory):
-    """What a hub would be asked for, no weights: OPT-2.7b's config and a tokenizer, bert-base's and its words."""
-    root = tmp_path_factory.mktemp("hub")
-    LLMS["opt2.7b"][0].save_pretrained(root / "opt")
-    tiny_tokenizer(bos="</s>").save_pretrained(root / "opt")
-    BertConfig().save_pretrained(root / "bert")
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(f"word{n}" for n in range(30517))]
-    (root / "bert" / "vocab.txt").write_text("\n".join(words) + "\n")
-    return root
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,10 +51,9 @@ def shallow(monkeypatch):
     monkeypatch.setattr(encoder, "build_empty", one_block)
 
 
-def full_size(hub, texts=ONE, text_tokens=None, **changes):
+def full_size(texts=ONE, text_tokens=None, **changes):
     section = OmegaConf.load(EVLGen.default_config_path("opt2.7b")).model
-    section |= {"llm_model": str(hub / "opt"), "connector_init": str(hub / "bert"), **changes}
-    return cost_of(section, text_tokens, texts=texts)
+    return cost_of(section | changes, text_tokens, texts=texts)
 
 
 def part(cost, name):
@@ -86,23 +74,23 @@ def tomeformer(schedule, tokens=257) -> int:
     "layers, r, schedule, paper",
     [(12, 19, [19] * 12, "11.9G"), (6, 40, [40] * 5 + [28], "5.6G")],
 )
-def test_the_papers_tomeformers(shallow, hub, layers, r, schedule, paper):
-    """Table 6 counts the linear layers of the body alone; 5.6G is r = 40 where a layer can: `{target: 29}`.
-
-    Keys averaged over heads, in float32 for matching, are a product of their own here.
-    """
-    cost = full_size(hub, num_layers=layers, tome_r=r)
+def test_the_papers_tomeformers(shallow, layers, r, schedule, paper):
+    """Table 6 counts the linear layers of the body alone; 5.6G is r = 40 where a layer can: `{target: 29}`."""
+    cost = full_size(num_layers=layers, tome_r=r)
     body = part(cost, "connector")
-    tokens = [257 - sum(schedule[:layer]) for layer in range(layers)]
-    keys = sum(tokens) * WIDTH * 64
-    assert body.linear == tomeformer(schedule) + keys and f"{(body.linear - keys) / 1e9:.1f}G" == paper
+    assert body.linear == tomeformer(schedule) and f"{body.linear / 1e9:.1f}G" == paper
     assert schedule == merge_schedule({"target": 29}, layers, 257)
     assert part(cost, "input_proj").linear == 257 * 1408 * WIDTH
     assert part(cost, "llm_proj").linear == 29 * WIDTH * 2560 and cost.prompt_tokens == 29
 
 
-def test_all_parts_of_the_papers_model(hub):
-    cost = full_size(hub)
+def test_all_parts_of_the_papers_model(capsys, monkeypatch):
+    """By the README's own command: nothing of it has to be here."""
+    costs = []
+    monkeypatch.setattr(macs, "cost_of", lambda *args: costs.append(cost_of(*args)) or costs[0])
+    assert evlgen("macs", ROOT / "projects" / "evlgen" / "opt.yaml") == 0
+    assert "11.88G" in capsys.readouterr().out
+    cost = costs[0]
     eva, hidden, depth = 1408, int(1408 * 4.3637), 39
     vit = part(cost, "vision encoder")
     assert vit.linear == 256 * 14 * 14 * 3 * eva + depth * 257 * (4 * eva**2 + 2 * eva * hidden)
@@ -115,16 +103,17 @@ def test_all_parts_of_the_papers_model(hub):
     assert llm.parameters == LLMS["opt2.7b"][1]
     tokens = [257 - 19 * n for n in range(12)]
     attention = sum(2 * n**2 * WIDTH for n in tokens)
-    matching = sum(((n + 1) // 2) * (n // 2) * 64 for n in tokens)
+    keys = sum(tokens) * WIDTH * 64  # averaged over heads, in float32
+    matching = sum(((n + 1) // 2) * (n // 2) * 64 for n in tokens) + keys
     assert part(cost, "connector").products == attention + matching
     trained = sum(part(cost, name).macs for name in ("ln_vision", "input_proj", "connector", "llm_proj"))
     assert cost.flops == 2 * vit.macs + 6 * trained + 4 * (llm.macs + head.macs)
     assert cost.flops == pytest.approx(cost.step_flops, rel=0.01)
 
 
-def test_five_texts_of_a_picture_cost_it_once(hub):
+def test_five_texts_of_a_picture_cost_it_once():
     """By hand: the language model runs over 29 + 5 x 20 positions in place of 5 x (29 + 20)."""
-    one, five = (full_size(hub, texts=Texts(count), text_tokens=20) for count in (1, 5))
+    one, five = (full_size(texts=Texts(count), text_tokens=20) for count in (1, 5))
     for name in ("vision encoder", "ln_vision", "input_proj", "connector", "llm_proj"):
         assert part(five, name) == part(one, name)
     llm, length = part(five, "language model"), 29 + 5 * 20
@@ -161,8 +150,8 @@ def test_it_counts_what_a_real_step_on_several_texts_does(runs, kind):
     assert cost.step_flops == real
 
 
-def test_the_papers_q_former_in_stage_2(shallow, hub):
-    body = part(full_size(hub, connector="qformer", num_query_token=32), "connector")
+def test_the_papers_q_former_in_stage_2(shallow):
+    body = part(full_size(connector="qformer", num_query_token=32), "connector")
     assert body.linear == q_former() and f"{body.linear / 1e9:.2f}G" == "6.28G"
 
 
@@ -172,11 +161,11 @@ def q_former(queries=32, text=0) -> int:
     return 12 * (queries + text) * (LAYER_ATTENTION + LAYER_MLP) + cross
 
 
-def test_the_papers_q_former_in_stage_1(shallow, hub):
+def test_the_papers_q_former_in_stage_1(shallow):
     """36.7G are the pictures, the matching (27.0G, which the paper names after the captions), the captions and their
     words; LAVIS's forward also reads the texts alone, for the contrast."""
     section = OmegaConf.load(Blip2Stage1.default_config_path("pretrain")).model
-    cost = cost_of(OmegaConf.merge(section, {"connector_init": str(hub / "bert")}))
+    cost = cost_of(section)
     linear = {part.name: part.linear for part in cost.parts}
     assert linear["pictures"] == q_former()
     assert linear["texts"] == linear["captioning"] == q_former(queries=0, text=32)

@@ -13,6 +13,7 @@ from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.config.values import Range
 from lavis_evlgen.nn import MergeMap, TomeFormerConfig
 from lavis_evlgen.nn.tomeformer import by_bert_names
+from lavis_evlgen.weights.kept_sizes import sizes_of
 from lavis_evlgen.weights.sources import WeightsError, load_from_hub, on_meta, read_state_dict, resolve
 from lavis_evlgen.weights.untrusted import read_json
 
@@ -92,8 +93,11 @@ def is_random(connector_init) -> bool:
 
 
 def bert_folder(connector_init: str) -> str:
-    """Folder with config.json, weights and vocab.txt of a BERT: a folder or package path as it is, or a hub id's."""
-    source = resolve(connector_init, "connector_init")
+    """Folder with config.json, weights and vocab.txt of a BERT: a folder or package path as it is, or a hub id's.
+
+    Where a model is counted, of a hub id that is not here perhaps config.json alone (weights/kept_sizes.py).
+    """
+    source = sizes_of(resolve(connector_init, "connector_init"))
     if Path(source).exists():
         return source
     from huggingface_hub import snapshot_download

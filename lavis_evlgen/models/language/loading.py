@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lavis_evlgen.models.language import gguf
 from lavis_evlgen.models.precision import DTYPES
+from lavis_evlgen.weights.kept_sizes import KeptTokens, is_kept, sizes_of
 from lavis_evlgen.weights.sources import (
     check_files_floating,
     check_floating,
@@ -23,8 +24,8 @@ from lavis_evlgen.weights.sources import (
 def load_language_model(source: str, precision: str, trust_remote_code: bool = False):
     """(model, tokenizer) from a hub id, a folder, or a .gguf file (de-quantised).
 
-    Under `torch.device("meta")` the model has its shapes and no weights; config and tokenizer are read.
-    trust_remote_code: run code that the folder or repository brings. Raises WeightsError.
+    Under `torch.device("meta")` the model has its shapes and no weights; config and tokenizer are read, or known
+    (weights/kept_sizes.py). trust_remote_code: run code that the folder or repository brings. Raises WeightsError.
     """
     path = resolve(source, "llm_model")
     folder, file = folder_and_file(path)
@@ -46,10 +47,15 @@ def folder_and_file(path: str) -> tuple[str, dict[str, str]]:
 
 def _from_pretrained(path: str, precision: str, **kwargs):
     if "gguf_file" not in kwargs:  # the config first: it tells of code in the folder, whatever the tokenizer is
-        config = load_from_hub(AutoConfig.from_pretrained, path, "llm_model", **kwargs)
+        config = load_from_hub(AutoConfig.from_pretrained, sizes_of(path), "llm_model", **kwargs)
         if not kwargs["trust_remote_code"]:
             refuse_kernels(config, path, "llm_model")
-    tokenizer = load_from_hub(AutoTokenizer.from_pretrained, path, "llm_model", **kwargs)
+
+    def load_tokenizer():
+        return load_from_hub(AutoTokenizer.from_pretrained, path, "llm_model", **kwargs)
+
+    kept = is_kept(sizes_of(path, "tokenizer_config.json"))
+    tokenizer = KeptTokens(path, config.model_type, load_tokenizer) if kept else load_tokenizer()
     dtype = DTYPES[precision]
     if on_meta():
         model = empty_language_model(path, **kwargs)
@@ -66,7 +72,7 @@ def _from_pretrained(path: str, precision: str, **kwargs):
 def empty_language_model(path: str, trust_remote_code: bool, **file) -> nn.Module:
     """The model of a folder or hub id (with `file`: folder_and_file) on torch's default device, untrained."""
     config = load_from_hub(
-        AutoConfig.from_pretrained, path, "llm_model", trust_remote_code=trust_remote_code, **file
+        AutoConfig.from_pretrained, sizes_of(path), "llm_model", trust_remote_code=trust_remote_code, **file
     )
 
     def build(path):

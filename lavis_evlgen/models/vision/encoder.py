@@ -22,6 +22,7 @@ from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.precision import DTYPES, PRECISIONS, check_precision, freeze
 from lavis_evlgen.models.vision.dinov2_onnx import dinov2_from_onnx
 from lavis_evlgen.models.vision.eva_attention import fuse_attention
+from lavis_evlgen.weights.kept_sizes import sizes_of
 from lavis_evlgen.weights.sources import (
     WeightsError,
     check_files_floating,
@@ -233,7 +234,7 @@ def load_vision_encoder(
 
 def _hugging_face_model(source: str, trust_remote_code: bool) -> nn.Module:
     trust = {"trust_remote_code": trust_remote_code}
-    config = load_from_hub(AutoConfig.from_pretrained, source, "vit_model", **trust)
+    config = load_from_hub(AutoConfig.from_pretrained, sizes_of(source), "vit_model", **trust)
     if not trust_remote_code:
         refuse_kernels(config, source, "vit_model")
     if type(config) in MODEL_MAPPING:

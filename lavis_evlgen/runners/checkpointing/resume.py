@@ -27,6 +27,7 @@ class RunState:
             "model": trainable_state(trainer.model),
             "optimizer": trainer.optimizer.state_dict(),
             "scaler": trainer.step.scaler_state(),
+            "loss_mean": trainer.step.loss_mean,
             "skipped_steps": trainer.step.skipped.item(),
             "skipped_in_a_row": trainer.step.in_a_row.item(),
             "images_per_step": trainer.images_per_step,

@@ -21,9 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.config.stages import Stage
 from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
+from lavis_evlgen.models.connectors import TomeFormerConnector
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.language.llm_train import is_adapter
 from lavis_evlgen.models.trains import train_as_in
+from lavis_evlgen.nn.merging import tokens_after
 from lavis_evlgen.reporting import tables
 from lavis_evlgen.runners.preflight import check_training
 from lavis_evlgen.runners.settings import RunSettings
@@ -44,7 +46,7 @@ class Part:
     """What one part costs for one picture.
 
     linear: MACs of linear layers and convolutions, all that the paper counts (EVLGen, table 6); products: MACs of
-    activations with each other (attention, matching); factor: FLOPs of a training step per MAC.
+    activations with each other (attention), and of matching; factor: FLOPs of a training step per MAC.
     """
 
     name: str
@@ -122,7 +124,8 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int, texts: Texts =
         if hasattr(model.connector, "input_proj"):
             found["input_proj"] = counted(lambda: model.connector.input_proj(tokens))[1]
             connector = tuple(a - b for a, b in zip(connector, found["input_proj"], strict=True))
-        found["connector"] = connector
+        keys = matching_keys(model.connector, tokens.shape[1])
+        found["connector"] = (connector[0] - keys, connector[1] + keys)
         prompt, found["llm_proj"] = counted(lambda: model.llm_proj(prompt.tokens))
         hidden, found["language model"] = counted(lambda: body(prompt))
         if ADAPTERS in sizes:  # each of their numbers is a product at each position
@@ -174,6 +177,19 @@ def _heads(model, seen, text, match, queries: int):
     """The contrast's and the matching's projections, as one number that has their gradients."""
     pictures, words = model.vision_proj(seen.last_hidden_state), model.text_proj(text.last_hidden_state[:, 0])
     return pictures.sum() + words.sum() + model.itm_head(match.last_hidden_state[:, :queries]).sum()
+
+
+def matching_keys(connector: nn.Module, tokens: int) -> int:
+    """MACs of the keys that a TomeFormer's merging compares: a product with weights that belongs to matching."""
+    if not isinstance(connector, TomeFormerConnector):
+        return 0
+    cfg, macs = connector.tomeformer.cfg, 0
+    for layer, r in zip(connector.tomeformer.encoder["layer"], cfg.schedule, strict=True):
+        if r > 0:
+            x = torch.empty(1, tokens, cfg.hidden_size)
+            macs += counted(lambda: layer.attention["self"].mean_keys(x))[1][0]  # noqa: B023  (called at once)
+            tokens = tokens_after(tokens, [r], cfg.protected)
+    return macs
 
 
 @contextmanager
