@@ -33,7 +33,7 @@ from lavis_evlgen.weights.frozen_identity import check_identity
 from lavis_evlgen.weights.trainable import facts_of_checkpoint, load_checkpoint_file, model_section
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
-PARTS = ("ln_vision", "input_proj", "connector", "llm_proj", "soft_prompt", "language_model")
+PARTS = ("ln_vision", "input_proj", "connector", "gates", "llm_proj", "soft_prompt", "language_model")
 
 
 @dataclass(kw_only=True)
@@ -146,7 +146,7 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         if self.llm_proj.weight.is_meta:
             return
         with torch.random.fork_rng(devices=[]):
-            noise = torch.randn(2, self.visual_encoder.num_tokens, self.visual_encoder.width)
+            noise = self.connector.noise(self.visual_encoder.num_tokens, self.visual_encoder.width)
             rms = self.connector.eval()(noise).tokens.float().pow(2).mean().sqrt()
         self.connector.train()
         std = factor * self.language_model.embedding_std() / (rms.item() * self.connector.width**0.5)

@@ -33,6 +33,7 @@ class TomeFormerConfig:
     proportional_attention: bool = False  # add log(size) to the attention logits
     protected: int = 1  # leading tokens that never merge ([CLS])
     num_tokens: int = 257  # what the schedule is planned for
+    skip: str = "none"  # none (released) | pooled: the means of the groups, past the body (nn/groups.py)
     schedule: list[int] = field(init=False)
 
     def __post_init__(self):
@@ -46,6 +47,7 @@ class TomeFormerConfig:
         for name, value, known in (
             ("merge_mean", self.merge_mean, ("plain", "size")),
             ("partition", self.partition, ("alternate", "random")),
+            ("skip", self.skip, ("none", "pooled")),
         ):
             if value not in known:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from lavis_evlgen.config.keys import Settings, key
@@ -79,6 +80,10 @@ class Connector(nn.Module):
     def __init__(self, width: int, num_output_tokens: int):
         super().__init__()
         self.width, self.num_output_tokens = width, num_output_tokens
+
+    def noise(self, num_tokens: int, input_width: int) -> Tensor:
+        """Two pictures' visual tokens (2, L, D_v) at random, on which `prompt_scale` measures the output's size."""
+        return torch.randn(2, num_tokens, input_width)
 
     @staticmethod
     def part_of(name: str) -> str:

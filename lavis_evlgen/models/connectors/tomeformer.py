@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_evlgen.config.keys import key
@@ -18,7 +20,7 @@ from lavis_evlgen.models.connectors.base import (
     bert_folder,
     is_random,
 )
-from lavis_evlgen.nn import TomeFormer, TomeFormerConfig
+from lavis_evlgen.nn import PooledSkip, TomeFormer, TomeFormerConfig
 from lavis_evlgen.nn.tomeformer import by_bert_names
 from lavis_evlgen.weights.sources import check_floating, on_meta, read_state_dict
 
@@ -44,6 +46,10 @@ class TomeFormerSettings(BertSettings):
     proportional_attention: bool | None = key(
         "add log(token size) to the attention logits", TomeFormerConfig.proportional_attention
     )
+    skip: Literal["none", "pooled"] | None = key(
+        "pooled: the mean of each merged token's patches goes past the body, which counts from 0 on (released: none)",
+        TomeFormerConfig.skip,
+    )
 
 
 class TomeFormerConnector(Connector):
@@ -54,14 +60,27 @@ class TomeFormerConnector(Connector):
         self.sizes = {name: getattr(cfg, name) for name in SIZES}
         self.input_proj = nn.Linear(input_width, cfg.hidden_size)
         self.tomeformer = TomeFormer(cfg)
+        self.skip = PooledSkip(input_width, cfg.hidden_size) if cfg.skip == "pooled" else None
 
     def forward(self, visual_tokens: Tensor, condition=None, return_source: bool = False) -> VisualPrompt:
-        tokens, source = self.tomeformer(self.input_proj(visual_tokens), return_source)
-        return VisualPrompt(tokens, source=source)
+        groups = return_source or self.skip is not None
+        tokens, source = self.tomeformer(self.input_proj(visual_tokens), groups)  # (B, L', D_c)
+        if self.skip is not None:
+            tokens = self.skip(tokens, source.merge(visual_tokens))
+        return VisualPrompt(tokens, source=source if return_source else None)
+
+    def noise(self, num_tokens: int, input_width: int) -> Tensor:
+        """With a skip all tokens of a picture are the same: those of a group are alike, and the mean of as many
+        independent ones would be far smaller than the mean of theirs."""
+        if self.skip is None:
+            return super().noise(num_tokens, input_width)
+        return F.layer_norm(torch.randn(2, 1, input_width), (input_width,)).expand(-1, num_tokens, -1)
 
     @staticmethod
     def part_of(name: str) -> str:
-        return "input_proj" if name.startswith("input_proj") else "connector"
+        if name.endswith(".alpha"):
+            return "gates"
+        return "input_proj" if name.startswith(("input_proj.", "skip.")) else "connector"
 
 
 def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
@@ -76,7 +95,7 @@ def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
     config = TomeFormerConfig(
         num_tokens=vision.num_tokens, protected=vision.protected, num_layers=settings.num_layers,
         tome_r=settings.tome_r, merge_mean=settings.merge_mean, partition=settings.partition,
-        proportional_attention=settings.proportional_attention, dropout=settings.dropout, **sizes,
+        proportional_attention=settings.proportional_attention, dropout=settings.dropout, skip=settings.skip, **sizes,
     )  # fmt: skip
     connector = TomeFormerConnector(vision.width, config)
     if state is not None:
