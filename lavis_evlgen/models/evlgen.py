@@ -147,7 +147,7 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
             return
         with torch.random.fork_rng(devices=[]):
             noise = self.connector.noise(self.visual_encoder.num_tokens, self.visual_encoder.width)
-            rms = self.connector.eval()(noise).tokens.float().pow(2).mean().sqrt()
+            rms = self.connector.eval()(noise, features=noise).tokens.float().pow(2).mean().sqrt()
         self.connector.train()
         std = factor * self.language_model.embedding_std() / (rms.item() * self.connector.width**0.5)
         nn.init.normal_(self.llm_proj.weight, std=std)
@@ -191,8 +191,8 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
 
     def connect(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
         """image (B, 3, H, W) -> the connector's tokens (B, L', D_c)."""
-        visual_tokens = self.ln_vision(self.visual_encoder(image))  # (B, L, D_v)
-        return self.connector(visual_tokens, return_source=return_source)
+        features = self.visual_encoder(image)  # (B, L, D_v)
+        return self.connector(self.ln_vision(features), return_source=return_source, features=features)
 
     def visual_prompt(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
         """image (B, 3, H, W) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2."""

@@ -1,4 +1,4 @@
-"""What else reads the group of patches that each merged token stands for: its mean.
+"""What else reads the group of patches that each merged token stands for: its mean, or attention over its patches.
 
 docs/merging.md has the formulas.
 """
@@ -6,7 +6,10 @@ docs/merging.md has the formulas.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lavis_evlgen.nn.merging import MergeMap
 
 
 class PooledSkip(nn.Module):
@@ -29,3 +32,35 @@ class PooledSkip(nn.Module):
     def forward(self, body: Tensor, means: Tensor) -> Tensor:
         """body: the body's tokens (B, L', D_c); means: of each group's patches (B, L', D_v) -> (B, L', D_c)."""
         return self.proj(means) + self.alpha.to(body.dtype) * body
+
+
+class GroupReadout(nn.Module):
+    """Each merged token looks once more at the patches that it stands for, and at no others:
+
+    y_s = m_s + alpha W_o sum_{i in s} softmax_i(<W_q m_s, W_k x_i> / sqrt(d)) W_v x_i, in heads of width d; alpha is one
+    learned number, 0 at the start, so that training starts with y = m.
+    """
+
+    def __init__(self, input_width: int, width: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width, bias=False)
+        # no biases: of keys, the gradient would be 0 (softmax ignores what they share); the others' are in llm_proj's
+        self.key = nn.Linear(input_width, width, bias=False)
+        self.value = nn.Linear(input_width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(1))
+        for linear in (self.query, self.key, self.value, self.output):
+            nn.init.xavier_uniform_(linear.weight)  # keeps the size of tokens, so alpha is what share is read anew
+
+    def forward(self, tokens: Tensor, x: Tensor, source: MergeMap) -> Tensor:
+        """tokens (B, L', D_c), x (B, L, D_v), source: which token each x is in -> (B, L', D_c)."""
+
+        def heads(projected):
+            return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, d)
+
+        own = source.slot[:, None] == torch.arange(source.num_slots, device=x.device)[:, None]  # (B, L', L)
+        query, key, value = heads(self.query(tokens)), heads(self.key(x)), heads(self.value(x))
+        read = F.scaled_dot_product_attention(query, key, value, own[:, None])  # (B, H, L', d)
+        change = self.output(read.transpose(1, 2).flatten(2))  # (B, L', D_c)
+        return tokens + (self.alpha * change).to(tokens.dtype)

@@ -66,8 +66,10 @@ class VisualPrompt:
 
 
 class Connector(nn.Module):
-    """`forward(visual_tokens (B, L, D_v), condition=None, return_source=False)` -> VisualPrompt(tokens (B, L', D_c)).
+    """`forward(visual_tokens (B, L, D_v), condition=None, return_source=False, features=None)` -> VisualPrompt.
 
+    Its tokens are (B, L', D_c). `features` (B, L, D_v) is what the frozen ViT gave, before the LayerNorm that trains:
+    merging by them does not move as training goes on.
     `width` is D_c, `num_output_tokens` L'. `condition` is accepted everywhere and used nowhere yet: merging that
     looks at the question would read it. `ln_vision_init`: weights for the LayerNorm in front of the connector, where
     the connector's own weights were trained behind one; else None. `sizes`: what `connector_sizes` must say for the
