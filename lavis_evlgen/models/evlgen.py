@@ -164,7 +164,8 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
     def additions(self) -> list[set[str]]:
         """Groups of trainable tensors that `pretrained` may lack as a whole (weights/trainable.py)."""
         soft_prompt = {"soft_prompt"} if self.soft_prompt is not None else set()
-        return [group for group in (soft_prompt, self.from_files()) if group]
+        readout = {name for name in self.state_dict() if name.startswith("connector.readout.")}  # adds nothing at first
+        return [group for group in (soft_prompt, readout, self.from_files()) if group]
 
     def from_files(self) -> set[str]:
         """What of the language model learns."""

@@ -37,8 +37,8 @@ class PooledSkip(nn.Module):
 class GroupReadout(nn.Module):
     """Each merged token looks once more at the patches that it stands for, and at no others:
 
-    y_s = m_s + alpha W_o sum_{i in s} softmax_i(<W_q m_s, W_k x_i> / sqrt(d)) W_v x_i, in heads of width d; alpha is one
-    learned number, 0 at the start, so that training starts with y = m.
+    y_s = m_s + alpha W_o sum_{i in s} softmax_i(<W_q m_s, W_k x_i> / sqrt(d)) W_v x_i, in heads of width d.
+    alpha is one learned number, 0 at the start, so that training starts with y = m.
     """
 
     def __init__(self, input_width: int, width: int, num_heads: int):

@@ -69,9 +69,8 @@ class TomeFormerConnector(Connector):
         self.input_proj = nn.Linear(input_width, cfg.hidden_size)
         self.tomeformer = TomeFormer(cfg)
         self.skip = PooledSkip(input_width, cfg.hidden_size) if cfg.skip == "pooled" else None
-        self.readout = (
-            GroupReadout(input_width, cfg.hidden_size, cfg.num_heads) if cfg.readout == "group" else None
-        )
+        reads = cfg.readout == "group"
+        self.readout = GroupReadout(input_width, cfg.hidden_size, cfg.num_heads) if reads else None
 
     def forward(
         self, visual_tokens: Tensor, condition=None, return_source: bool = False, features: Tensor | None = None
