@@ -13,6 +13,8 @@ from lavis_evlgen.weights.sources import WeightsError
 from lavis_evlgen.weights.trainable import trainable_state
 from tests.models.test_connectors import config
 from tests.nn.test_fold import slow_fold
+from tests.processes import on_two_ranks
+from tests.run_tools import Runs, checkpoint, losses, same_tensors
 from tests.tiny import clips, pictures, tiny_connector, tiny_evlgen, tiny_evlgen_video, tiny_vision
 
 SAMPLES = {"image": pictures(2), "text_input": ["a red square", "a dog"]}
@@ -166,3 +168,20 @@ def test_unknown_values_are_refused(parts, key):
         tiny_connector(tiny_vision(), **{key: "always"})
     with pytest.raises(ValueError, match=f"{key}.*always"):
         EVLGen.from_config(config(parts, "tomeformer", **{key: "always"}))
+
+
+def test_runs_resume_bit_equal_and_two_ranks_are_one(parts, tmp_path):
+    """Four steps with everything on; the gates have moved."""
+    one = Runs(parts, tmp_path, max_iters=4, iters_per_inner_epoch=2, batch_size_train=4, valid_splits=[])
+    one.config["model"] |= {"dropout": 0.0, **OPTIONS}
+    two = one.copy(tmp_path / "two", batch_size_train=2)
+    (tmp_path / "two").mkdir()
+    one.train()
+    on_two_ranks(two)
+    whole = losses(one.output())
+    assert list(losses(two.output()).values()) == pytest.approx(list(whole.values()), rel=1e-5, abs=1e-5)
+    expected = checkpoint(one.output())["model"]
+    assert all(expected[f"connector.{name}.alpha"].any() for name in ("readout", "skip"))
+    half = one.output() / "checkpoint_previous.pth"
+    one.train("run.run_name=again", f"run.resume_ckpt_path={half}")
+    assert same_tensors(checkpoint(one.output("again"))["model"], expected)

@@ -153,17 +153,14 @@ def test_the_papers_q_former_in_stage_1(shallow, hub):
 
 def test_a_body_behind_a_fold_runs_on_what_is_left(hub):
     """The paper's body on 29 tokens: a sixth of its linear layers, and projections of 29 tokens; a readout of 257."""
-    body = {"connector_init": "random", "num_layers": 12, "tome_r": 19, "merge_at": "input"}
-    cost = full_size(hub, **body, skip="pooled", readout="group")
+    cost = full_size(hub, num_layers=12, tome_r=19, merge_at="input", skip="pooled", readout="group")
     readout = 2 * 257 * 1408 * WIDTH + 2 * 29 * WIDTH**2
     assert part(cost, "connector").linear == 12 * 29 * (LAYER_ATTENTION + LAYER_MLP) + readout
     assert part(cost, "input_proj").linear == 2 * 29 * 1408 * WIDTH  # and the skip's
     assert part(cost, "input_proj").parameters == 2 * 1408 * WIDTH + WIDTH
     assert part(cost, "gates").parameters == 2 and cost.prompt_tokens == 29
-    plain = part(full_size(hub, **body), "connector")
-    folds = [(257, 128), (129, 64), (65, 32), (33, 4)]
-    attention = 12 * 2 * 29**2 * WIDTH
-    assert plain.products == attention + sum((n + 1) // 2 * (n // 2) * 1408 for n, _ in folds)
+    attention, folds = 12 * 2 * 29**2 * WIDTH + 2 * 29 * 257 * WIDTH, (257, 129, 65, 33)
+    assert part(cost, "connector").products == attention + sum((n + 1) // 2 * (n // 2) * 1408 for n in folds)
 
 
 OPTIONS = {"merge_at": "input", "readout": "group", "skip": "pooled"}
