@@ -1,6 +1,7 @@
 """`merge_at`, `readout` and `skip` inside EVLGen: exactly as said at the start, then every parameter learns."""
 
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -182,6 +183,10 @@ def test_runs_resume_bit_equal_and_two_ranks_are_one(parts, tmp_path):
     assert list(losses(two.output()).values()) == pytest.approx(list(whole.values()), rel=1e-5, abs=1e-5)
     expected = checkpoint(one.output())["model"]
     assert all(expected[f"connector.{name}.alpha"].any() for name in ("readout", "skip"))
-    half = one.output() / "checkpoint_previous.pth"
+    again = one.output("again")
+    again.mkdir()
+    half = shutil.copy(one.output() / "checkpoint_previous.pth", again)
+    assert checkpoint(again, "checkpoint_previous.pth")["step"] == 2
     one.train("run.run_name=again", f"run.resume_ckpt_path={half}")
-    assert same_tensors(checkpoint(one.output("again"))["model"], expected)
+    assert same_tensors(checkpoint(again)["model"], expected)
+    assert losses(again) == {step: loss for step, loss in whole.items() if step > 2}
