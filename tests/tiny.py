@@ -159,7 +159,7 @@ def tiny_connector(vision, seed: int = 0, **kw) -> TomeFormerConnector:
     connector = TomeFormerConnector(vision.width, TomeFormerConfig(**cfg | kw))
     with torch.no_grad():  # BERT's 0.02 at width 16 would hide the picture behind the position embeddings
         for name, parameter in connector.named_parameters():
-            if parameter.ndim > 1 and "embeddings" not in name:
+            if parameter.ndim > 1 and "embeddings" not in name and not name.startswith("skip."):
                 nn.init.normal_(parameter, std=_SPREAD)
     return connector
 

@@ -35,7 +35,7 @@ class Ours(nn.Module):
         self.connector = connector
 
     def forward(self, visual: Tensor) -> Tensor:
-        return self.connector(visual).tokens
+        return self.connector(visual, features=visual).tokens
 
 
 class HuggingFaceQFormer(nn.Module):

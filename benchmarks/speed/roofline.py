@@ -83,7 +83,8 @@ def parts_of(model: EVLGen, batch: int, size: int, text: int) -> dict[str, dict[
         without_weights(model.train())
         image = torch.empty(batch, 3, size, size)
         visual = count("vision encoder", lambda: model.visual_encoder(image))
-        prompt = count("connector, forward", lambda: model.llm_proj(model.connector(model.ln_vision(visual)).tokens))
+        connect = lambda: model.connector(model.ln_vision(visual), features=visual).tokens  # noqa: E731
+        prompt = count("connector, forward", lambda: model.llm_proj(connect()))
         cut = prompt.detach().requires_grad_()
         words = torch.empty(batch, text, language.width, dtype=language.dtype)
         inputs = torch.cat([cut.to(language.dtype), words], 1)

@@ -149,7 +149,7 @@ def in_phases(model: EVLGen, step: TrainingStep, batch: dict) -> dict[str, float
     with step.autocast():
         visual = model.visual_encoder(batch["image"])
         lap("vision encoder")
-        tokens = model.llm_proj(model.connector(model.ln_vision(visual)).tokens)  # (B, L', D_l)
+        tokens = model.llm_proj(model.connector(model.ln_vision(visual), features=visual).tokens)  # (B, L', D_l)
         lap("connector, forward")
         prompt = tokens.detach().requires_grad_()
         with loss_of(lambda hidden, labels, head: (hidden, labels)):

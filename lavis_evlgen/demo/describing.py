@@ -68,7 +68,8 @@ class Settings:
 class Result:
     """text: caption or answer; asked: what it followed. visual, prompt, said: tokens of the ViT, of the visual prompt
     and of the text. seeing, saying: seconds of ViT and connector, and of the language model. schedule: merges of each
-    layer, None without a TomeFormer. source: from visual tokens to the prompt's; `no_map` says why there is none.
+    layer, None without a TomeFormer; folds: of those before the first layer. source: from visual tokens to the
+    prompt's; `no_map` says why there is none.
     """
 
     text: str
@@ -81,6 +82,7 @@ class Result:
     schedule: tuple[int, ...] | None
     source: MergeMap | None
     no_map: str = ""
+    folds: tuple[int, ...] = ()
 
 
 def largest_r(model) -> int | None:
@@ -130,10 +132,11 @@ def describe(model, image: Tensor, settings: Settings) -> Result:
     end, text = _now(image.device), " ".join(text.split())
     frames = image.shape[2] if image.ndim == 5 else 1
     tomeformer = getattr(model.connector, "tomeformer", None)
+    merges = (None, ()) if tomeformer is None else (tuple(tomeformer.cfg.schedule), tuple(tomeformer.cfg.folds))
     return Result(
         text, asked, frames * model.visual_encoder.num_tokens, prompt.tokens.shape[1],
         len(model.language_model.text.encode(text)), seen - start, end - seen,
-        None if tomeformer is None else tuple(tomeformer.cfg.schedule), prompt.source, no_map,
+        merges[0], prompt.source, no_map, merges[1],
     )  # fmt: skip
 
 
@@ -191,6 +194,8 @@ def _drawn(pictures: Sequence[np.ndarray], maps: Sequence[TokenMap], style: str)
 def facts(result: Result) -> str:
     """Time and tokens, in Markdown."""
     merged = "" if result.schedule is None else f" (merges of each layer: {', '.join(map(str, result.schedule))})"
+    if result.folds:
+        merged = f" (merges before the first layer: {', '.join(map(str, result.folds))})"
     return (
         f"**{result.visual}** visual tokens → **{result.prompt}** in the prompt{merged} → **{result.said}** said  \n"
         f"**{result.seeing:.2f} s** to see, **{result.saying:.2f} s** to say"

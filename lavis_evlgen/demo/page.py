@@ -201,8 +201,9 @@ def _trained(model) -> str:
     if largest_r(model) is None:
         return ""
     cfg = model.connector.tomeformer.cfg
-    merges = sorted(set(cfg.schedule))
-    each = f"r = {merges[0]}" if len(merges) == 1 else f"r = {', '.join(map(str, cfg.schedule))}"
+    schedule = cfg.folds or cfg.schedule
+    merges = sorted(set(schedule))
+    each = f"r = {merges[0]}" if len(merges) == 1 else f"r = {', '.join(map(str, schedule))}"
     return f"merge as trained ({each}: {cfg.num_tokens} → {cfg.num_output_tokens} tokens)"
 
 
@@ -211,5 +212,5 @@ def _first_r(model) -> int:
     most = largest_r(model)
     if most is None:
         return 0
-    schedule = model.connector.tomeformer.cfg.schedule
-    return min(round(sum(schedule) / len(schedule)), most)
+    cfg = model.connector.tomeformer.cfg
+    return min(round(sum(cfg.folds or cfg.schedule) / cfg.num_layers), most)

@@ -33,7 +33,7 @@ from lavis_evlgen.weights.frozen_identity import check_identity
 from lavis_evlgen.weights.trainable import facts_of_checkpoint, load_checkpoint_file, model_section
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
-PARTS = ("ln_vision", "input_proj", "connector", "llm_proj", "soft_prompt", "language_model")
+PARTS = ("ln_vision", "input_proj", "connector", "gates", "llm_proj", "soft_prompt", "language_model")
 
 
 @dataclass(kw_only=True)
@@ -147,8 +147,8 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         if self.llm_proj.weight.is_meta:
             return
         with torch.random.fork_rng(devices=[]):
-            noise = torch.randn(2, self.visual_encoder.num_tokens, self.visual_encoder.width)
-            rms = self.connector.eval()(noise).tokens.float().pow(2).mean().sqrt()
+            noise = self.connector.noise(self.visual_encoder.num_tokens, self.visual_encoder.width)
+            rms = self.connector.eval()(noise, features=noise).tokens.float().pow(2).mean().sqrt()
         self.connector.train()
         std = factor * self.language_model.embedding_std() / (rms.item() * self.connector.width**0.5)
         nn.init.normal_(self.llm_proj.weight, std=std)
@@ -165,7 +165,8 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
     def additions(self) -> list[set[str]]:
         """Groups of trainable tensors that `pretrained` may lack as a whole (weights/trainable.py)."""
         soft_prompt = {"soft_prompt"} if self.soft_prompt is not None else set()
-        return [group for group in (soft_prompt, self.from_files()) if group]
+        readout = {name for name in self.state_dict() if name.startswith("connector.readout.")}  # adds nothing at first
+        return [group for group in (soft_prompt, readout, self.from_files()) if group]
 
     def from_files(self) -> set[str]:
         """What of the language model learns."""
@@ -192,8 +193,8 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
 
     def connect(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
         """image (B, 3, H, W) -> the connector's tokens (B, L', D_c)."""
-        visual_tokens = self.ln_vision(self.visual_encoder(image))  # (B, L, D_v)
-        return self.connector(visual_tokens, return_source=return_source)
+        features = self.visual_encoder(image)  # (B, L, D_v)
+        return self.connector(self.ln_vision(features), return_source=return_source, features=features)
 
     def visual_prompt(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
         """image (B, 3, H, W) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2."""

@@ -133,10 +133,11 @@ class EVLGenVideo(EVLGen):
         """
         tokens = self.frame_tokens(image)  # (B, T, L, D_v)
         count = tokens.shape[1]
-        if self.frame_pooling in ("mean", "temporal_queries"):
-            prompt = self.connector(self.ln_vision(tokens.mean(1)), return_source=return_source)  # (B, L', D_c)
+        pooled = self.frame_pooling in ("mean", "temporal_queries")
+        features = tokens.mean(1) if pooled else tokens.flatten(0, 1)  # (B, L, D_v) or (B T, L, D_v)
+        prompt = self.connector(self.ln_vision(features), return_source=return_source, features=features)
+        if pooled:
             return prompt if self.frame_pooling == "mean" else self.frame_pool(self.ln_vision(tokens), prompt)
-        prompt = self.connector(self.ln_vision(tokens.flatten(0, 1)), return_source=return_source)  # (B T, L', D_c)
         if self.frame_pooling == "temporal_qformer":
             return self.frame_pool(prompt, count)
         return concatenated(prompt, count) if self.frame_pooling == "concat" else averaged(prompt, count)

@@ -1,12 +1,15 @@
 """Pure PyTorch building blocks: token merging, TomeFormer, temporal mixing, the prefix language-model loss."""
 
+from lavis_evlgen.nn.groups import GroupReadout, PooledSkip
 from lavis_evlgen.nn.losses import across_picture_share, prefix_lm_loss
 from lavis_evlgen.nn.merging import MergeMap, match, merge_schedule, tokens_after
 from lavis_evlgen.nn.temporal import TemporalMixing
 from lavis_evlgen.nn.tomeformer import TomeFormer, TomeFormerConfig
 
 __all__ = [
+    "GroupReadout",
     "MergeMap",
+    "PooledSkip",
     "TemporalMixing",
     "TomeFormer",
     "TomeFormerConfig",

@@ -138,6 +138,42 @@ def _partition(tokens, protected, partition, device, generator) -> tuple[Tensor,
     raise ValueError(f"unknown partition {partition!r}; known: alternate, random")
 
 
+@torch.no_grad()
+def fold(
+    features: Tensor,
+    schedule: Sequence[int],
+    protected: int = 1,
+    partition: str = "alternate",
+    generator: torch.Generator | None = None,
+) -> list[MergeMap]:
+    """One merge after another with no layer between: where the T tokens are at first, and after each r of `schedule`.
+
+    features: (B, T, C). What is compared is the mean of all features in a group (weighted by size, that is) in float32
+    whatever the autocast, as in `match`.
+    """
+    features = features.to(torch.promote_types(features.dtype, torch.float32))
+    maps = [MergeMap.identity(*features.shape[:2], features.device)]
+    for r in schedule:
+        means = maps[-1].merge(features)  # (B, T', C)
+        maps.append(maps[-1].then(match(means, r, protected, partition, generator)))
+    return maps
+
+
+def fold_schedule(tokens: int, target: int, protected: int = 1) -> list[int]:
+    """The fewest merges that leave `target` of `tokens`: each but the last merges all that it can, 257 -> 129 -> 65 ...
+
+    Raises ValueError for a target that no number of them leaves.
+    """
+    schedule = []
+    while tokens > target:
+        r = min(tokens - target, max_merges(tokens, protected))
+        if r == 0:
+            raise ValueError(f"merge_at: {tokens} tokens, {protected} of them protected, cannot become {target}")
+        schedule.append(r)
+        tokens -= r
+    return schedule
+
+
 def tokens_after(tokens: int, schedule: Sequence[int], protected: int = 1) -> int:
     """How many tokens are left of `tokens` after merging by `schedule`, one r per layer."""
     for r in schedule:

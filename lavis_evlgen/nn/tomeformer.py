@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_evlgen.nn.merging import MergeMap, match, merge_schedule, tokens_after
+from lavis_evlgen.nn.merging import MergeMap, fold, fold_schedule, match, merge_schedule, tokens_after
 
 
 @dataclass
@@ -33,7 +33,11 @@ class TomeFormerConfig:
     proportional_attention: bool = False  # add log(size) to the attention logits
     protected: int = 1  # leading tokens that never merge ([CLS])
     num_tokens: int = 257  # what the schedule is planned for
-    schedule: list[int] = field(init=False)
+    merge_at: str = "layers"  # layers (released) | input: before the body, by the features that `fold` is given
+    readout: str = "none"  # none (released) | group: tokens attend to their patches, behind the body (nn/groups.py)
+    skip: str = "none"  # none (released) | pooled: the means of the groups, past the body (nn/groups.py)
+    schedule: list[int] = field(init=False)  # merges of each layer
+    folds: list[int] = field(init=False)  # merges in front of the first layer
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
@@ -46,14 +50,20 @@ class TomeFormerConfig:
         for name, value, known in (
             ("merge_mean", self.merge_mean, ("plain", "size")),
             ("partition", self.partition, ("alternate", "random")),
+            ("merge_at", self.merge_at, ("layers", "input")),
+            ("readout", self.readout, ("none", "group")),
+            ("skip", self.skip, ("none", "pooled")),
         ):
             if value not in known:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
-        self.schedule = merge_schedule(self.tome_r, self.num_layers, self.num_tokens, self.protected)
+        self.schedule, self.folds = merge_schedule(self.tome_r, self.num_layers, self.num_tokens, self.protected), []
+        if self.merge_at == "input":  # the same number of tokens is left, but by other means
+            self.folds = fold_schedule(self.num_tokens, self.num_output_tokens, self.protected)
+            self.schedule = [0] * self.num_layers
 
     @property
     def num_output_tokens(self) -> int:
-        return tokens_after(self.num_tokens, self.schedule, self.protected)
+        return tokens_after(self.num_tokens, [*self.folds, *self.schedule], self.protected)
 
 
 class Embeddings(nn.Module):
@@ -66,8 +76,12 @@ class Embeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(cfg.hidden_size, eps=cfg.layer_norm_eps)
         self.dropout = nn.Dropout(cfg.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        positions = self.position_embeddings.weight[: x.shape[1]]  # (T, D)
+    def forward(self, x: Tensor, source: MergeMap | None = None) -> Tensor:
+        """x (B, T', D). source: of the T tokens that x are means of, whose positions are then averaged likewise."""
+        count = x.shape[1] if source is None else source.slot.shape[1]
+        positions = self.position_embeddings.weight[:count]  # (T, D)
+        if source is not None:
+            positions = source.merge(positions.expand(len(x), -1, -1))  # (B, T', D)
         return self.dropout(self.LayerNorm(x + positions + self.token_type_embeddings.weight[0]))
 
 
@@ -155,21 +169,36 @@ class TomeFormer(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))})
         self.apply(_init_bert)
 
-    def forward(self, x: Tensor, return_source: bool = False) -> tuple[Tensor, MergeMap | None]:
-        """x (B, T, D) -> tokens (B, T', D), source: MergeMap from the T input tokens | None."""
-        cfg = self.cfg
+    def fold(self, features: Tensor) -> list[MergeMap]:
+        """Where the T tokens with these features (B, T, C) go in front of the first layer: after 0, 1, ... merges."""
+        return fold(features, self.cfg.folds, self.cfg.protected, self.cfg.partition, self._generator())
+
+    def forward(
+        self, x: Tensor, return_source: bool = False, folded: MergeMap | None = None
+    ) -> tuple[Tensor, MergeMap | None]:
+        """x (B, T, D) -> tokens (B, T', D), source: MergeMap from the T input tokens | None.
+
+        folded: of the T tokens, where x (B, T', D) are already the means of their groups.
+        """
+        cfg, source = self.cfg, folded
         track_sizes = cfg.merge_mean == "size" or cfg.proportional_attention
-        sizes = torch.ones(x.shape[:2], device=x.device) if track_sizes else None  # (B, T) patches per token
-        source = MergeMap.identity(*x.shape[:2], x.device) if return_source else None
-        # evaluation must not depend on what ran before: the random partition is then the same every time
-        generator = None if self.training else torch.Generator().manual_seed(0)
-        x = self.embeddings(x)
+        sizes = None  # (B, T) patches per token
+        if track_sizes:
+            sizes = torch.ones(x.shape[:2], device=x.device) if folded is None else folded.sizes()
+        if return_source and folded is None:
+            source = MergeMap.identity(*x.shape[:2], x.device)
+        generator = self._generator()
+        x = self.embeddings(x, folded)
         for layer, r in zip(self.encoder["layer"], cfg.schedule, strict=True):
             x, step = layer(x, r, sizes, generator)
             if step is not None:
                 sizes = None if sizes is None else step.sizes(sizes)
                 source = None if source is None else source.then(step)
         return x, source
+
+    def _generator(self) -> torch.Generator | None:
+        # evaluation must not depend on what ran before: the random partition is then the same every time
+        return None if self.training else torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def load_bert(self, state: dict[str, Tensor]) -> list[str]:

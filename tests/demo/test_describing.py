@@ -33,6 +33,13 @@ from tests.tiny import (
 SHORT = {"num_beams": 1, "max_length": 8}
 
 
+def test_a_model_that_merges_first_says_so_and_takes_another_r():
+    model = tiny_evlgen(connector={"merge_at": "input", "readout": "group", "skip": "pooled"}).eval()
+    found = describe(model, pictures(1), Settings(r=5, **SHORT))
+    assert (found.prompt, found.schedule, found.folds) == (7, (0, 0), (8, 2))
+    assert "**17** visual tokens → **7** in the prompt (merges before the first layer: 8, 2)" in facts(found)
+
+
 @pytest.mark.parametrize("r, tokens", [(0, 17), (3, 11), (8, 5)])
 def test_r_is_what_a_model_built_with_it_does(r, tokens):
     """One layer merges at most 8 of 16 patches, then 4 of 8."""

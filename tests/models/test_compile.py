@@ -66,11 +66,13 @@ def grads(model, samples) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("vision", ["hidden layer", "eva", "LAVIS's CLIP", "frames", "ordered frames"])
+@pytest.mark.parametrize("vision", ["hidden layer", "eva", "LAVIS's CLIP", "frames", "ordered frames", "all options"])
 def test_every_kind_of_encoder_compiles_to_the_same_gradients(vision, counter):
     samples = {"image": pictures(2), "text_input": ["a red square", "a blue circle"]}
     if vision == "hidden layer":
         model = tiny_evlgen(vision=tiny_vision(layer=1))
+    elif vision == "all options":  # of the connector
+        model = tiny_evlgen(connector={"merge_at": "input", "readout": "group", "skip": "pooled"})
     elif "frames" in vision:  # trainable modules between the frozen blocks
         model = tiny_evlgen_video(alpha=0.5, positions=vision == "ordered frames")
         samples["image"] = clips(2)

@@ -85,7 +85,7 @@ def test_what_learns(vit, pooling):
                 assert parameter.grad.abs().sum() > 0, name
         else:
             assert name.startswith(("visual_encoder.vit.", "language_model.")) and parameter.grad is None, name
-    assert parts == set(EVLGenVideo.PARTS) - {"soft_prompt", "language_model"}
+    assert parts == set(EVLGenVideo.PARTS) - {"gates", "soft_prompt", "language_model"}
 
 
 @pytest.mark.parametrize("vit", VITS)

@@ -55,8 +55,11 @@ def _norm(x, weight, bias, eps=1e-12):
     return (x - mean) / (variance + eps).sqrt() * weight + bias
 
 
-def slow_tomeformer(state, x, heads, schedule, protected=1, merge_mean="plain", proportional=False):
-    """One picture, x (T, D), through a TomeFormer with weights `state` -> (T', D), patches of each token."""
+def slow_tomeformer(state, x, heads, schedule, protected=1, merge_mean="plain", proportional=False, sizes=None):
+    """One picture, x (T, D), through a TomeFormer with weights `state` -> (T', D), patches of each token.
+
+    sizes: how many patches each of the T tokens stands for, 1 where not given.
+    """
 
     def linear(name, y):
         return y @ state[name + ".weight"].T + state[name + ".bias"]
@@ -67,7 +70,7 @@ def slow_tomeformer(state, x, heads, schedule, protected=1, merge_mean="plain", 
     tokens, width = x.shape
     x = x + state["embeddings.position_embeddings.weight"][:tokens]
     x = norm("embeddings.LayerNorm", x + state["embeddings.token_type_embeddings.weight"][0])
-    patches = [[i] for i in range(tokens)]
+    patches = [[i] * n for i, n in enumerate(sizes or [1] * tokens)]
     for number, r in enumerate(schedule):
         layer = f"encoder.layer.{number}."
         query, key, value = (linear(f"{layer}attention.self.{n}", x) for n in ("query", "key", "value"))

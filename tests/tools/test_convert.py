@@ -266,6 +266,19 @@ def test_a_model_trained_here_goes_to_the_released_layout(folders, tmp_path, cap
     assert torch.equal(written["opt_proj.weight"], model.llm_proj.weight)
 
 
+@pytest.mark.parametrize("option", ["merge_at=input", "readout=group", "skip=pooled"])
+def test_what_the_released_code_does_not_compute_is_refused(option, folders, tmp_path, capsys):
+    path = save(checkpoint("llm_proj"), tmp_path)
+    assert evlgen("convert", path, tmp_path / "b", "--options", *folders["llm_proj"]) == 0
+    file, (key, value) = tmp_path / "b" / "config.json", option.split("=")
+    content = json.loads(file.read_text())
+    content["model"][key] = value
+    file.write_text(json.dumps(content))
+    assert evlgen("convert", tmp_path / "b", tmp_path / "back.pth", "--to", "released") == 2
+    assert f"trained with model.{option}, which the released code does not have" in capsys.readouterr().err
+    assert not (tmp_path / "back.pth").exists()
+
+
 @pytest.mark.parametrize("layers", [12, 6])
 @pytest.mark.parametrize("kind, projection", {v: k for k, v in from_released.TYPES.items()}.items())
 def test_the_papers_sizes_are_known(kind, projection, layers, monkeypatch):

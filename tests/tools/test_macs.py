@@ -181,10 +181,27 @@ def test_the_papers_q_former_in_stage_1(shallow):
     assert cost.flops == pytest.approx(cost.step_flops, rel=0.02)
 
 
-@pytest.mark.parametrize("connector", ["tomeformer", "avgpool", "qformer"])
-def test_it_counts_what_a_real_step_does(runs, connector):
+def test_a_body_behind_a_fold_runs_on_what_is_left(hub):
+    """The paper's body on 29 tokens: a sixth of its linear layers, and projections of 29 tokens; a readout of 257."""
+    cost = full_size(hub, num_layers=12, tome_r=19, merge_at="input", skip="pooled", readout="group")
+    readout = 2 * 257 * 1408 * WIDTH + 2 * 29 * WIDTH**2
+    assert part(cost, "connector").linear == 12 * 29 * (LAYER_ATTENTION + LAYER_MLP) + readout
+    assert part(cost, "input_proj").linear == 2 * 29 * 1408 * WIDTH  # and the skip's
+    assert part(cost, "input_proj").parameters == 2 * 1408 * WIDTH + WIDTH
+    assert part(cost, "gates").parameters == 2 and cost.prompt_tokens == 29
+    attention, folds = 12 * 2 * 29**2 * WIDTH + 2 * 29 * 257 * WIDTH, (257, 129, 65, 33)
+    assert part(cost, "connector").products == attention + sum((n + 1) // 2 * (n // 2) * 1408 for n in folds)
+
+
+OPTIONS = {"merge_at": "input", "readout": "group", "skip": "pooled"}
+
+
+@pytest.mark.parametrize(
+    "connector, more", [("tomeformer", {}), ("tomeformer", OPTIONS), ("avgpool", {}), ("qformer", {})]
+)
+def test_it_counts_what_a_real_step_does(runs, connector, more):
     """Without a number in memory as with them: forward and backward on one picture."""
-    section = runs.config["model"] | {"connector": connector, "vit_precision": "fp32"}
+    section = runs.config["model"] | {"connector": connector, "vit_precision": "fp32", **more}
     section |= {"num_query_token": 5, "prompt": "a photo of"}
     model = EVLGen.from_config(OmegaConf.create(section)).eval()
     language, caption = model.language_model, "a red square and a blue circle"
@@ -196,12 +213,12 @@ def test_it_counts_what_a_real_step_does(runs, connector):
     for name in ("vision encoder", "language model", "connector"):
         modules = {"vision encoder": "visual_encoder", "language model": "language_model", "connector": "connector"}
         numbers = sum(p.numel() for p in getattr(model, modules[name]).parameters())
-        together = {"language model": ("language model", "head"), "connector": ("connector", "input_proj")}
+        together = {"language model": ("language model", "head"), "connector": ("connector", "input_proj", "gates")}
         assert sum(p.parameters for p in cost.parts if p.name in together.get(name, (name,))) == numbers
     trained = {"ln_vision", "llm_proj"} | {"tomeformer": {"input_proj", "connector"}, "qformer": {"connector"}}.get(
         connector, set()
     )
-    assert {p.name for p in cost.parts if p.trains} == trained
+    assert {p.name for p in cost.parts if p.trains} == trained | ({"gates"} if more else set())
 
 
 @pytest.mark.parametrize("llm_train", ["full", {"lora": {"rank": 4}}], ids=["full", "lora"])

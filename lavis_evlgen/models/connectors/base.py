@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 from lavis_evlgen.config.keys import Settings, key
@@ -66,8 +67,10 @@ class VisualPrompt:
 
 
 class Connector(nn.Module):
-    """`forward(visual_tokens (B, L, D_v), condition=None, return_source=False)` -> VisualPrompt(tokens (B, L', D_c)).
+    """`forward(visual_tokens (B, L, D_v), condition=None, return_source=False, features=None)` -> VisualPrompt.
 
+    Its tokens are (B, L', D_c). `features` (B, L, D_v) is what the frozen ViT gave, before the LayerNorm that trains:
+    merging by them does not move as training goes on.
     `width` is D_c, `num_output_tokens` L'. `condition` is accepted everywhere and used nowhere yet: merging that
     looks at the question would read it. `ln_vision_init`: weights for the LayerNorm in front of the connector, where
     the connector's own weights were trained behind one; else None. `sizes`: what `connector_sizes` must say for the
@@ -80,6 +83,10 @@ class Connector(nn.Module):
     def __init__(self, width: int, num_output_tokens: int):
         super().__init__()
         self.width, self.num_output_tokens = width, num_output_tokens
+
+    def noise(self, num_tokens: int, input_width: int) -> Tensor:
+        """Two pictures' visual tokens (2, L, D_v) at random, on which `prompt_scale` measures the output's size."""
+        return torch.randn(2, num_tokens, input_width)
 
     @staticmethod
     def part_of(name: str) -> str:

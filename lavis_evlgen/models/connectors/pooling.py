@@ -24,7 +24,9 @@ class PoolingSettings(Settings):
 class LinearConnector(Connector):
     """Every visual token goes on as it is, (B, L, D_v) -> (B, L, D_v): the LLM's projection is all that maps."""
 
-    def forward(self, visual_tokens: Tensor, condition=None, return_source: bool = False) -> VisualPrompt:
+    def forward(
+        self, visual_tokens: Tensor, condition=None, return_source: bool = False, features: Tensor | None = None
+    ) -> VisualPrompt:
         batch, count, _ = visual_tokens.shape
         source = MergeMap.identity(batch, count, visual_tokens.device) if return_source else None
         return VisualPrompt(visual_tokens, source=source)
@@ -49,7 +51,9 @@ class AveragePooling(Connector):
         slot = torch.cat([torch.arange(protected), protected + cell])
         self.register_buffer("slot", slot, persistent=False)  # (L,)
 
-    def forward(self, visual_tokens: Tensor, condition=None, return_source: bool = False) -> VisualPrompt:
+    def forward(
+        self, visual_tokens: Tensor, condition=None, return_source: bool = False, features: Tensor | None = None
+    ) -> VisualPrompt:
         pool = MergeMap(self.slot.expand(len(visual_tokens), -1), self.num_output_tokens)
         return VisualPrompt(pool.merge(visual_tokens), source=pool if return_source else None)
 

@@ -75,7 +75,9 @@ class QFormerConnector(Connector):
         self.query_tokens = nn.Parameter(torch.empty(1, num_query_token, config.hidden_size))
         nn.init.normal_(self.query_tokens, std=config.initializer_range)
 
-    def forward(self, visual_tokens: Tensor, condition=None, return_source: bool = False) -> VisualPrompt:
+    def forward(
+        self, visual_tokens: Tensor, condition=None, return_source: bool = False, features: Tensor | None = None
+    ) -> VisualPrompt:
         """There is no source map: a query reads every patch."""
         output = self.Qformer.bert(
             query_embeds=self.query_tokens.expand(len(visual_tokens), -1, -1),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_evlgen.config.keys import key
@@ -18,7 +20,7 @@ from lavis_evlgen.models.connectors.base import (
     bert_folder,
     is_random,
 )
-from lavis_evlgen.nn import TomeFormer, TomeFormerConfig
+from lavis_evlgen.nn import GroupReadout, PooledSkip, TomeFormer, TomeFormerConfig
 from lavis_evlgen.nn.tomeformer import by_bert_names
 from lavis_evlgen.weights.sources import check_floating, on_meta, read_state_dict
 
@@ -44,6 +46,18 @@ class TomeFormerSettings(BertSettings):
     proportional_attention: bool | None = key(
         "add log(token size) to the attention logits", TomeFormerConfig.proportional_attention
     )
+    merge_at: Literal["layers", "input"] | None = key(
+        "layers (released): in each layer, by its keys; input: to the same number of tokens before the first layer, by "
+        "what the frozen ViT gives", TomeFormerConfig.merge_at,
+    )  # fmt: skip
+    readout: Literal["none", "group"] | None = key(
+        "group: each merged token attends once more to its own patches, which counts from 0 on (released: none)",
+        TomeFormerConfig.readout,
+    )
+    skip: Literal["none", "pooled"] | None = key(
+        "pooled: the mean of each merged token's patches goes past the body, which counts from 0 on (released: none)",
+        TomeFormerConfig.skip,
+    )
 
 
 class TomeFormerConnector(Connector):
@@ -54,14 +68,40 @@ class TomeFormerConnector(Connector):
         self.sizes = {name: getattr(cfg, name) for name in SIZES}
         self.input_proj = nn.Linear(input_width, cfg.hidden_size)
         self.tomeformer = TomeFormer(cfg)
+        self.skip = PooledSkip(input_width, cfg.hidden_size) if cfg.skip == "pooled" else None
+        reads = cfg.readout == "group"
+        self.readout = GroupReadout(input_width, cfg.hidden_size, cfg.num_heads) if reads else None
 
-    def forward(self, visual_tokens: Tensor, condition=None, return_source: bool = False) -> VisualPrompt:
-        tokens, source = self.tomeformer(self.input_proj(visual_tokens), return_source)
-        return VisualPrompt(tokens, source=source)
+    def forward(
+        self, visual_tokens: Tensor, condition=None, return_source: bool = False, features: Tensor | None = None
+    ) -> VisualPrompt:
+        """Raises ValueError for merge_at input without features."""
+        inputs, folded = visual_tokens, None
+        if self.tomeformer.cfg.merge_at == "input":
+            if features is None:
+                raise ValueError("merge_at: input compares the ViT's own features; give the connector `features`")
+            folded = self.tomeformer.fold(features)[-1]
+            inputs = folded.merge(visual_tokens)  # (B, L', D_v): all that the projection and the body see
+        groups = return_source or self.skip is not None or self.readout is not None
+        tokens, source = self.tomeformer(self.input_proj(inputs), groups, folded)  # (B, L', D_c)
+        if self.skip is not None:
+            tokens = self.skip(tokens, source.merge(visual_tokens) if folded is None else inputs)
+        if self.readout is not None:
+            tokens = self.readout(tokens, visual_tokens, source)
+        return VisualPrompt(tokens, source=source if return_source else None)
+
+    def noise(self, num_tokens: int, input_width: int) -> Tensor:
+        """With a skip all tokens of a picture are the same: those of a group are alike, and the mean of as many
+        independent ones would be far smaller than the mean of theirs."""
+        if self.skip is None:
+            return super().noise(num_tokens, input_width)
+        return F.layer_norm(torch.randn(2, 1, input_width), (input_width,)).expand(-1, num_tokens, -1)
 
     @staticmethod
     def part_of(name: str) -> str:
-        return "input_proj" if name.startswith("input_proj") else "connector"
+        if name.endswith(".alpha"):
+            return "gates"
+        return "input_proj" if name.startswith(("input_proj.", "skip.")) else "connector"
 
 
 def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
@@ -76,7 +116,8 @@ def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
     config = TomeFormerConfig(
         num_tokens=vision.num_tokens, protected=vision.protected, num_layers=settings.num_layers,
         tome_r=settings.tome_r, merge_mean=settings.merge_mean, partition=settings.partition,
-        proportional_attention=settings.proportional_attention, dropout=settings.dropout, **sizes,
+        proportional_attention=settings.proportional_attention, dropout=settings.dropout, merge_at=settings.merge_at,
+        readout=settings.readout, skip=settings.skip, **sizes,
     )  # fmt: skip
     connector = TomeFormerConnector(vision.width, config)
     if state is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lavis_evlgen.errors import writing
+from lavis_evlgen.nn import TomeFormerConfig
 from lavis_evlgen.tools.convert.from_released import NAMES, PROJECTIONS, shape_of
 from lavis_evlgen.weights.bundle import EXTRA, WEIGHTS, find_bundle, read_config
 from lavis_evlgen.weights.sources import WeightsError, read_state_dict
@@ -35,6 +36,12 @@ def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
         raise WeightsError(f"convert: {folder} has a {section['connector']}; the released layout has TomeFormer only")
     if section.get("temporal_positions"):
         raise WeightsError(f"convert: {folder} has temporal positions, for which the released layout has no place")
+    for key in ("merge_at", "readout", "skip"):
+        if (section.get(key) or getattr(TomeFormerConfig, key)) != getattr(TomeFormerConfig, key):
+            raise WeightsError(
+                f"convert: {folder} was trained with model.{key}={section[key]}, which the released code does not "
+                "have: its model would compute something else"
+            )
     if section.get("soft_prompt"):
         raise WeightsError(f"convert: {folder} has a soft prompt, for which the released layout has no place")
     opt = (content.get("frozen") or {}).get("language model", {}).get("model_type") == "opt"

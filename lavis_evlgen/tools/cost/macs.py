@@ -118,14 +118,14 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int, texts: Texts =
     with without_numbers(model):
         image = torch.empty(1, 3, image_size, image_size)
         tokens, vit = counted(lambda: model.visual_encoder(image))
-        tokens, norm = counted(lambda: model.ln_vision(tokens))
-        prompt, connector = counted(lambda: model.connector(tokens))
-        found = {"vision encoder": vit, "ln_vision": norm}
-        if hasattr(model.connector, "input_proj"):
-            found["input_proj"] = counted(lambda: model.connector.input_proj(tokens))[1]
-            connector = tuple(a - b for a, b in zip(connector, found["input_proj"], strict=True))
-        keys = matching_keys(model.connector, tokens.shape[1])
-        found["connector"] = (connector[0] - keys, connector[1] + keys)
+        features = tokens
+        tokens, norm = counted(lambda: model.ln_vision(features))
+        prompt, found = _connector_cost(model.connector, tokens, features)
+        keys, (linear, products) = matching_keys(model.connector, tokens.shape[1]), found["connector"]
+        found["connector"] = (linear - keys, products + keys)
+        found = {"vision encoder": vit, "ln_vision": norm, **found}
+        if sizes["gates"][0]:
+            found["gates"] = (0, 0)  # a number each
         prompt, found["llm_proj"] = counted(lambda: model.llm_proj(prompt.tokens))
         hidden, found["language model"] = counted(lambda: body(prompt))
         if ADAPTERS in sizes:  # each of their numbers is a product at each position
@@ -135,6 +135,21 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int, texts: Texts =
         logits, found["head"] = counted(lambda: head(hidden[:, -labels:]))
         step = _step(model, logits.sum(), found)
     return Cost(_parts(sizes, found), image_size, tokens.shape[1], prompt.shape[1], text_tokens, step, texts.count)
+
+
+def _connector_cost(connector: nn.Module, tokens: torch.Tensor, features: torch.Tensor) -> tuple:
+    """(prompt, cost of each part): the layers that belong to `input_proj` apart, on what they are given inside."""
+    own = [module for name, module in connector.named_modules() if connector.part_of(f"{name}.weight") == "input_proj"]
+    calls = []
+    hooks = [module.register_forward_hook(lambda module, given, _: calls.append((module, given)))
+             for module in own if isinstance(module, nn.Linear)]  # fmt: skip
+    prompt, connects = counted(lambda: connector(tokens, features=features))
+    for hook in hooks:
+        hook.remove()
+    if not calls:
+        return prompt, {"connector": connects}
+    projects = counted(lambda: [module(*given) for module, given in calls])[1]
+    return prompt, {"input_proj": projects, "connector": tuple(a - b for a, b in zip(connects, projects, strict=True))}
 
 
 def stage1_cost(model: Blip2Stage1, image_size: int, text_tokens: int) -> Cost:

@@ -56,7 +56,8 @@ def draw_one(args, model, before, image, processor, decoding: dict, stem: Path) 
     if args.layers:
         for title, found in maps.items():
             name = "layers_before" if title == "before training" else "layers"
-            files += plots.layers_strip(_named(stem, name), picture, found, args.style)
+            step = "merge" if token_maps.merges_first(model.connector) else "layer"
+            files += plots.layers_strip(_named(stem, name), picture, found, args.style, step=step)
     if args.words:
         words = token_maps.words_of(model, image, caption)
         if words:

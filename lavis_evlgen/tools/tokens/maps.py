@@ -66,18 +66,21 @@ def token_map(source: MergeMap, protected: int) -> TokenMap:
 
 @torch.no_grad()
 def layer_maps(vision: nn.Module, ln_vision: nn.Module, connector: nn.Module, image: Tensor) -> list[TokenMap]:
-    """Maps of one picture (1, 3, H, W): every patch by itself, then after each layer; the last is the visual prompt's.
+    """Maps of one picture (1, 3, H, W): every patch by itself, then after each layer (merge_at input: after each merge
+    before the first one); the last is the visual prompt's.
 
     A connector without layers that merge has the first and the last only. Raises ConfigError for one without a
     source map.
     """
     steps, hooks = [], []
-    layers = connector.tomeformer.encoder["layer"] if hasattr(connector, "tomeformer") else []
+    tomeformer = getattr(connector, "tomeformer", None)
+    folds = merges_first(connector)
+    layers = [] if tomeformer is None or folds else tomeformer.encoder["layer"]
     for layer in layers:
         hooks.append(layer.register_forward_hook(lambda module, given, output: steps.append(output[1])))
     try:
-        tokens = ln_vision(vision(image))
-        source = connector(tokens, return_source=True).source
+        features = vision(image)
+        source = connector(ln_vision(features), return_source=True, features=features).source
     finally:
         for hook in hooks:
             hook.remove()
@@ -86,12 +89,17 @@ def layer_maps(vision: nn.Module, ln_vision: nn.Module, connector: nn.Module, im
             f"{type(connector).__name__} has no source map: each of its tokens reads every patch. evlgen tokens draws "
             "runs with connector tomeformer (or avgpool, linear)"
         )
-    maps = [MergeMap.identity(1, tokens.shape[1], image.device)]
+    maps = tomeformer.fold(features) if folds else [MergeMap.identity(1, features.shape[1], image.device)]
     for step in steps:
         maps.append(maps[-1] if step is None else maps[-1].then(step))
-    if not steps:
+    if not steps and not folds:
         maps.append(source)
     return [token_map(found, vision.protected) for found in maps]
+
+
+def merges_first(connector: nn.Module) -> bool:
+    """Whether all merging is in front of the connector's first layer (`merge_at: input`)."""
+    return hasattr(connector, "tomeformer") and connector.tomeformer.cfg.merge_at == "input"
 
 
 def untrained(vision: nn.Module, section: dict, seed: int) -> tuple[nn.Module, nn.Module]:

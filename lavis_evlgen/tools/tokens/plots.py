@@ -38,9 +38,12 @@ def overview(stem: Path, picture: np.ndarray, maps: dict[str, TokenMap], style: 
     return _save(figure, stem)
 
 
-def layers_strip(stem: Path, picture: np.ndarray, maps: Sequence[TokenMap], style: str, seconds: float = 0.8):
-    """Every layer's map side by side (stem.png, stem.svg) and one after the other (stem.gif, `seconds` each)."""
-    titles = ["patches", *(f"after layer {n}" for n in range(1, len(maps)))]
+def layers_strip(
+    stem: Path, picture: np.ndarray, maps: Sequence[TokenMap], style: str, seconds: float = 0.8, step: str = "layer"
+) -> list[Path]:
+    """The map after every `step` side by side (stem.png, stem.svg) and one after the other (stem.gif, `seconds` each).
+    """
+    titles = ["patches", *(f"after {step} {n}" for n in range(1, len(maps)))]
     figure, panels = _grid(len(maps), title=0.5)
     for axes, title, found in zip(panels, titles, maps, strict=False):
         draw(axes, picture, found, style)
