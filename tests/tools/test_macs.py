@@ -87,7 +87,7 @@ def test_the_papers_tomeformers(shallow, layers, r, schedule, paper):
 def test_all_parts_of_the_papers_model(capsys, monkeypatch):
     """By the README's own command: nothing of it has to be here."""
     costs = []
-    monkeypatch.setattr(macs, "cost_of", lambda *args: costs.append(cost_of(*args)) or costs[0])
+    monkeypatch.setattr(macs, "cost_of", lambda *args, **more: costs.append(cost_of(*args, **more)) or costs[0])
     assert evlgen("macs", ROOT / "projects" / "evlgen" / "opt.yaml") == 0
     assert "11.88G" in capsys.readouterr().out
     cost = costs[0]
@@ -181,9 +181,9 @@ def test_the_papers_q_former_in_stage_1(shallow):
     assert cost.flops == pytest.approx(cost.step_flops, rel=0.02)
 
 
-def test_a_body_behind_a_fold_runs_on_what_is_left(hub):
+def test_a_body_behind_a_fold_runs_on_what_is_left():
     """The paper's body on 29 tokens: a sixth of its linear layers, and projections of 29 tokens; a readout of 257."""
-    cost = full_size(hub, num_layers=12, tome_r=19, merge_at="input", skip="pooled", readout="group")
+    cost = full_size(num_layers=12, tome_r=19, merge_at="input", skip="pooled", readout="group")
     readout = 2 * 257 * 1408 * WIDTH + 2 * 29 * WIDTH**2
     assert part(cost, "connector").linear == 12 * 29 * (LAYER_ATTENTION + LAYER_MLP) + readout
     assert part(cost, "input_proj").linear == 2 * 29 * 1408 * WIDTH  # and the skip's
