@@ -102,9 +102,10 @@ def _members(embeds: Tensor) -> Tensor:
 
 
 def _hidden(llm: nn.Module, embeds: Tensor) -> Tensor:
-    """Last hidden states, float32."""
+    """Last hidden states, float32, computed in the format of the weights."""
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-    return llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state.float()
+    with torch.autocast(embeds.device.type, enabled=False):  # a training step may be what asks first
+        return llm.base_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state.float()
 
 
 def _moved(hidden: Tensor) -> Tensor:
