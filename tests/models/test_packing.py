@@ -167,7 +167,7 @@ def test_a_language_model_that_would_let_texts_see_each_other_is_refused():
     for llm in (neo, bloom):
         lm = LanguageModel(llm, tiny_tokenizer())
         assert not lm.packs()
-        words = f"run.texts_per_image: .* {type(llm).__name__}: .*; set run.texts_per_image=1"
+        words = f"cannot share its visual prompt in {type(llm).__name__}: .*texts_per_image=1"
         with pytest.raises(ValueError, match=words):
             lm.loss(visual(1), TEXTS[:2], ["", ""], None, [2])
         assert lm.loss(visual(1), TEXTS[:1], [""], None, [1])[0].isfinite().all()
@@ -180,7 +180,7 @@ def test_a_window_counts_a_text_alone():
     tokens, texts = visual(1), ["a red square", "a dog", "a blue circle", "dog"]
     found, _ = lm.loss(tokens, texts, [""] * 4, None, [4])
     torch.testing.assert_close(found, alone(lm, tokens, texts, [""] * 4, [4])[0], rtol=1e-5, atol=1e-4)
-    with pytest.raises(ValueError, match="run.texts_per_image: .* last 20 tokens only.* run.texts_per_image=1"):
+    with pytest.raises(ValueError, match="texts_per_image: .* last 20 tokens only.* texts_per_image=1"):
         lm.loss(tokens, ["a dog", "word " * 10], ["", ""], None, [2])
 
 

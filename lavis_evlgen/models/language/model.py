@@ -17,7 +17,7 @@ from lavis_evlgen.models.compile import eager
 from lavis_evlgen.models.language.chat import ChatEncoder, Message
 from lavis_evlgen.models.language.gumbel_sampling import GumbelRows, cache_key, decode, up_to_end
 from lavis_evlgen.models.language.llm_train import Lora, make_trainable
-from lavis_evlgen.models.language.packing import checked_counts
+from lavis_evlgen.models.language.packing import checked_counts, own_rows
 from lavis_evlgen.models.language.prompt_attention import PromptAttention
 from lavis_evlgen.models.language.sequences import Sequences, pads_to
 from lavis_evlgen.models.language.tokenizer import TextEncoder
@@ -234,10 +234,11 @@ class LanguageModel(Sequences, nn.Module):
             with self._prompted(visual, prompts, mask) as (embeds, mask):
                 ids = decode(self, embeds, mask, drawing, max_new_tokens)
             return up_to_end(ids, self.text.end_id)
+        visual, mask = own_rows(visual, mask, [drawing.group] * len(visual))
         ids = self._generate(
-            visual.repeat_interleave(drawing.group, 0),
+            visual,
             [prompt for prompt in prompts for _ in range(drawing.group)],
-            None if mask is None else mask.repeat_interleave(drawing.group, 0),
+            mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,

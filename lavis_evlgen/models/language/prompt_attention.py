@@ -138,10 +138,10 @@ class PromptAttention:
     def _asked(self) -> str:
         """The key that a mask of our own is for."""
         shared = self._sight is not None and self._sight.segments is not None
-        return "run.texts_per_image" if shared else f"prompt_attention={self.kind}"
+        return "texts_per_image" if shared else f"prompt_attention={self.kind}"
 
     def _off(self) -> str:
-        return "run.texts_per_image=1" if self._asked() == "run.texts_per_image" else "prompt_attention=causal"
+        return "texts_per_image=1" if self._asked() == "texts_per_image" else "prompt_attention=causal"
 
 
 def _decoder_of(llm: nn.Module) -> nn.Module:

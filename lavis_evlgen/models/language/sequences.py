@@ -37,8 +37,8 @@ class Sequences:
         """
         if why := self.prompt_attention.why_not_packing(self.llm):
             raise ValueError(
-                f"run.texts_per_image: the texts of a picture cannot share its visual prompt in "
-                f"{type(self.llm).__name__}: {why}; set run.texts_per_image=1, or use another language model"
+                f"the texts of a picture cannot share its visual prompt in {type(self.llm).__name__}: {why}; give each "
+                "picture one text (texts_per_image=1), or use another language model"
             )
 
     def packs(self) -> bool:
