@@ -6,6 +6,7 @@ import pytest
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.packing import TextGroups
+from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.runners.preflight import check_texts
 from tests.processes import on_two_ranks
 from tests.run_tools import Runs, checkpoint, log, losses, same_tensors
@@ -113,6 +114,17 @@ def test_what_learns_one_text_at_a_time_is_refused(runs, capsys):
         assert said in capsys.readouterr().err
     assert runs.command("run.texts_per_image=0") == 2
     assert "run.texts_per_image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["run.texts_per_image=2", "run.eval_texts_per_image=2"])
+def test_a_language_model_that_cannot_is_refused_before_the_first_step(runs, monkeypatch, capsys, key):
+    def cannot(self):
+        raise ValueError("its texts would see each other")
+
+    monkeypatch.setattr(EVLGen, "check_packing", cannot)
+    assert runs.command(key) == 2
+    assert f"{key}: its texts would see each other" in capsys.readouterr().err.splitlines()[-1]
+    assert not runs.output().exists()
 
 
 def test_data_sets_of_others_are_refused():
