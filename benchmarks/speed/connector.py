@@ -22,7 +22,7 @@ from benchmarks.common.timing import DTYPES, alternate, backward_of, parser, wri
 from lavis_evlgen.models.connectors.qformer import BertConfig, BertLMHeadModel, QFormerConnector
 from lavis_evlgen.models.connectors.tomeformer import TomeFormerConnector
 from lavis_evlgen.nn import TomeFormerConfig
-from lavis_evlgen.tools.cost.macs import counted
+from lavis_evlgen.tools.cost.counting import counted
 
 QUERIES, WORDS = 32, 32  # BLIP-2's; captions are padded to 32 tokens
 

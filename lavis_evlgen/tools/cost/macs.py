@@ -7,16 +7,11 @@ counted is what the code does. One MAC (multiply-add) is two FLOPs. `evlgen macs
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import torch
 from lavis.common.registry import registry
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from lavis_evlgen.config import ConfigError, EvlgenConfig
 from lavis_evlgen.config.stages import Stage
@@ -29,59 +24,21 @@ from lavis_evlgen.nn.merging import tokens_after
 from lavis_evlgen.reporting import tables
 from lavis_evlgen.runners.preflight import check_training
 from lavis_evlgen.runners.settings import RunSettings
-from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, without_weights
+from lavis_evlgen.tools.cost.counting import (
+    FORWARD,
+    PASSED,
+    TRAINED,
+    Cost,
+    Part,
+    counted,
+    flops_of_step,
+    without_numbers,
+)
 from lavis_evlgen.tools.cost.texts import ONE, Texts
 from lavis_evlgen.weights.bundle import empty_model
 
 COLUMNS = ("part", "parameters", "", "MACs, linear layers", "MACs, all", "FLOPs of a training step")
-# products of activations with weights; whatever else is counted multiplies activations with each other
-_aten = torch.ops.aten
-LINEAR = {_aten.mm, _aten.addmm, _aten.convolution, _aten._convolution}
 ADAPTERS = "LoRA adapters"
-FORWARD, TRAINED, PASSED = 2, 6, 4  # FLOPs of a step per MAC: no gradient; all gradients; only those of activations
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one part costs for one picture.
-
-    linear: MACs of linear layers and convolutions, all that the paper counts (EVLGen, table 6); products: MACs of
-    activations with each other (attention), and of matching; factor: FLOPs of a training step per MAC.
-    """
-
-    name: str
-    parameters: int
-    trains: bool
-    linear: int
-    products: int
-    factor: int
-
-    @property
-    def macs(self) -> int:
-        return self.linear + self.products
-
-    @property
-    def flops(self) -> int:
-        """Of a training step on one picture, by the formula."""
-        return self.factor * self.macs
-
-
-@dataclass(frozen=True)
-class Cost:
-    """All parts, with how they were counted. step_flops: counted on a forward and a backward pass, not by formula."""
-
-    parts: list[Part]
-    image_size: int
-    visual_tokens: int
-    prompt_tokens: int
-    text_tokens: int
-    step_flops: int
-    texts: int = 1  # of so many tokens each
-
-    @property
-    def flops(self) -> int:
-        """F = 2 MAC_vit + 6 MAC_connector + 4 MAC_llm + head: what is frozen is not paid for as if it trained."""
-        return sum(part.flops for part in self.parts)
 
 
 def cost_of(model_cfg, text_tokens: int | None = None, stage: Stage | None = None, texts: Texts = ONE) -> Cost:
@@ -133,7 +90,7 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int, texts: Texts =
             linear, products = found["language model"]
             found |= {"language model": (linear - own, products), ADAPTERS: (own, 0)}
         logits, found["head"] = counted(lambda: head(hidden[:, -labels:]))
-        step = _step(model, logits.sum(), found)
+        step = flops_of_step(model, logits.sum(), found)
     return Cost(_parts(sizes, found), image_size, tokens.shape[1], prompt.shape[1], text_tokens, step, texts.count)
 
 
@@ -184,7 +141,7 @@ def stage1_cost(model: Blip2Stage1, image_size: int, text_tokens: int) -> Cost:
     with without_numbers(model):
         image = torch.empty(1, 3, image_size, image_size)
         tokens, loss = passes(image)
-        step = _step(model, loss, found)
+        step = flops_of_step(model, loss, found)
     return Cost(_parts(sizes, found), image_size, tokens.shape[1], queries, text_tokens, step)
 
 
@@ -205,36 +162,6 @@ def matching_keys(connector: nn.Module, tokens: int) -> int:
             macs += counted(lambda: layer.attention["self"].mean_keys(x))[1][0]  # noqa: B023  (called at once)
             tokens = tokens_after(tokens, [r], cfg.protected)
     return macs
-
-
-@contextmanager
-def without_numbers(model: nn.Module) -> Iterator[None]:
-    """A model built on the meta device becomes one of fake CPU tensors, float32: all code runs, nothing is computed.
-
-    (The meta device itself knows no autocast.) Attention is taken apart into its two products, because the fused
-    kernels, which count otherwise in the backward pass, differ between machines.
-    """
-    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), NothingIsPadded():
-        without_weights(model, torch.float32)
-        model.visual_encoder.precision = "fp32"
-        yield
-
-
-def counted(call: Callable) -> tuple:
-    """(result of `call()`, (MACs of linear layers, MACs of other products))."""
-    with FlopCounterMode(display=False) as counter:
-        result = call()
-    flops = counter.get_flop_counts().get("Global", {})
-    linear = sum(count for op, count in flops.items() if op in LINEAR) // 2
-    return result, (linear, sum(flops.values()) // 2 - linear)
-
-
-def _step(model: nn.Module, loss: torch.Tensor, found: dict[str, tuple[int, int]]) -> int:
-    """FLOPs of the forward passes in `found`, and of a backward pass from `loss` to what trains."""
-    trains = [p for p in model.parameters() if p.requires_grad]
-    with FlopCounterMode(display=False) as backward:
-        torch.autograd.grad(loss, trains, allow_unused=True)
-    return backward.get_total_flops() + 2 * sum(sum(macs) for macs in found.values())
 
 
 def _parts(sizes: dict[str, tuple[int, bool]], found: dict[str, tuple[int, int]]) -> list[Part]:
