@@ -176,6 +176,26 @@ def blip2_table(card: dict) -> str:
     return f"`{row['scale']}`, batch {row['batch']}, {row['dtype']}.\n\n" + markdown(columns, rows)
 
 
+def cached_table(card: dict) -> str:
+    """A step with the ViT and one from stored tokens: time, by its FLOPs and measured, and what reading them takes."""
+    rows, base = [], "with the ViT"
+    for row in card["rows"]:
+        for name, time in row["seconds"].items():
+            if name not in row["flops"]:
+                continue
+            memory = row["memory_gb"][name]
+            rows.append([
+                name, milliseconds(time), f"{row['batch'] / time['median']:.3g}",
+                f"{row['flops'][name] / row['flops'][base]:.2f}x", ratio(row["seconds"], name, base),
+                "-" if memory is None else f"{memory:.2f}",
+            ])  # fmt: skip
+    columns = ["step", "ms", "pictures/s", "time of a step: by FLOPs", "measured", "peak memory, GB"]
+    row = card["rows"][0]
+    read = milliseconds(row["seconds"]["reading tokens"])
+    told = f"Tokens of a picture: {row['bytes_a_picture'] / 1e6:.2f} MB; reading a batch of them takes {read} ms."
+    return f"`{row['scale']}`, batch {row['batch']}, {row['dtype']}.\n\n{markdown(columns, rows)}\n\n{told}"
+
+
 def packing_table(card: dict) -> str:
     """The step by its number of texts a picture, and SCST's with and without sharing the prompt."""
     settings, rows = card["settings"], [row for row in card["rows"] if row["part"] == "training"]
@@ -250,7 +270,7 @@ def floor_table(card: dict) -> str:
 TABLES = {
     "merge": merge_table, "connector": connector_table, "data": data_table, "vision": vision_table, "step": step_table,
     "lengths": lengths_table, "packing": packing_table, "blip2": blip2_table, "scaling": scaling_table,
-    "generate": generate_table,
+    "generate": generate_table, "cached_features": cached_table,
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from lavis.datasets.datasets.base_dataset import BaseDataset
 from PIL import Image
 from torch import Tensor
 
+from lavis_evlgen.datasets.cached_features import CachedFeatures
 from lavis_evlgen.datasets.facts import DatasetFacts
 from lavis_evlgen.datasets.packing import in_a_row
 from lavis_evlgen.media.errors import DataError
@@ -25,9 +26,14 @@ class ReadableRows(DatasetFacts, BaseDataset):
     Subclasses fill `annotation`, a list of rows with `image_id`, and then call `_complete()`. Their `_load(row)`
     returns the image or video of a row, or raises Unreadable; their `_text(row)` returns what a sample holds besides
     `image` and `bad`: the keys `TEXT_KEYS`. Raises DataError for `max_bad_fraction` outside of 0 to 1.
+
+    With `features`, `image` is not the processed picture (3, H, W) but its stored tokens (L, D_v), those of `epoch`,
+    and no picture is read.
     """
 
     TEXT_KEYS: tuple[str, ...]
+    features: CachedFeatures | None = None
+    epoch = 0  # of the training sample that is asked for next
 
     def __init__(self, name: str, split: str, vis_processor, text_processor, max_bad_fraction: float):
         super().__init__(vis_processor, text_processor)
@@ -47,18 +53,34 @@ class ReadableRows(DatasetFacts, BaseDataset):
     def _text(self, row: dict) -> dict:
         raise NotImplementedError(f"{type(self).__name__} must define _text")
 
-    def _sample(self, row: dict, image: Image.Image | None, bad: list[dict]) -> dict:
+    def file_of(self, row: dict) -> str | None:
+        """Path of the file that is this row's picture; None where it is drawn, or inside another file."""
+        return None
+
+    def processed(self, row: dict) -> Tensor:
+        """(3, H, W): the picture of a row as its processor gives it. Raises Unreadable."""
+        return self.vis_processor(self._load(row))
+
+    def _open(self, row: dict) -> Image.Image | Tensor:
+        """The picture of a row, or its stored tokens, which `_ready` then makes what a sample holds."""
+        return self._load(row) if self.features is None else self.features.tokens(row["image"], self.epoch)
+
+    def _ready(self, opened: Image.Image | Tensor | None) -> Tensor | None:
+        return self.vis_processor(opened) if opened is not None and self.features is None else opened
+
+    def _sample(self, row: dict, opened: Image.Image | Tensor | None, bad: list[dict]) -> dict:
         text = self._text(row)
-        return {"image": None if image is None else self.vis_processor(image), **text, "bad": bad}
+        return {"image": self._ready(opened), **text, "bad": bad}
 
     def group_sample(self, rows: list[dict], bad: list[dict]) -> dict:
         """Rows of one picture as one sample: `image`, `texts` (of each row, what `_text` returns) and `bad`."""
-        image, texts = self._load(rows[0]), [self._text(row) for row in rows]
-        return {"image": self.vis_processor(image), "texts": texts, "bad": bad}
+        opened, texts = self._open(rows[0]), [self._text(row) for row in rows]
+        return {"image": self._ready(opened), "texts": texts, "bad": bad}
 
     def collater(self, samples: list[dict]) -> dict:
-        """Stack samples into a batch: `image` (B, 3, H, W), or None where none could be read; the rest lists of
-        length B, except `bad`: every unreadable image met, those of dropped samples included.
+        """Stack samples into a batch: `image` (B, 3, H, W), or (B, L, D_v) of stored tokens, or None where none could
+        be read; the rest lists of length B, except `bad`: every unreadable image met, those of dropped samples
+        included.
 
         Of `group_sample`s, lists of all texts, those of a picture in a row, and `texts_per_image`: how many are whose.
         """
@@ -67,7 +89,7 @@ class ReadableRows(DatasetFacts, BaseDataset):
         return {
             **self._texts(texts),
             **counts,
-            "image": torch.stack([sample["image"] for sample in kept]) if kept else None,  # (B, 3, H, W)
+            "image": torch.stack([sample["image"] for sample in kept]) if kept else None,
             "bad": [entry for sample in samples for entry in sample["bad"]],
         }
 
@@ -94,7 +116,7 @@ class ReadableRows(DatasetFacts, BaseDataset):
             return self._eval_sample(self.annotation[index])
         following = ([self.annotation[(index + step) % len(self)]] for step in range(len(self)))
         return self.first_readable(
-            following, lambda rows, bad: self._sample(rows[0], self._load(rows[0]), bad), f"row {index}"
+            following, lambda rows, bad: self._sample(rows[0], self._open(rows[0]), bad), f"row {index}"
         )
 
     def first_readable(
@@ -123,7 +145,7 @@ class ReadableRows(DatasetFacts, BaseDataset):
 
     def _eval_sample(self, row: dict) -> dict:
         try:
-            return self._sample(row, self._load(row), [])
+            return self._sample(row, self._open(row), [])
         except Unreadable as error:  # another picture would be scored against the wrong references
             return self._sample(row, None, [{"image": error.path, "reason": error.reason}])
 

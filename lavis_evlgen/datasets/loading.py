@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from lavis_evlgen.datasets.base import ReadableRows
 from lavis_evlgen.datasets.packing import TextGroups
 from lavis_evlgen.datasets.seeding import EpochOrder, generators_kept, mix, seed_all
 from lavis_evlgen.datasets.shards.dataset import ImageShards
@@ -106,8 +107,11 @@ class Mixture(Dataset):
         if isinstance(key, FromShards):
             return key.data_set, self._stream(key).take(key.count)
         k, epoch, row = key
-        seed_all(mix(self.seed, k, epoch, row))
         grouped = isinstance(self.datasets[k], TextGroups)
+        dataset = self.datasets[k].dataset if grouped else self.datasets[k]
+        if isinstance(dataset, ReadableRows):
+            dataset.epoch = epoch
+        seed_all(mix(self.seed, k, epoch, row))
         return k, self.datasets[k][(epoch, row) if grouped else row]
 
     def _stream(self, key: FromShards) -> ShardStream:

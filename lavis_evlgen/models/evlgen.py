@@ -192,12 +192,25 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         return self.connector.part_of(rest) if head == "connector" else head
 
     def connect(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
-        """image (B, 3, H, W) -> the connector's tokens (B, L', D_c)."""
-        features = self.visual_encoder(image)  # (B, L, D_v)
+        """image (B, 3, H, W), or its visual tokens (B, L, D_v) -> the connector's tokens (B, L', D_c)."""
+        features = self.visual_tokens(image)  # (B, L, D_v)
         return self.connector(self.ln_vision(features), return_source=return_source, features=features)
 
+    def visual_tokens(self, image: Tensor) -> Tensor:
+        """image (B, 3, H, W) -> the frozen ViT's tokens (B, L, D_v), float32; stored tokens (B, L, D_v) pass through.
+
+        Raises ValueError for three dimensions that are not those of tokens.
+        """
+        if image.ndim != 3:
+            return self.visual_encoder(image)
+        expected = (self.visual_encoder.num_tokens, self.visual_encoder.width)
+        if tuple(image.shape[1:]) != expected:
+            raise ValueError(f"image: of shape {tuple(image.shape)}; pictures are (B, 3, H, W), and the stored tokens "
+                             f"of pictures (B, {expected[0]}, {expected[1]})")  # fmt: skip
+        return image.float()
+
     def visual_prompt(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
-        """image (B, 3, H, W) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2."""
+        """image (B, 3, H, W), or (B, L, D_v) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2."""
         prompt = self.connect(image, return_source)  # (B, L', D_c)
         prompt.tokens = self.project(prompt.tokens)  # (B, L', D_l)
         return prompt
@@ -227,8 +240,8 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         self.language_model.check_packing()
 
     def forward(self, samples: dict, objective=None) -> dict[str, Tensor]:
-        """samples: image (B, 3, H, W), text_input list[str], and where pictures have several texts texts_per_image
-        (`loss_of`). loss: mean over supervised tokens (EVLGen, eq. 3).
+        """samples: image (as visual_tokens), text_input list[str], and where pictures have several texts
+        texts_per_image (`loss_of`). loss: mean over supervised tokens (EVLGen, eq. 3).
 
         `loss_tokens` is their number, so that a trainer can weight ranks rightly; `across_picture_share` is the share
         of the prompt's power that is variance across pictures (0: the connector has collapsed). `objective`, a

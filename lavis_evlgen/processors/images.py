@@ -80,8 +80,11 @@ def _statistic(processor: str, key: str, value) -> list[float]:
     return numbers
 
 
-class _ImageProcessor(EvlgenProcessor):
+class ImageProcessor(EvlgenProcessor):
+    """Base of the processors of pictures."""
+
     takes_pixels = False  # whether a picture may come as uint8 (3, H, W) too
+    draws = False  # whether two tensors of one picture may differ
     # (width, height) of a picture -> the least width and height that it may be decoded at; None: its own
     least_size: Callable[[int, int], tuple[int, int]] | None = None
 
@@ -138,7 +141,7 @@ def _resize(image_size: int):
 
 
 @registry.register_processor("evlgen_image_train")
-class EvlgenImageTrainProcessor(_ImageProcessor):
+class EvlgenImageTrainProcessor(ImageProcessor):
     """Random crop, resized bicubically to a square, and mirrored at random. Randomness is torch's global one.
 
     min_scale=1 keeps the whole picture (a plain resize) rather than cropping it to a random aspect ratio.
@@ -153,12 +156,13 @@ class EvlgenImageTrainProcessor(_ImageProcessor):
         super().__init__(image_size=image_size, **keys)
         size, min_scale = self.settings.image_size, self.settings.min_scale
         self._build([pixels, partial(cropped, size, min_scale, self.settings.flip)])
+        self.draws = min_scale < 1 or bool(self.settings.flip)
         if self.settings.shrink_on_load:
             self.least_size = partial(least_for_crops, size, min_scale)
 
 
 @registry.register_processor("evlgen_image_eval")
-class EvlgenImageEvalProcessor(_ImageProcessor):
+class EvlgenImageEvalProcessor(ImageProcessor):
     """The whole picture, resized bicubically to a square."""
 
     NAME = "evlgen_image_eval"

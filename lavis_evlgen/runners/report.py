@@ -46,6 +46,7 @@ class Reporter:
             "compiled": ", ".join(trainer.compiled) or "nothing",
             "steps": f"{trainer.start_step} -> {trainer.max_iters}, evaluated every {trainer.iters_per_inner_epoch}",
             "data": "; ".join(d.description or f"{name}: {len(d)} rows" for name, d in data.items()),
+            **({} if trainer.cached_features is None else {"cached features": trainer.cached_features}),
             "run folder": str(self.folder),
         }
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from lavis_evlgen.config.keys import key
 from lavis_evlgen.models.compile import PARTS
+from lavis_evlgen.runners.feature_cache import FeatureCacheSettings
 from lavis_evlgen.runners.optim import OptimSettings
 from lavis_evlgen.runners.step import StepSettings
 from lavis_evlgen.tasks.settings import SharedRunSettings
@@ -15,7 +16,7 @@ _LAVIS = "accepted from LAVIS configs; torch.distributed.run decides"
 
 
 @dataclass(kw_only=True)
-class RunSettings(OptimSettings, StepSettings, SharedRunSettings):
+class RunSettings(OptimSettings, StepSettings, FeatureCacheSettings, SharedRunSettings):
     """None as default: training asks for the key, or nothing is done where it is left out."""
 
     runner: str = key("runner_evlgen", "runner_evlgen")

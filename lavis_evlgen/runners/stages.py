@@ -22,6 +22,7 @@ from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.checkpointing.lock import RunLock
 from lavis_evlgen.runners.checkpointing.resume import check_frozen
 from lavis_evlgen.runners.checkpointing.stopping import signals
+from lavis_evlgen.runners.feature_cache import CachedSplit, cached_splits, check_shared
 from lavis_evlgen.runners.preflight import check_splits
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.runners.stage_ledger import StageLedger, summary
@@ -71,6 +72,7 @@ class StagedRun:
 
     def _check_later_stages(self):
         """Build their data, and ask what their trainers will ask."""
+        cached = [(self.cfgs[0].stage.key, self._cached(self.cfgs[0], self.data[0][1]))]
         for cfg in self.cfgs[1:]:
             try:
                 task, datasets = build_data(cfg)
@@ -78,9 +80,14 @@ class StagedRun:
                 task.check_model(cfg, self.model)
                 check_run(cfg, self.model)
                 check_splits(cfg.run_cfg, datasets, task)
+                cached.append((cfg.stage.key, self._cached(cfg, datasets)))
             except ConfigError as error:
                 raise ConfigError(f"{cfg.stage.key}: {error}") from error
             self.data.append((task, datasets))
+        check_shared(cached)
+
+    def _cached(self, cfg: EvlgenConfig, datasets: dict) -> list[CachedSplit]:
+        return cached_splits(RunSettings.read(cfg.run_cfg, "run."), self.model, datasets)
 
     def _last(self, n: int) -> Path:
         """The checkpoint that stage n (from 0) ends with."""

@@ -30,6 +30,8 @@ from lavis_evlgen.runners.checkpointing.lock import RunLock
 from lavis_evlgen.runners.checkpointing.resume import RunState
 from lavis_evlgen.runners.checkpointing.stopping import StopCheck, exit_code, save_every, signals
 from lavis_evlgen.runners.cost import flops_per_image
+from lavis_evlgen.runners.feature_cache import cached_splits
+from lavis_evlgen.runners.feature_filling import read_from_cache
 from lavis_evlgen.runners.optim import adamw, schedule_of
 from lavis_evlgen.runners.preflight import check_evaluation, check_splits, check_training, sets_with
 from lavis_evlgen.runners.progress import Progress, startup_table
@@ -68,6 +70,7 @@ class Trainer:
             recompute_llm(model, run.llm_grad_checkpoint)
             compile_parts(model, self.compiled)
         check_splits(section, self.datasets, self.task)
+        self.cached, self.cached_features = cached_splits(run, model, self.datasets), None
         self.output_dir, self.result_dir = make_run_folder(run, job_id)
         self.max_iters, self.iters_per_inner_epoch = run.max_iters or 0, run.iters_per_inner_epoch or 0
         self.accum_grad_iters, self.log_freq = run.accum_grad_iters, run.log_freq
@@ -98,6 +101,7 @@ class Trainer:
         with signals.handled(at_end=lock.release):
             try:
                 distributed.on_main(lock.take)
+                self.cached_features = read_from_cache(self.cached, self.run, self.model, self.device)
                 return self.evaluate() if self.evaluate_only else self._train()
             finally:
                 lock.release()

@@ -10,7 +10,19 @@ import torch
 from benchmarks.common import performance_page as page
 from benchmarks.common import random_models as models
 from benchmarks.common import timing
-from benchmarks.speed import blip2_step, connector, data, generate, lengths, merge, packing, roofline, scaling, step
+from benchmarks.speed import (
+    blip2_step,
+    cached_features,
+    connector,
+    data,
+    generate,
+    lengths,
+    merge,
+    packing,
+    roofline,
+    scaling,
+    step,
+)
 from lavis_evlgen.tools.cost.macs import evlgen_cost
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
@@ -228,6 +240,23 @@ def test_steps_of_blip2_beside_evlgens(card_of, tmp_path):
     assert row["trains"]["BLIP-2, stage 1"] > row["trains"]["BLIP-2, stage 2"] > 0  # words, heads of three losses
     (tmp_path / "blip2_step-cpu.json").rename(tmp_path / "blip2-tiny-cpu.json")
     assert "| BLIP-2, stage 1 |" in page.section("blip2", tmp_path)
+
+
+def test_a_step_from_stored_tokens_beside_one_with_the_vit(card_of, tmp_path):
+    (row,) = card_of(cached_features, "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1")["rows"]
+    assert set(row["seconds"]) == {*cached_features.WAYS, "reading tokens"}
+    with_vit, cached = (row["flops"][name] for name in cached_features.WAYS)
+    assert 0 < cached < with_vit and row["bytes_a_picture"] == 17 * 24 * 4
+    (tmp_path / "cached_features-cpu.json").rename(tmp_path / "cached_features-tiny-cpu.json")
+    assert "| cached features |" in page.section("cached_features", tmp_path)
+
+
+def test_the_cached_step_is_the_same_step(tiny, tmp_path):
+    model, step, batch = tiny
+    model.eval()
+    features = cached_features.stored(tmp_path, model, step, batch, torch.float32)
+    own = next(cached_features.from_store(features, batch))
+    assert model(own)["loss"] == model(batch)["loss"]
 
 
 def test_blip2_stages_compared_share_what_is_frozen():

@@ -229,3 +229,14 @@ def test_a_soft_prompt_starts_without_a_trace_and_belongs_to_its_place(tmp_path,
         plain.load_checkpoint(str(tmp_path / "s.safetensors"))
     with pytest.raises(ValueError, match="soft_prompt: 1 is not true or false"):
         tiny_evlgen(soft_prompt=1)
+
+
+def test_stored_tokens_stand_for_their_pictures():
+    model, image = tiny_evlgen().eval(), pictures(3)
+    tokens = model.visual_encoder(image)
+    assert torch.equal(model.visual_prompt(tokens).tokens, model.visual_prompt(image).tokens)
+    samples = {"text_input": ["a red square", "a dog", "two cats"]}
+    assert model({"image": tokens, **samples})["loss"] == model({"image": image, **samples})["loss"]
+    assert model.generate({"image": tokens}, num_beams=1) == model.generate({"image": image}, num_beams=1)
+    with pytest.raises(ValueError, match=r"of shape \(3, 28, 28\); pictures are \(B, 3, H, W\), and the stored tokens"):
+        model.visual_prompt(image[0])

@@ -24,6 +24,9 @@ class ImageFolder:
     def _load(self, row: dict) -> Image.Image:
         return open_image(self.path_of(row["image"]), self.vis_processor)
 
+    def file_of(self, row: dict) -> str | None:
+        return self.path_of(row["image"])
+
     def path_of(self, name: str) -> str:
         return os.path.join(self.vis_root, name)
 

@@ -63,6 +63,9 @@ class ImageQuestionDataset(ImageFolder, QuestionDataset):
             return decode_image(*self.pictures.content(row["image"]), self.vis_processor)
         return super()._load(row)
 
+    def file_of(self, row: dict) -> str | None:
+        return None if row["image"] in self.pictures else super().file_of(row)
+
     def iter_image_paths(self) -> Iterator[str]:
         for name in dict.fromkeys(row["image"] for row in self.annotation):
             if name not in self.pictures:

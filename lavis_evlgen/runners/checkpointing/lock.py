@@ -26,8 +26,9 @@ class RunLock:
     file says decides where flock does not reach, between machines that share the folder.
     """
 
-    def __init__(self, folder: Path):
-        self.file = Path(folder) / NAME
+    def __init__(self, folder: Path, key: str = "run.run_name"):
+        """key: of the config, which names another folder."""
+        self.file, self.key = Path(folder) / NAME, key
         self._fd: int | None = None
 
     def take(self):
@@ -87,7 +88,7 @@ class RunLock:
     def _refusal(self, who: str, remedy: str = "") -> str:
         return (
             f"{self.file.parent} is in use by another run ({who}): wait for its end, or give this one another "
-            f"run.run_name{remedy}"
+            f"{self.key}{remedy}"
         )
 
 

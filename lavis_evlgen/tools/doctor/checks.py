@@ -18,12 +18,15 @@ from lavis_evlgen.config.keys import Settings, keys_of
 from lavis_evlgen.config.stages import Stage
 from lavis_evlgen.datasets import ImageShards
 from lavis_evlgen.datasets.packing import TextGroups
+from lavis_evlgen.errors import UserError
 from lavis_evlgen.media.file_checks import MISSING, Unreadable
 from lavis_evlgen.models.connectors import CONNECTORS, READS, ConnectorSettings
 from lavis_evlgen.models.language.loading import empty_language_model, folder_and_file
 from lavis_evlgen.models.precision import DTYPES, check_precision
 from lavis_evlgen.models.trains import train_as_in
 from lavis_evlgen.models.vision.encoder import LAVIS_VITS, VisionSettings, vision_of
+from lavis_evlgen.runners.feature_cache import cached_splits
+from lavis_evlgen.runners.feature_filling import check_room, summary
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.weights.bundle import empty_model
 from lavis_evlgen.weights.sources import WeightsError, resolve
@@ -192,6 +195,22 @@ def check_stage(model_cfg, stage: Stage) -> Finding:
         sizes[name.partition(".")[0]] += parameter.numel()
     parts = ", ".join(f"{part} {size / 1e6:.2f}M" for part, size in sizes.items())
     return Finding(True, stage.label, f"trains {parts} ({len(trained)} tensors)")
+
+
+def check_cached_features(cfg, datasets: dict) -> Finding | None:
+    """What `run.cache_features` will take on disk, and whether it fits; None where it is not set."""
+    run, what = RunSettings.read(cfg.run_cfg, "run."), "cached features"
+    if not run.cache_features:
+        return None
+    try:
+        model = empty_model(registry.get_model_class(cfg.model_cfg.get("arch", "evlgen")), cfg.model_cfg)
+    except (OSError, ImportError):
+        return Finding(True, what, "not counted: a part's config is not here")
+    try:
+        splits = cached_splits(run, model, datasets)
+        return Finding(True, what, f"{summary(splits)}: {check_room(splits, [split.missing() for split in splits])}")
+    except UserError as error:
+        return Finding(False, what, str(error))
 
 
 def _size(module: torch.nn.Module, precision: str | None) -> tuple[int, int]:

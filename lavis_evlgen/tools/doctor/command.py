@@ -11,6 +11,7 @@ from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tasks.build import build_data
 from lavis_evlgen.tools.doctor.checks import (
     Finding,
+    check_cached_features,
     check_images,
     check_memory,
     check_stage,
@@ -50,6 +51,8 @@ def _check_training(cfg: EvlgenConfig, limit: int | None, looked_at: list) -> li
     findings.append(_shown(check_memory(cfg.model_cfg, cfg.stage)))
     task, datasets = build_data(cfg)
     findings.append(_shown(_check_splits(cfg.run_cfg, datasets, task)))
+    if cached := check_cached_features(cfg, datasets):
+        findings.append(_shown(cached))
     for name, splits in datasets.items():
         section = (name, cfg.datasets_cfg[name])
         if section in looked_at:
