@@ -28,7 +28,9 @@ _done = False
 
 PRUNING_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
 # what `import lavis` imports for a function or two: a second each
-HEAVY = ("pandas", "spacy")
+HEAVY = ("pandas", "spacy", "sklearn.metrics")
+# of these, functions that are imported by name (transformers/generation/candidate_generator.py)
+BY_NAME = {"sklearn.metrics": ("roc_curve",)}
 # the two LAVIS classes that BLIP-2's stages generate with
 GENERATING = (
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
@@ -72,6 +74,13 @@ class _Later(ModuleType):
     """In place of a module that is imported when something of it is first asked for."""
 
     def __getattr__(self, name):
+        if name in BY_NAME.get(self.__name__, ()):
+            return lambda *args, **kwargs: self._now(name)(*args, **kwargs)
+        if self.__name__ in BY_NAME and name.startswith("__"):  # `from ... import` asks for __path__
+            raise AttributeError(name)
+        return self._now(name)
+
+    def _now(self, name):
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), name)
@@ -82,7 +91,8 @@ def without_heavy_imports():
     """Within: `import spacy` waits until something of spacy is used, and so for the others of HEAVY."""
     placed = {}
     for name in HEAVY:
-        if name not in sys.modules and (spec := importlib.util.find_spec(name)) is not None:
+        # of a package's module, the package alone is looked for: finding the module would import it
+        if name not in sys.modules and (spec := importlib.util.find_spec(name.partition(".")[0])) is not None:
             placed[name] = sys.modules[name] = _Later(name)
             placed[name].__spec__ = spec  # `find_spec` of others reads it
     try:
