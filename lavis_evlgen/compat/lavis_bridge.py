@@ -29,8 +29,7 @@ _done = False
 PRUNING_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
 # what `import lavis` imports for a function or two: a second each
 HEAVY = ("pandas", "spacy", "sklearn.metrics")
-# of these, functions that are imported by name (transformers/generation/candidate_generator.py)
-BY_NAME = {"sklearn.metrics": ("roc_curve",)}
+BY_NAME = {"sklearn.metrics": ("roc_curve",)}  # of these, functions that transformers imports by name
 # the two LAVIS classes that BLIP-2's stages generate with
 GENERATING = (
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
@@ -39,19 +38,15 @@ GENERATING = (
 BERTS = ("lavis.models.med", "lavis.models.blip_models.nlvr_encoder", "lavis.models.blip2_models.Qformer")
 # LAVIS's classes whose output weights are their embeddings, in the words of transformers 5: target -> source
 _BERT_TIED = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+_OPT_TIED = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 TIED = (
     ("lavis.models.med", "BertLMHeadModel", _BERT_TIED),
     ("lavis.models.med", "BertForMaskedLM", _BERT_TIED),
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel", _BERT_TIED),
     ("lavis.models.blip2_models.Qformer", "BertForMaskedLM", _BERT_TIED),
-    (
-        "lavis.models.blip2_models.modeling_opt",
-        "OPTForCausalLM",
-        {"lm_head.weight": "model.decoder.embed_tokens.weight"},
-    ),
+    ("lavis.models.blip2_models.modeling_opt", "OPTForCausalLM", _OPT_TIED),
 )
-# what BLIP-2's `generate` repeats for the beams before it calls the classes above (blip2_opt.py:215,
-# blip2_qformer.py:289)
+# what BLIP-2's `generate` repeats for the beams before it calls these (blip2_opt.py:215, blip2_qformer.py:289)
 REPEATED_BY_LAVIS = ("query_embeds", "encoder_hidden_states", "encoder_attention_mask")
 
 
@@ -91,8 +86,8 @@ def without_heavy_imports():
     """Within: `import spacy` waits until something of spacy is used, and so for the others of HEAVY."""
     placed = {}
     for name in HEAVY:
-        # of a package's module, the package alone is looked for: finding the module would import it
-        if name not in sys.modules and (spec := importlib.util.find_spec(name.partition(".")[0])) is not None:
+        package = name.partition(".")[0]  # finding a module of a package would import the package
+        if name not in sys.modules and (spec := importlib.util.find_spec(package)) is not None:
             placed[name] = sys.modules[name] = _Later(name)
             placed[name].__spec__ = spec  # `find_spec` of others reads it
     try:

@@ -264,9 +264,9 @@ def test_a_loaded_lavis_bert_has_its_positions_and_its_ties(tmp_path):
     assert TRANSFORMERS < (5,) or head.decoder.bias is head.bias
 
 
-def test_a_function_that_is_imported_by_name_waits_for_its_first_call(slow_package, monkeypatch):
+def test_a_function_that_is_imported_by_name_waits_for_its_first_call(slow_package, tmp_path, monkeypatch):
     monkeypatch.setattr(lavis_bridge, "BY_NAME", {"slow_package": ("used",)})
-    (slow_package / "__init__.py").write_text("used = lambda x: 2 * x\n")
+    (tmp_path / "slow_package" / "__init__.py").write_text("used = lambda x: 2 * x\n")
     with lavis_bridge.without_heavy_imports():
         namespace = {}
         exec("from slow_package import used", namespace)
