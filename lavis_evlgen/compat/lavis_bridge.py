@@ -28,7 +28,8 @@ _done = False
 
 PRUNING_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
 # what `import lavis` imports for a function or two: a second each
-HEAVY = ("pandas", "spacy")
+HEAVY = ("pandas", "spacy", "sklearn.metrics")
+BY_NAME = {"sklearn.metrics": ("roc_curve",)}  # of these, functions that transformers imports by name
 # the two LAVIS classes that BLIP-2's stages generate with
 GENERATING = (
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
@@ -37,19 +38,15 @@ GENERATING = (
 BERTS = ("lavis.models.med", "lavis.models.blip_models.nlvr_encoder", "lavis.models.blip2_models.Qformer")
 # LAVIS's classes whose output weights are their embeddings, in the words of transformers 5: target -> source
 _BERT_TIED = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
+_OPT_TIED = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
 TIED = (
     ("lavis.models.med", "BertLMHeadModel", _BERT_TIED),
     ("lavis.models.med", "BertForMaskedLM", _BERT_TIED),
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel", _BERT_TIED),
     ("lavis.models.blip2_models.Qformer", "BertForMaskedLM", _BERT_TIED),
-    (
-        "lavis.models.blip2_models.modeling_opt",
-        "OPTForCausalLM",
-        {"lm_head.weight": "model.decoder.embed_tokens.weight"},
-    ),
+    ("lavis.models.blip2_models.modeling_opt", "OPTForCausalLM", _OPT_TIED),
 )
-# what BLIP-2's `generate` repeats for the beams before it calls the classes above (blip2_opt.py:215,
-# blip2_qformer.py:289)
+# what BLIP-2's `generate` repeats for the beams before it calls these (blip2_opt.py:215, blip2_qformer.py:289)
 REPEATED_BY_LAVIS = ("query_embeds", "encoder_hidden_states", "encoder_attention_mask")
 
 
@@ -72,6 +69,13 @@ class _Later(ModuleType):
     """In place of a module that is imported when something of it is first asked for."""
 
     def __getattr__(self, name):
+        if name in BY_NAME.get(self.__name__, ()):
+            return lambda *args, **kwargs: self._now(name)(*args, **kwargs)
+        if self.__name__ in BY_NAME and name.startswith("__"):  # `from ... import` asks for __path__
+            raise AttributeError(name)
+        return self._now(name)
+
+    def _now(self, name):
         if sys.modules.get(self.__name__) is self:
             del sys.modules[self.__name__]
         return getattr(importlib.import_module(self.__name__), name)
@@ -82,7 +86,8 @@ def without_heavy_imports():
     """Within: `import spacy` waits until something of spacy is used, and so for the others of HEAVY."""
     placed = {}
     for name in HEAVY:
-        if name not in sys.modules and (spec := importlib.util.find_spec(name)) is not None:
+        package = name.partition(".")[0]  # finding a module of a package would import the package
+        if name not in sys.modules and (spec := importlib.util.find_spec(package)) is not None:
             placed[name] = sys.modules[name] = _Later(name)
             placed[name].__spec__ = spec  # `find_spec` of others reads it
     try:

@@ -262,3 +262,13 @@ def test_a_loaded_lavis_bert_has_its_positions_and_its_ties(tmp_path):
     assert not head.decoder.bias.any()
     # up to transformers 4 they are two in a loaded model, of which `predictions.bias` is neither read nor set
     assert TRANSFORMERS < (5,) or head.decoder.bias is head.bias
+
+
+def test_a_function_that_is_imported_by_name_waits_for_its_first_call(slow_package, tmp_path, monkeypatch):
+    monkeypatch.setattr(lavis_bridge, "BY_NAME", {"slow_package": ("used",)})
+    (tmp_path / "slow_package" / "__init__.py").write_text("used = lambda x: 2 * x\n")
+    with lavis_bridge.without_heavy_imports():
+        namespace = {}
+        exec("from slow_package import used", namespace)
+    assert "slow_package" not in sys.modules
+    assert namespace["used"](21) == 42 and "slow_package" in sys.modules

@@ -3,31 +3,81 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from transformers import modeling_gguf_pytorch_utils
 
 from lavis_evlgen.compat.environment import require
+
+_TEXT, _ARRAY = 8, 9  # of the file format's types of values
 
 
 @contextmanager
 def one_parse() -> Iterator[None]:
     """Within it a GGUF file is parsed once: transformers reads it anew for config, tokenizer and weights.
 
-    Each parse of a 49k-token vocabulary takes seconds of pure Python; so do the names of tensors, which transformers
-    lists anew for each of the model's modules.
+    Each parse of a 49k-token vocabulary takes seconds of pure Python; so do its values, which transformers converts
+    anew each time, and the names of tensors, which it lists anew for each of the model's modules.
     """
     require("gguf", "quickstart")
     require("accelerate", "quickstart")
     import gguf
 
-    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(lambda path, *args: reader(path, *args))
-    gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(names)
+    reader = _on_plain_arrays(gguf.GGUFReader)
+    once = functools.lru_cache(maxsize=1)
+    with (
+        _replaced(gguf, "GGUFReader", once(lambda path, *args: reader(path, *args))),
+        _replaced(gguf, "get_tensor_name_map", once(gguf.get_tensor_name_map)),
+        _replaced(modeling_gguf_pytorch_utils, "_gguf_parse_value", _parse_once()),
+    ):
+        yield
+
+
+@contextmanager
+def _replaced(module: ModuleType, name: str, value) -> Iterator[None]:
+    own = getattr(module, name)
+    setattr(module, name, value)
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
+        setattr(module, name, own)
+
+
+def _on_plain_arrays(reader: type) -> type:
+    """A GGUFReader whose file is a plain array: it makes hundreds of thousands of slices, and those of a memmap cost
+    many times as much."""
+
+    class Reader(reader):
+        @property
+        def data(self):
+            return self._data
+
+        @data.setter
+        def data(self, file):
+            self._data = np.asarray(file)
+
+    return Reader
+
+
+def _parse_once() -> Callable:
+    """transformers' conversion of a value in the file, done once for each and at once for text.
+
+    Values are arrays that belong to the file's one reader, so they stay what they are as long as this is used.
+    """
+    known, parse = {}, modeling_gguf_pytorch_utils._gguf_parse_value
+
+    def value_of(array, types):
+        value = known.get(id(array), known)  # known itself: not there, as None might be
+        if value is known:
+            text = types[-1] == _TEXT and len(types) == 1 + (types[0] == _ARRAY)
+            value = known[id(array)] = bytes(array).decode() if text else parse(array, types)
+        return value
+
+    return value_of
 
 
 def set_special_tokens(tokenizer, file: Path):
