@@ -98,6 +98,9 @@ def _compare(commands):
     p.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
     p.add_argument("--out", type=Path, default=Path("compare.png"), metavar="PNG", help="the picture (compare.png)")
     p.add_argument("--markdown", action="store_true", help="print the table as Markdown")
+    p.add_argument("--paired", action="store_true",
+                   help="instead: losses on the same pictures, each config against the first one's, with intervals; "
+                        "runs that differ in run.seed alone count as one")  # fmt: skip
 
 
 def _ablate(commands):

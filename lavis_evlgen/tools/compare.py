@@ -24,6 +24,7 @@ class RunRecord:
     name: str
     card: dict
     rows: list[dict]
+    folder: Path
 
     @property
     def model(self) -> dict:
@@ -58,7 +59,7 @@ def read_run(folder: str | Path) -> RunRecord:
         content["metrics"], content["config"]["model"], content["data"]["split"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{card} is not a run card ({type(error).__name__}: {error})") from error
-    return RunRecord(folder.name, content, training_totals(read_json_lines(folder / "log.jsonl")))
+    return RunRecord(folder.name, content, training_totals(read_json_lines(folder / "log.jsonl")), folder)
 
 
 def unlike(runs: list[RunRecord]) -> list[str]:
@@ -143,6 +144,10 @@ def markdown(rows: list[tuple[str, ...]]) -> str:
 
 def main(args) -> int:
     """Print the table, what makes scores not comparable, and where the picture is."""
+    if args.paired:
+        from lavis_evlgen.tools import paired
+
+        return paired.main(args)
     runs = read_runs(args.runs)
     rows = table_rows(runs)
     print(markdown(rows) if args.markdown else show(rows))
