@@ -226,6 +226,44 @@ def packing_table(card: dict) -> str:
 
 
 SCST_PROMPTS = ("one prompt for all", "a prompt for each")
+
+
+def told(value: float | str, form: str = ".2%") -> str:
+    """A figure, or the word (nan, inf) that a results file has in its place."""
+    return value if isinstance(value, str) else format(value, form)
+
+
+def numerics_table(card: dict) -> str:
+    """Loss, merged pairs and gradients of half precision against float32."""
+    parts = list(card["rows"][0]["gradient_differences"])
+    rows = [
+        [
+            row["dtype"], *(told(row[key], ".4f") for key in ("loss", "loss_fp32")), told(row["loss_difference"]),
+            told(row["pairs_that_agree"]), *(told(row["gradient_differences"][part]) for part in parts),
+        ]
+        for row in card["rows"]
+    ]  # fmt: skip
+    columns = ["precision", "loss", "in float32", "differs by", "pairs merged by both",
+               *(f"gradient of {part} differs by" for part in parts)]  # fmt: skip
+    settings = card["settings"]
+    return f"`{settings['scale']}`, batch {settings['batch']}.\n\n" + markdown(columns, rows)
+
+
+def ranks_table(card: dict) -> str:
+    """A step on one GPU and on several beside each other."""
+    rows = []
+    for row in card["rows"]:
+        seconds = row["seconds"]
+        rows.append([
+            str(row["ranks"]), milliseconds(seconds["alone"]), milliseconds(seconds["together"]),
+            f"{row['images_per_s']['together']:.3g}", ratio(seconds, "together", "alone"),
+            f"{row['loss_difference']:.0e}",
+        ])  # fmt: skip
+    columns = ["ranks", "a step alone, ms", "in DDP, ms", "pictures/s of all", "takes", "loss differs by"]
+    row = card["rows"][0]
+    return f"`{row['scale']}`, batch {row['batch']} on each, {row['dtype']}.\n\n" + markdown(columns, rows)
+
+
 AXES = {"batch": "pictures a batch", "text": "tokens of a caption", "tokens_left": "visual tokens left",
         "frames": "frames of a clip"}  # fmt: skip
 
@@ -270,7 +308,7 @@ def floor_table(card: dict) -> str:
 TABLES = {
     "merge": merge_table, "connector": connector_table, "data": data_table, "vision": vision_table, "step": step_table,
     "lengths": lengths_table, "packing": packing_table, "blip2": blip2_table, "scaling": scaling_table,
-    "generate": generate_table, "cached_features": cached_table,
+    "generate": generate_table, "cached_features": cached_table, "numerics": numerics_table, "ranks": ranks_table,
 }  # fmt: skip
 
 

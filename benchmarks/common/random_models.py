@@ -136,10 +136,11 @@ def samples(
     return {"image": image.to(device), "text_input": captions, **counts}
 
 
-def add_step_arguments(parser: argparse.ArgumentParser):
+def add_step_arguments(parser: argparse.ArgumentParser, dtype: bool = True):
     """--scale, --batch and --dtype of a benchmark of training steps: full size on a GPU, else the quickstart's."""
     on_gpu = torch.cuda.is_available()
     parser.add_argument("--scale", choices=scales(), default="opt-2.7b" if on_gpu else "quickstart")
     parser.add_argument("--batch", type=int, default=64 if on_gpu else 4, help="pictures (GPU 64, CPU 4)")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16" if on_gpu else "fp32",
-                        help="of autocast and of what is frozen")  # fmt: skip
+    if dtype:
+        parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16" if on_gpu else "fp32",
+                            help="of autocast and of what is frozen")  # fmt: skip

@@ -18,7 +18,6 @@ import torch
 
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
-from lavis_evlgen.tools.cost.step_memory import Alive
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 LEAST = 0.01  # seconds that one measurement lasts; what is shorter is repeated within it
@@ -83,6 +82,8 @@ def backward_of(output) -> None:
 
 def held_gb(call: Callable, there: Iterable[torch.Tensor]) -> float:
     """GB that one call holds at most beside `there`, what was in memory before: storages counted while they live."""
+    from lavis_evlgen.tools.cost.step_memory import Alive  # which imports LAVIS
+
     with Alive() as alive:
         for tensor in there:
             alive.add(tensor)

@@ -83,14 +83,17 @@ class Plan(NamedTuple):
 
 
 class Miniature:
-    """All runs of one comparison, in one folder, `jobs` at a time."""
+    """All runs of one comparison, in one folder, `jobs` at a time.
 
-    def __init__(self, args):
-        self.args, self.folder = args, args.folder.absolute()
+    options: of every run, beside its own; chosen: label -> the setting to take, in place of the short runs.
+    """
+
+    def __init__(self, args, options: list[str] = (), chosen: dict[str, Setting] | None = None):
+        self.args, self.folder, self.options, self.chosen = args, args.folder.absolute(), options, chosen
         self.grey = _grey(args.images, self.folder / "grey")
 
     def _data(self, label: str | None = None) -> list[str]:
-        return photo_options(self.grey if label == BLIND else self.args.images, self.args.captions)
+        return [*photo_options(self.grey if label == BLIND else self.args.images, self.args.captions), *self.options]
 
     def _train(self, runs: list[Run]):
         train(runs, self.folder, self.args.jobs)
@@ -166,12 +169,9 @@ class Miniature:
             for label, row in plans.items()
         }
 
-    def compare(self) -> dict[str, dict]:
-        """label -> {"sweep": runs on the first seed, "setting": the best of them, "runs": that one on every seed}."""
-        seeds = self.args.seeds
-        self._train([self.count(CONFIG, "tomeformer"), self.count(CONFIG, "qformer"), self.count(STAGE1)])
-        self._train([self.stage1(seed) for seed in seeds])
-        swept = self.sweep()
+    @staticmethod
+    def _best(swept: dict[str, list[dict]]) -> dict[str, Setting]:
+        """label -> the setting with the lowest validation loss, or that of the connector that trains the same part."""
         chosen = {}
         for label, (_, settings) in CONNECTORS.items():
             if label in swept:
@@ -179,6 +179,15 @@ class Miniature:
                 chosen[label] = Setting(*(best[key] for key in Setting._fields))
             else:
                 chosen[label] = chosen[settings]
+        return chosen
+
+    def compare(self) -> dict[str, dict]:
+        """label -> {"sweep": runs on the first seed, "setting": the best of them, "runs": that one on every seed}."""
+        seeds = self.args.seeds
+        self._train([self.count(CONFIG, "tomeformer"), self.count(CONFIG, "qformer"), self.count(STAGE1)])
+        self._train([self.stage1(seed) for seed in seeds])
+        swept = {} if self.chosen else self.sweep()
+        chosen = self.chosen or self._best(swept)
         plans = {label: [self.full(label, setting, seed) for seed in seeds] for label, setting in chosen.items()}
         self._train([plan.run for row in plans.values() for plan in row])
         return {

@@ -144,10 +144,11 @@ def main():
     args_of = parser(__doc__, repetitions=20 if on_gpu else 3, seconds=60)
     args_of.add_argument("--batch", type=int, default=64 if on_gpu else 1, help="pictures (GPU 64, CPU 1)")
     args_of.add_argument("--dtype", choices=DTYPES, default="bf16" if on_gpu else "fp32", help="of autocast")
+    args_of.add_argument("--hidden", type=int, default=768, help="width of the BERT inside, a multiple of 64 (768)")
     args = args_of.parse_args()
     torch.manual_seed(0)
-    bert_base = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
-    models = {name: model.to(args.device) for name, model in connectors(1408, 257, 29, bert_base).items()}
+    sizes = {"hidden_size": args.hidden, "num_attention_heads": args.hidden // 64, "intermediate_size": 4 * args.hidden}
+    models = {name: model.to(args.device) for name, model in connectors(1408, 257, 29, sizes).items()}
     visual = torch.randn(args.batch, 257, 1408, device=args.device)
     write("connector", args, measure(models, visual, args))
 

@@ -23,8 +23,7 @@ def encoders(blocks: int, dtype: torch.dtype, device: torch.device) -> dict[str,
     """LAVIS's and the fused one, with the same random weights."""
     torch.manual_seed(0)
     with torch.device(device):
-        vit = eva_clip_g(224)
-    del vit.blocks[blocks:]
+        vit = eva_clip_g(224, blocks)
     vit = _cast_matrices(vit.eval().requires_grad_(False), dtype)
     return {"LAVIS": vit, "fused": fuse_attention(copy.deepcopy(vit))}
 

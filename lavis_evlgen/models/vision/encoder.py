@@ -37,10 +37,10 @@ from lavis_evlgen.weights.sources import (
 DOWNLOADS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
 
 
-def eva_clip_g(image_size: int) -> nn.Module:
+def eva_clip_g(image_size: int, blocks: int = 39) -> nn.Module:
     """LAVIS's EVA-CLIP-g: width 1408, 39 blocks (the last of its 40 dropped), patch 14."""
     return eva_vit.VisionTransformer(
-        img_size=image_size, patch_size=14, use_mean_pooling=False, embed_dim=1408, depth=39,
+        img_size=image_size, patch_size=14, use_mean_pooling=False, embed_dim=1408, depth=blocks,
         num_heads=1408 // 88, mlp_ratio=4.3637, qkv_bias=True, norm_layer=_LayerNorm1e6,
     )  # fmt: skip
 
