@@ -52,12 +52,12 @@ def options_of(args, seed: int, steps: int) -> list[str]:
     return [*options, f"run.seed={seed}", f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}", *args.set]
 
 
-def plan(args, arm: str, steps: int, seed: int) -> Run:
+def plan(args, arm: str, steps: int, seed: int, arms=ARMS) -> Run:
     name = f"{arm}_steps{steps}_seed{seed}"
-    return Run(CONFIG, name, [*ARMS[arm][1], *options_of(args, seed, steps)])
+    return Run(CONFIG, name, [*arms[arm][1], *options_of(args, seed, steps)])
 
 
-def steps_that_fit(args) -> dict[str, int]:
+def steps_that_fit(args, arms=ARMS) -> dict[str, int]:
     """arm -> optimizer steps in --minutes, by the median step of runs made in turn; kept in the folder."""
     path = args.folder / "seconds_per_step.json"
     seconds = json.loads(path.read_text()) if path.exists() else {}
@@ -66,7 +66,7 @@ def steps_that_fit(args) -> dict[str, int]:
         for turn in range(TIMING_ROUNDS):
             for arm in args.arms:
                 more = ["run.log_freq=1", "datasets.image_captions.split={train: 8, test: 2}"]  # scored in a second
-                run = Run(CONFIG, f"time{turn}_{arm}", [*ARMS[arm][1], *options_of(args, 42, TIMING_STEPS), *more])
+                run = Run(CONFIG, f"time{turn}_{arm}", [*arms[arm][1], *options_of(args, 42, TIMING_STEPS), *more])
                 train([run], args.folder)
                 windows[arm] += [row["seconds_per_step"] for row in log_of(args.folder, run.name)[1:]]
         seconds |= {arm: median(values) for arm, values in windows.items()}

@@ -19,6 +19,7 @@ from benchmarks.experiments import (
     scst_scenes,
     stage_findings,
     start_effects,
+    texts_per_image,
     video_scenes,
 )
 from lavis_evlgen import launch
@@ -240,6 +241,27 @@ def test_photos_frozen_lora_and_full_from_end_to_end(in_this_process, parts, tmp
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     assert results["frozen"][0]["trains"] < results["full"][0]["trains"] and found[0]["steps"] == "2"
     assert page.read_text().count(".jpg |") == 4  # the four test photos, by name
+
+
+def test_several_captions_of_a_photo_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):
+    """Equal time: steps follow the measured step; the first test photos by name are scored, on the same ones each."""
+    images, file = photos(tmp_path / "photos", 4)
+    page = tmp_path / "page.md"
+    page.write_text(f"{START}\n{END}")
+    monkeypatch.setattr(flickr8k, "TIMING_STEPS", 2)
+    monkeypatch.setattr(flickr8k, "median", lambda values: 1.0)
+    arguments = ["--images", str(images), "--captions", str(file), "--minutes", str(2 / 60), "--scored", "3"]
+    arguments += ["--arms", "one", "five_of_four", "--seeds", "7", "--folder", str(tmp_path / "made")]
+    arguments += ["--out", str(tmp_path / "found.json"), "--page", str(page), "--set", *tiny(parts)]
+    monkeypatch.setattr(sys, "argv", ["texts_per_image.py", *arguments])
+    texts_per_image.main()
+    assert in_this_process[-2:] == ["one_steps2_seed7", "five_of_four_steps2_seed7"]
+    header, _, *found = rows(page.read_text())
+    one, five = (dict(zip(header, row, strict=True)) for row in found)
+    assert (one["captions a photo"], five["captions a photo"], five["photos a step"]) == ("1", "5", "4")
+    assert one["less one caption's (95 %)"] == "" and " to " in five["less one caption's (95 %)"]
+    result = json.loads(next((tmp_path / "made/runs/one_steps2_seed7/result").glob("test_2.json")).read_text())
+    assert sorted(row["image_id"] for row in result["rows"]) == ["02.jpg", "05.jpg", "08.jpg"]
 
 
 def test_findings_of_stages_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):
