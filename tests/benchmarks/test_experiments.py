@@ -256,7 +256,7 @@ def test_several_captions_of_a_photo_from_end_to_end(in_this_process, parts, tmp
     monkeypatch.setattr(sys, "argv", ["texts_per_image.py", *arguments])
     texts_per_image.main()
     assert in_this_process[-2:] == ["one_steps2_seed7", "five_of_four_steps2_seed7"]
-    header, _, *found = rows(page.read_text())
+    header, _, *found = rows(page.read_text().split("\n\n")[1])
     one, five = (dict(zip(header, row, strict=True)) for row in found)
     assert (one["captions a photo"], five["captions a photo"], five["photos a step"]) == ("1", "5", "4")
     assert one["less one caption's (95 %)"] == "" and " to " in five["less one caption's (95 %)"]
