@@ -108,10 +108,10 @@ def test_what_few_keys_take(outcomes):
                         "sizes", "split", "text_processor", "tome_r", "vis_processor"}  # fmt: skip
     assert keys([{"a": 1}]) == keys({"a": [1]}) == set()
     assert keys("text") == keys("") <= {
-        "agg_metric", "bos_token", "caption_key", "captions", "connector_init", "data_type", "device", "dist_url",
-        "finetuned", "folder", "image_name", "images", "llm_adapter", "llm_model", "metric", "opt_model", "output_dir",
-        "pretrained", "prompt", "questions", "references", "resume_ckpt_path", "run_name", "save_every", "shards",
-        "tokenizer", "videos", "vit_model", "vit_path",
+        "agg_metric", "bos_token", "cache_features", "caption_key", "captions", "connector_init", "data_type",
+        "device", "dist_url", "finetuned", "folder", "image_name", "images", "llm_adapter", "llm_model", "metric",
+        "opt_model", "output_dir", "pretrained", "prompt", "questions", "references", "resume_ckpt_path", "run_name",
+        "save_every", "shards", "tokenizer", "videos", "vit_model", "vit_path",
     }  # fmt: skip
 
 
