@@ -9,10 +9,14 @@ from pathlib import Path
 START, END = "<!-- tables -->", "<!-- end of the tables -->"
 
 
-def put_between(page: Path, parts: Sequence[str]):
-    """Write and print `parts`, tables and pictures as Markdown, between the two marks of `page`."""
-    before, rest = page.read_text().split(START)
-    page.write_text("\n\n".join([before + START, *parts, END + rest.split(END)[1]]))
+def put_between(page: Path, parts: Sequence[str], of: str = ""):
+    """Write and print `parts`, tables and pictures as Markdown, between the two marks of `page`.
+
+    of: says which tables, where a page has several pairs of marks.
+    """
+    start, end = (mark.replace("tables", f"tables of {of}" if of else "tables") for mark in (START, END))
+    before, rest = page.read_text().split(start)
+    page.write_text("\n\n".join([before + start, *parts, end + rest.split(end)[1]]))
     print("\n\n".join(parts))
 
 

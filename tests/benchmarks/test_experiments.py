@@ -13,6 +13,7 @@ from benchmarks.common import miniature_tables, video_tables
 from benchmarks.common.result_pages import END, START
 from benchmarks.experiments import (
     ablations,
+    connectors,
     flickr8k,
     miniature,
     real_clips,
@@ -241,6 +242,28 @@ def test_photos_frozen_lora_and_full_from_end_to_end(in_this_process, parts, tmp
     results = json.loads((tmp_path / "found.json").read_text())["results"]
     assert results["frozen"][0]["trains"] < results["full"][0]["trains"] and found[0]["steps"] == "2"
     assert page.read_text().count(".jpg |") == 4  # the four test photos, by name
+
+
+def test_connectors_from_end_to_end_and_another_seed(in_this_process, parts, tmp_path, monkeypatch):
+    """All read the ViT's stored tokens; the table compares each with pooling on the same photos."""
+    images, file = photos(tmp_path / "photos", 5)
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs/results/connectors.md").read_text())
+    arguments = ["--images", str(images), "--captions", str(file), "--steps", "2", "--language", "frozen"]
+    arguments += ["--arms", "pooling29", "first_skip", "--folder", str(tmp_path / "made"), "--page", str(page)]
+    arguments += ["--out", str(tmp_path / "found.json")]
+    few = ["model.num_query_token=5"]  # this ViT has 17 tokens
+    for seed in ("7", "8"):
+        monkeypatch.setattr(sys, "argv", ["connectors.py", *arguments, "--seeds", seed, "--set", *tiny(parts), *few])
+        connectors.main()
+    names = [f"frozen_{arm}_steps2_seed{seed}" for seed in (7, 8) for arm in ("pooling29", "first_skip")]
+    assert in_this_process == names
+    written = page.read_text().split("<!-- tables of frozen -->")[1].split("\n\n")[1]
+    header, _, pooling, ours = rows(written)
+    assert len(header) == len(pooling) == len(ours) and pooling[2] == "" and " to " in ours[2]
+    assert pooling[-1] == ours[-1] == "7, 8"
+    assert "Not yet run." in page.read_text().split("<!-- tables of frozen -->")[0]  # the other language model's
+    assert sorted(path.name for path in (tmp_path / "made/features").glob("*train*"))
 
 
 def test_several_captions_of_a_photo_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):

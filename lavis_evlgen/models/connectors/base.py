@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, TypedDict
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_evlgen.config.keys import Settings, key
@@ -87,6 +88,14 @@ class Connector(nn.Module):
     def noise(self, num_tokens: int, input_width: int) -> Tensor:
         """Two pictures' visual tokens (2, L, D_v) at random, on which `prompt_scale` measures the output's size."""
         return torch.randn(2, num_tokens, input_width)
+
+    @staticmethod
+    def noise_of_groups(num_tokens: int, input_width: int) -> Tensor:
+        """`noise` of a connector whose output is means of tokens: all tokens of a picture are the same.
+
+        Those of a group are alike in photos; the mean of independent ones would be far smaller than the mean of theirs.
+        """
+        return F.layer_norm(torch.randn(2, 1, input_width), (input_width,)).expand(-1, num_tokens, -1)
 
     @staticmethod
     def part_of(name: str) -> str:

@@ -57,6 +57,9 @@ class AveragePooling(Connector):
         pool = MergeMap(self.slot.expand(len(visual_tokens), -1), self.num_output_tokens)
         return VisualPrompt(pool.merge(visual_tokens), source=pool if return_source else None)
 
+    def noise(self, num_tokens: int, input_width: int) -> Tensor:
+        return self.noise_of_groups(num_tokens, input_width)
+
 
 def grid(cells: int, side: int, protected: int = 0) -> tuple[int, int]:
     """(rows, columns) nearest to each other with rows * columns = cells, none above `side`: 28 = 4 x 7."""

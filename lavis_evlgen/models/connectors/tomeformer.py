@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypedDict
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_evlgen.config.keys import key
@@ -91,11 +89,8 @@ class TomeFormerConnector(Connector):
         return VisualPrompt(tokens, source=source if return_source else None)
 
     def noise(self, num_tokens: int, input_width: int) -> Tensor:
-        """With a skip all tokens of a picture are the same: those of a group are alike, and the mean of as many
-        independent ones would be far smaller than the mean of theirs."""
-        if self.skip is None:
-            return super().noise(num_tokens, input_width)
-        return F.layer_norm(torch.randn(2, 1, input_width), (input_width,)).expand(-1, num_tokens, -1)
+        make = super().noise if self.skip is None else self.noise_of_groups
+        return make(num_tokens, input_width)
 
     @staticmethod
     def part_of(name: str) -> str:
