@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -44,6 +45,7 @@ class FeatureStore:
     def __init__(self, folder: Path, name: str):
         self.folder, self.name = folder, name
         self.array, self.index_file = folder / f"{name}.npy", folder / f"{name}.json"
+        self.unfinished = folder / f"{name}.npy.part"
 
     def index(self) -> dict | None:
         """None where there is none yet. Raises DataError where the files are not what `create` makes."""
@@ -60,6 +62,8 @@ class FeatureStore:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise DataError(f"{self.index_file} is no index of cached features that this version reads; "
                             f"{self.remedy}") from None  # fmt: skip
+        if not self.array.exists():
+            self._finish()
         try:
             found = np.load(self.array, mmap_mode="r", allow_pickle=False)  # refuses a file that is too short
         except FileNotFoundError:
@@ -89,9 +93,15 @@ class FeatureStore:
         for file in self._progress():  # of an index that was deleted
             file.unlink()
         with writing(self.array):
-            array = np.lib.format.open_memmap(self.array, "w+", STORED[identity["dtype"]], _shape(index))
+            array = np.lib.format.open_memmap(self.unfinished, "w+", STORED[identity["dtype"]], _shape(index))
             array.flush()
         self._write_index(index)
+        self._finish()
+
+    def _finish(self):
+        """The array gets its name when its index is there: a kill in `create` leaves nothing that is refused later."""
+        with contextlib.suppress(FileNotFoundError):  # another rank was first
+            os.replace(self.unfinished, self.array)
 
     def merge(self):
         """Put the records of all ranks into the index."""

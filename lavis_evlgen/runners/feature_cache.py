@@ -103,11 +103,10 @@ class CachedSplit:
             raise self._stale(f"{len(unknown)} of the {len(self.rows)} pictures are not in it, such as {unknown[0]}")
         missing, changed = [], []
         for name, row in self.rows.items():
-            if name not in records:
+            if name not in records or "reason" in records[name]:  # what could not be read then may be readable now
                 missing.append(name)
             elif has_changed(records[name], self.dataset.file_of(row)):
-                # one that could not be read is looked at again; tokens of others may be in use
-                (missing if "reason" in records[name] else changed).append(name)
+                changed.append(name)
         if changed:
             where = self.dataset.file_of(self.rows[changed[0]])
             raise self._stale(f"{len(changed)} pictures have changed since, the first is {where}")
@@ -133,12 +132,17 @@ class CachedSplit:
             f"{why}; {self.store.remedy}"
         )
 
-    def attach(self):
-        """From here on the data set reads the store."""
+    def index(self) -> dict:
+        """Of the store. Raises ConfigError where this rank does not see it."""
         index = self.store.index()
         if index is None:
             raise ConfigError(f"run.cache_features: {self.store.index_file} is not here on rank {distributed.rank()}: "
                               "give a folder that all nodes share")  # fmt: skip
+        return index
+
+    def attach(self):
+        """From here on the data set reads the store."""
+        index = self.index()
         if lacking := [name for name in self.rows if name not in index["records"]]:
             raise ConfigError(
                 f"run.cache_features: {self.store.index_file} lacks {len(lacking)} pictures on rank "

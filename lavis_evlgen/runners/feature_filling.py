@@ -33,7 +33,7 @@ def read_from_cache(splits: list[CachedSplit], run, model: EVLGen, device: torch
         return None
     folder = splits[0].store.folder
     if distributed.on_main(lambda: any(split.missing() for split in splits)):
-        lock = RunLock(folder, "run.cache_features")
+        lock = RunLock(folder, "run.cache_features", "features.lock")
         with signals.handled(at_end=lock.release):
             try:
                 todo = distributed.on_main(lambda: _begin(folder, lock, splits))
@@ -108,7 +108,7 @@ def _fill(split: CachedSplit, names: list[str], run, model: EVLGen, device: torc
     batch = max(1, (run.batch_size_eval or run.batch_size_train or 1) // split.views)
     pictures = PicturesToStore(dataset, [split.rows[name] for name in own], split.views)
     loader = eval_loader(pictures, batch, 0, 1, run.num_workers, device.type == "cuda")
-    writer = FeatureWriter(split.store, split.store.index(), rank)
+    writer = FeatureWriter(split.store, split.index(), rank)
     logging.info("cached features of %s %s: %d of %d pictures to do", dataset.name, dataset.split, len(names),
                  len(split.rows))  # fmt: skip
     title, often = f"cached features, {dataset.name} {dataset.split}", 1.0 if sys.stderr.isatty() else 30.0

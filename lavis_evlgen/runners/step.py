@@ -136,9 +136,8 @@ class TrainingStep:
         """A micro-step's loss as its part of the step's loss, and what the parts before it are to be multiplied by.
 
         counts: tokens of the micro-steps before it; this one's are added. The number of tokens of the whole step is
-        known in front of the last backward pass, so the parts until then are of a reference in its place: the first
-        micro-step's tokens times the number of micro-steps. Ranks talk once; DDP averages gradients over ranks, and
-        `ranks` makes that mean the mean over all tokens.
+        known in front of the last backward pass, so the parts until then are of a reference in its place. Ranks talk
+        once; DDP averages gradients over ranks, and `ranks` makes that mean the mean over all tokens.
         """
         loss, tokens, ranks = out["loss"], out.get("loss_tokens"), distributed.world_size()
         if tokens is None:
@@ -147,12 +146,20 @@ class TrainingStep:
             if distributed.initialized():
                 loss = loss * tokens * ranks / distributed.sum_over_ranks(tokens.detach().clone())
             return loss / self.accum, None
-        counts.append(tokens.detach())
-        reference = (counts[0].clamp_min(1) * self.accum).to(loss.dtype)
-        if not last:
-            return loss * tokens / reference, None
-        total = distributed.sum_over_ranks(torch.stack(counts).sum()).clamp_min(1)
-        return loss * tokens * ranks / total, reference * ranks / total
+        before = self._reference(counts) if counts else None
+        counts.append(tokens.detach().to(loss.dtype))
+        if last:
+            total = distributed.sum_over_ranks(torch.stack(counts).sum()).clamp_min(1)
+            return loss * tokens * ranks / total, before * ranks / total
+        now = self._reference(counts)
+        grows = before is not None and self.scaler.is_enabled()
+        return loss * tokens / now, before / now if grows else None
+
+    def _reference(self, counts: list[Tensor]) -> Tensor:
+        """What stands for the tokens of a step whose micro-steps so far have these counts: the first's times their
+        number; with a gradient scaler the largest's, so that a part is never far larger than it will be in the end."""
+        known = torch.stack(counts).max() if self.scaler.is_enabled() else counts[0]
+        return known.clamp_min(1) * self.accum
 
     def _update(self) -> Tensor:
         """Clip and step; returns the gradient's norm before clipping."""

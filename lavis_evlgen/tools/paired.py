@@ -6,7 +6,6 @@ pictures, and over seeds where there are several, says how sure it is (Efron 197
 
 from __future__ import annotations
 
-import copy
 import json
 from dataclasses import dataclass
 
@@ -14,11 +13,12 @@ import numpy as np
 
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.reporting import tables
+from lavis_evlgen.runners.checkpointing.resume import MAY_CHANGE, flat
 from lavis_evlgen.tools.compare import RunRecord, read_runs, unlike
 
 RESAMPLES = 10_000
 COLUMNS = ("runs", "seeds", "pictures", "nats/token", "less the first's", "95 % interval")
-_OF_ONE_RUN = ("seed", "run_name", "output_dir", "resume_ckpt_path")  # of the run section
+_OF_ONE_RUN = MAY_CHANGE | {"run.seed", "run.run_name", "run.cache_features"}
 
 
 @dataclass
@@ -87,10 +87,11 @@ def arms_of(runs: list[RunRecord]) -> list[Arm]:
 
 
 def _settings(run: RunRecord) -> str:
-    config = copy.deepcopy(run.card["config"])
-    for key in _OF_ONE_RUN:
-        config.get("run", {}).pop(key, None)
-    return json.dumps(config, sort_keys=True)
+    settings = {key: value for key, value in flat(run.card["config"]).items() if key not in _OF_ONE_RUN}
+    start, folder = settings.get("model.pretrained"), run.card["config"].get("run", {}).get("output_dir")
+    if start and folder and start.startswith(f"{folder}/"):  # of the stage before, in the run's own folder
+        settings["model.pretrained"] = start.removeprefix(folder)
+    return json.dumps(settings, sort_keys=True, default=str)
 
 
 def _seed(run: RunRecord):

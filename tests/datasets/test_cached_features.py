@@ -122,6 +122,21 @@ def test_an_array_without_its_index_is_not_written_over(tmp_path):
     assert store.array.read_bytes() == before
 
 
+@pytest.mark.parametrize("last", ["_write_index", "_finish"])
+def test_a_kill_while_the_files_are_made_leaves_what_goes_on(tmp_path, monkeypatch, last):
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    store, identity = FeatureStore(tmp_path, "photos-train"), {"tokens": SIZE, "dtype": "float32", "views": VIEWS}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(FeatureStore, last, killed)
+        store.create(identity, NAMES, {})
+    again = FeatureStore(tmp_path, "photos-train")
+    if again.index() is None:
+        again.create(identity, NAMES, {})
+    assert again.index()["names"] == NAMES and again.index()["records"] == {}
+
+
 def test_a_file_is_known_by_its_content(tmp_path):
     file, other = tmp_path / "a.jpg", tmp_path / "missing.jpg"
     file.write_bytes(b"one")

@@ -193,7 +193,7 @@ def test_training_pads_rows_for_a_compiler(monkeypatch):
         widths.append(embeds.shape[1]), body(self, embeds, mask))[1])  # fmt: skip
     padded, _ = lm.loss(tokens, TEXTS, PROMPTS, None, COUNTS)
     torch.testing.assert_close(padded, plain, rtol=1e-5, atol=1e-4)
-    assert len(widths) == 1 and widths[0] % 24 == 0  # three texts in the longest row
+    assert len(widths) == 1 and widths[0] % (8 * sequences.PACKED) == 0
 
 
 @torch.no_grad()

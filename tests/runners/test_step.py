@@ -130,6 +130,20 @@ def test_loss_scaling_keeps_the_accumulated_gradient_and_sees_what_is_not_finite
     assert same_tensors(state(scaled), before) and scaled.skipped.item() == 2
 
 
+def test_with_loss_scaling_a_short_first_micro_step_does_not_enlarge_the_others():
+    """The largest number that goes backwards is the loss's own share, in whatever order micro-steps come."""
+    step = trainer(accum_grad_iters=4, amp="fp16")
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    for lengths in ([2, 400, 400, 400], [400, 400, 400, 2], [1, 10, 100, 1000]):
+        counts, parts = [], []
+        for n, length in enumerate(lengths):
+            out = {"loss": torch.ones(()), "loss_tokens": torch.tensor(float(length))}
+            loss, factor = step._part_of_step(out, counts, last=n == len(lengths) - 1)
+            parts = [part * (1.0 if factor is None else factor) for part in parts] + [loss]
+            assert loss <= 1.0  # of a mean over micro-steps of ones; with the first's tokens alone it was 50
+        assert [part.item() for part in parts] == pytest.approx([length / sum(lengths) for length in lengths])
+
+
 @pytest.mark.parametrize(
     "asked, saved, mean",
     [

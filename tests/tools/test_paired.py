@@ -86,6 +86,13 @@ def test_runs_that_differ_in_seeds_are_one_arm(tmp_path, hard, capsys):
     assert "-0.200" in shown and "over pictures and seeds" in shown
 
 
+def test_stages_that_start_in_their_own_runs_are_one_arm(tmp_path, hard):
+    paths = {seed: tmp_path / f"seed{seed}/2_language" for seed in (1, 2)}
+    folders = [run_of(path, hard, seed=seed, pretrained=f"{path}/1_align.pth") for seed, path in paths.items()]
+    arms = arms_of(read_runs([*folders, run_of(tmp_path / "other", hard, x=1)]))
+    assert [arm.seeds for arm in arms] == [[1, 2], [42]]
+
+
 def test_pictures_that_one_run_could_not_read_are_counted(tmp_path, hard, capsys):
     first, other = arms_of(read_runs([run_of(tmp_path / "a", hard), run_of(tmp_path / "b", hard[:-2], x=1)]))
     assert len(first.tokens) == len(other.tokens) == PICTURES - 2

@@ -126,7 +126,7 @@ class PromptAttention:
         return args, kwargs | changed
 
     def _check_window(self, length: int, positions: Tensor | None):
-        if self.window is None:
+        if self.window is None or self.window >= length:  # asked first: the positions are on the device
             return
         length = length if positions is None else int(positions.max()) + 1  # of one text behind the front
         if self.window < length:

@@ -14,6 +14,7 @@ from lavis_evlgen.models.language.tokenizer import pad_rows
 from lavis_evlgen.nn.losses import IGNORE, prefix_lm_loss
 
 Pair = tuple[list[int], list[int]]  # ids and labels of a text
+PACKED = 4  # rows of several texts are padded to multiples as many times larger: they differ more in length
 
 
 class Sequences:
@@ -141,17 +142,16 @@ class Sequences:
         if self.prompt_attention.kind == "causal":
             members = torch.zeros_like(members)
         segments, positions = rows.segments_and_positions(real[:, :start])
-        more = self._more(embeds, max(counts))
+        more = self._more(embeds, PACKED)
         padded = [F.pad(each, (0, more)) for each in (members, segments, positions)]
         with self.prompt_attention.within(*padded):
             hidden = self.body(F.pad(embeds, (0, 0, 0, more)), F.pad(real, (0, more)))
         labels = [[bos] * len(in_text) + labels for bos, (_, labels) in zip(first, pairs, strict=True)]
         return prefix_lm_loss(*rows.of_each_text(hidden, real[:, :start], labels), head)
 
-    def _more(self, embeds: Tensor, texts: int = 1) -> int:
-        """Columns of padding behind embeddings (B, T, D) in training, for as few lengths as a compiler can take: rows
-        of several texts differ more in length."""
-        return -embeds.shape[1] % (self.length_multiple * texts) if self.training and self.length_multiple > 1 else 0
+    def _more(self, embeds: Tensor, times: int = 1) -> int:
+        """Columns of padding behind embeddings (B, T, D) in training, for as few lengths as a compiler can take."""
+        return -embeds.shape[1] % (self.length_multiple * times) if self.training and self.length_multiple > 1 else 0
 
 
 def pads_to(side: str, mask: Tensor, *rows: Tensor) -> list[Tensor]:

@@ -26,9 +26,9 @@ class RunLock:
     file says decides where flock does not reach, between machines that share the folder.
     """
 
-    def __init__(self, folder: Path, key: str = "run.run_name"):
+    def __init__(self, folder: Path, key: str = "run.run_name", name: str = NAME):
         """key: of the config, which names another folder."""
-        self.file, self.key = Path(folder) / NAME, key
+        self.file, self.key = Path(folder) / name, key
         self._fd: int | None = None
 
     def take(self):
