@@ -6,6 +6,8 @@ constant: the name comes back from the bias that is added to the product.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from transformers import Dinov2Config, Dinov2Model
 
@@ -45,7 +47,8 @@ def dinov2_from_onnx(path: str) -> Dinov2Model:
         attn_implementation="sdpa",
     )
     model = Dinov2Model(config)
-    state = {_as_in(model, name): tensor for name, tensor in state.items()}
+    known = model.state_dict().keys()
+    state = {_as_in(known, name): tensor for name, tensor in state.items()}
     # only used by masked pre-training; absent from exports
     state["embeddings.mask_token"] = torch.zeros(1, width)
     result = model.load_state_dict(state, strict=False)
@@ -57,9 +60,9 @@ def dinov2_from_onnx(path: str) -> Dinov2Model:
     return model.eval()
 
 
-def _as_in(model: Dinov2Model, name: str) -> str:
-    """The name that the model here has for a weight: transformers 5 renamed those of the attention."""
-    if name in model.state_dict():
+def _as_in(known: Collection[str], name: str) -> str:
+    """The one of the model's names that a weight has: transformers 5 renamed those of the attention."""
+    if name in known:
         return name
     for before, now in RENAMED:
         name = name.replace(before, now)
