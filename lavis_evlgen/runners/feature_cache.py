@@ -103,10 +103,11 @@ class CachedSplit:
             raise self._stale(f"{len(unknown)} of the {len(self.rows)} pictures are not in it, such as {unknown[0]}")
         missing, changed = [], []
         for name, row in self.rows.items():
-            if name not in records or "reason" in records[name]:  # what could not be read then may be readable now
+            if name not in records:
                 missing.append(name)
             elif has_changed(records[name], self.dataset.file_of(row)):
-                changed.append(name)
+                # one that could not be read is looked at again; tokens of others may be in use
+                (missing if "reason" in records[name] else changed).append(name)
         if changed:
             where = self.dataset.file_of(self.rows[changed[0]])
             raise self._stale(f"{len(changed)} pictures have changed since, the first is {where}")

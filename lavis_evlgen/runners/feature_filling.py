@@ -23,6 +23,8 @@ from lavis_evlgen.runners.checkpointing.lock import RunLock
 from lavis_evlgen.runners.checkpointing.stopping import signals
 from lavis_evlgen.runners.feature_cache import CachedSplit
 
+LOCK = "features.lock"  # not that of a run, whose folder this may be
+
 
 def read_from_cache(splits: list[CachedSplit], run, model: EVLGen, device: torch.device) -> str | None:
     """Store what is missing, and let the data sets read their tokens; one line on it, None without a cache.
@@ -33,7 +35,7 @@ def read_from_cache(splits: list[CachedSplit], run, model: EVLGen, device: torch
         return None
     folder = splits[0].store.folder
     if distributed.on_main(lambda: any(split.missing() for split in splits)):
-        lock = RunLock(folder, "run.cache_features", "features.lock")
+        lock = RunLock(folder, "run.cache_features", LOCK)
         with signals.handled(at_end=lock.release):
             try:
                 todo = distributed.on_main(lambda: _begin(folder, lock, splits))

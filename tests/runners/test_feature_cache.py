@@ -132,7 +132,7 @@ def test_each_picture_is_stored_once(cached):
     about = index(folder)
     assert about["identity"]["processor"]["min_scale"] == 1.0 and "torch" in about["versions"]
     assert set(about["records"]) == set(about["names"]) and "broken" in about["records"][BROKEN[0]]["reason"]
-    assert not list(folder.glob("*.rank*")) and not (folder / "run.lock").exists()
+    assert not list(folder.glob("*.rank*")) and not (folder / feature_filling.LOCK).exists()
 
 
 def test_a_full_cache_needs_neither_the_encoder_nor_a_decoder(plain, cached, tmp_path, monkeypatch, capfd):
@@ -337,7 +337,7 @@ def test_drawn_pictures_are_told_apart_by_what_defines_them(runs, tmp_path):
 def test_one_run_fills_a_cache_at_a_time(cached, tmp_path):
     runs = cached.copy(tmp_path)
     (tmp_path / "cache").mkdir()
-    lock = RunLock(tmp_path / "cache")
+    lock = RunLock(tmp_path / "cache", name=feature_filling.LOCK)
     lock.take()
     try:
         with pytest.raises(ConfigError, match="in use by another run .* another run.cache_features"):
