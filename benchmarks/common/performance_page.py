@@ -225,7 +225,7 @@ def packing_table(card: dict) -> str:
     return "\n\n".join([told, markdown(columns, cells), drawn, markdown(columns_of_scst, shared)])
 
 
-SCST_PROMPTS = ("one prompt for all", "a prompt for each")
+SCST_PROMPTS = ("one prompt for all", "a prompt for each")  # names of ways in the results of speed/packing.py
 
 
 def told(value: float | str, form: str = ".2%") -> str:

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from lavis_evlgen.reporting.json_lines import read_json_lines
 from lavis_evlgen.reporting.run_card import plain
+from lavis_evlgen.tools.compare import read_runs
+from lavis_evlgen.tools.paired import arms_of, difference
 from lavis_evlgen.tools.sweeps.runs import places_on, run_all
 from lavis_evlgen.tools.sweeps.sweep import Trial
 
@@ -81,6 +83,14 @@ def with_other_seeds(found: dict[str, list[dict]], path: Path, setting: dict) ->
         seeds = {run["seed"] for run in found.get(label, [])}
         merged[label] = [run for run in runs if run["seed"] not in seeds] + found.get(label, [])
     return merged
+
+
+def less_than_first(folder: Path, found: dict[str, list[dict]]) -> list[str]:
+    """For each label of `found` (label -> runs, seeds of one config): its loss less that of the first label's, of the
+    same photos, with the 95 % interval; nothing for the first itself."""
+    first, *others = arms_of(read_runs([run_folder(folder, run["name"]) for runs in found.values() for run in runs]))
+    gaps = (difference(first, other) for other in others)
+    return ["", *(f"{gap.mean:+.3f} ({gap.least:+.3f} to {gap.most:+.3f})" for gap in gaps)]
 
 
 def log_of(folder: Path, name: str) -> list[dict]:

@@ -21,6 +21,7 @@ from benchmarks.common.training_runs import (
     ROOT,
     Run,
     last_card,
+    less_than_first,
     photo_options,
     run_folder,
     scores,
@@ -32,7 +33,6 @@ from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.reporting.tables import markdown
 from lavis_evlgen.tools.compare import read_runs
-from lavis_evlgen.tools.paired import arms_of, difference
 
 CONFIG = "projects/evlgen/flickr8k.yaml"
 SAME = [
@@ -74,11 +74,8 @@ def measured(folder: Path, name: str, seed: int, steps: int) -> dict:
 
 def table(found: dict[str, list[dict]], folder: Path) -> str:
     """A row for each connector: means over seeds (least to most), and its loss less that of the first."""
-    arms = arms_of(read_runs([run_folder(folder, run["name"]) for runs in found.values() for run in runs]))
     rows = []
-    for (arm, runs), own in zip(found.items(), arms, strict=True):
-        gap = None if own is arms[0] else difference(arms[0], own)
-        less = "" if gap is None else f"{gap.mean:+.3f} ({gap.least:+.3f} to {gap.most:+.3f})"
+    for (arm, runs), less in zip(found.items(), less_than_first(folder, found), strict=True):
         columns = [spread([run[key] for run in runs]) for key in ("loss_right", "cider", "blind_cider")]
         cost = [f"{runs[0]['trains'] / 1e6:.1f}M", f"{runs[0]['macs'] / 1e12:.0f} T"]
         cost.append(f"{mean(run['seconds'] for run in runs) / 60:.0f} min")

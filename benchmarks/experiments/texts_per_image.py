@@ -18,14 +18,12 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.common.result_pages import put_between, spread
-from benchmarks.common.training_runs import ROOT, last_card, run_folder, scores, train, training_seconds
+from benchmarks.common.training_runs import ROOT, last_card, less_than_first, scores, train, training_seconds
 from benchmarks.experiments.flickr8k import CONFIG, plan, steps_that_fit
 from lavis_evlgen.datasets.annotations.captions import read_captions_file
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
 from lavis_evlgen.reporting.tables import markdown
-from lavis_evlgen.tools.compare import read_runs
-from lavis_evlgen.tools.paired import arms_of, difference
 
 ARMS = {  # name: ((captions of a photo, photos a step), options)
     "one": ((1, 8), []),
@@ -59,13 +57,9 @@ def measured(folder: Path, name: str, arm: str, seed: int, steps: int) -> dict:
 
 def table(found: dict[str, list[dict]], folder: Path) -> str:
     """A row for each arm: means over seeds (least to most), and its loss less that of one caption a photo."""
-    runs = read_runs([run_folder(folder, run["name"]) for own in found.values() for run in own])
-    first, *others = arms_of(runs)
-    gaps = [None, *(difference(first, other) for other in others)]
     rows = []
-    for (arm, own), gap in zip(found.items(), gaps, strict=True):
+    for (arm, own), less in zip(found.items(), less_than_first(folder, found), strict=True):
         texts, photos = ARMS[arm][0]
-        less = "" if gap is None else f"{gap.mean:+.3f} ({gap.least:+.3f} to {gap.most:+.3f})"
         steps, minutes = own[0]["steps"], mean(run["seconds"] for run in own) / 60
         columns = [spread([run[key] for run in own]) for key in ("loss_right", "cider", "blind_cider")]
         seen = [f"{own[0][key]:,}" for key in ("photos", "captions")]

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
+from benchmarks.common.performance_page import SCST_PROMPTS
 from benchmarks.common.random_models import Scale, add_step_arguments, build, samples, scales
 from benchmarks.common.timing import alternate, parser, spread, write
 from benchmarks.speed.step import in_phases
@@ -24,7 +25,7 @@ from lavis_evlgen.models.language import model as language
 from lavis_evlgen.runners.optim import adamw
 from lavis_evlgen.runners.step import TrainingStep
 
-SHARED, OWN = "one prompt for all", "a prompt for each"
+SHARED, OWN = SCST_PROMPTS
 
 
 def step_of(model: EVLGen, device: torch.device, dtype: str, objective=None) -> TrainingStep:

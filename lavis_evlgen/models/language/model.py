@@ -139,7 +139,7 @@ class LanguageModel(Sequences, nn.Module):
         counts: how many of the texts each picture has, a picture's in a row, which share its visual prompt; None: one
         each. Raises ValueError for counts of other texts, and for a language model in which texts cannot share.
         """
-        counts = counts and checked_counts(counts, len(visual), len(texts))
+        counts = checked_counts(counts, len(visual), len(texts))
         pairs = [self.text.caption(p, t, self.text_limit) for p, t in zip(prompts, texts, strict=True)]
         for prompt, (_, labels) in zip(prompts, pairs, strict=True):
             if all(label == IGNORE for label in labels):
@@ -160,7 +160,7 @@ class LanguageModel(Sequences, nn.Module):
         the assistant's first word is of the prompt; what stands in front of it stays causal. Words of a conversation
         stand in front of the visual prompt, so the conversations of a picture have a row each. Raises ValueError.
         """
-        counts = counts and checked_counts(counts, len(visual), len(conversations))
+        counts = checked_counts(counts, len(visual), len(conversations))
         fronts, rows = zip(*map(self.chat.encode, conversations), strict=True)
         longest = max(len(front.ids) + len(row.ids) for front, row in zip(fronts, rows, strict=True))
         if longest > self.max_txt_len:
@@ -184,7 +184,7 @@ class LanguageModel(Sequences, nn.Module):
         Differentiable, and what `sample` drew with at this temperature; an end token counts as any other. prompts: of
         each text; counts: as `loss`.
         """
-        counts = counts and checked_counts(counts, len(visual), len(sampled))
+        counts = checked_counts(counts, len(visual), len(sampled))
         starts = [self.text.encode(p.rstrip()) for p in prompts]
         pairs = [(start + ids, [IGNORE] * len(start) + ids) for start, ids in zip(starts, sampled, strict=True)]
         sums, tokens = self._nats(visual, pairs, mask, lambda hidden: self._head(hidden) / temperature, counts=counts)
