@@ -113,6 +113,7 @@ def main():
     }
     setting = {"config": CONFIG, "language": args.language, "steps": args.steps, "set": args.set}
     found = with_other_seeds(found, out, setting)
+    found = {arm: found[arm] for arm in ARMS if arm in found}  # those of the file in their places too
     write_run_card(out, {**setting, "results": found, **provenance()})
     put_between(args.page, [table(found, args.folder)], args.language)
 
