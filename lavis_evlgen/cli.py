@@ -7,6 +7,8 @@ command's work is imported when the command runs.
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 from pathlib import Path
@@ -36,7 +38,7 @@ def main(argv=None):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with config_errors():
-            code = resolve_name(args.run_command)(args)
+            code = _imported(args.run_command)(args)
             sys.stdout.flush()  # here, where a full disk behind it is one line
     except BrokenPipeError:  # `evlgen keys | head`
         _forget_output()
@@ -49,6 +51,18 @@ def main(argv=None):
         print(f"evlgen {args.command}: {words}", file=sys.stderr)
         raise SystemExit(2) from None
     raise SystemExit(code)
+
+
+def _imported(name: str):
+    """The function module:function. What is imported for it stays, and is kept from the garbage collector, which would
+    go through it again and again: a sixth of the time that `evlgen caption` takes."""
+    gc.disable()
+    try:
+        return resolve_name(name)
+    finally:
+        gc.freeze()
+        atexit.register(gc.unfreeze)  # libraries that count their objects at the end would call them leaked
+        gc.enable()
 
 
 def _forget_output():

@@ -22,7 +22,7 @@ from lavis_evlgen.reporting.tables import markdown
 from lavis_evlgen.tools.compare import duration
 
 CONFIG = "projects/evlgen_video/clips.yaml"
-IMAGE_MODEL = ["model.llm_train=lora", "model.lr_scale.language_model=0.08"]  # what the checkpoint holds
+IMAGE_MODEL = ["model.llm_train=lora", "model.lr_scale.language_model=0.2"]  # what the checkpoint holds
 NO_MIXING = ["model.temporal=false"]
 ARMS = {  # name: (what the table calls it, options, trained)
     "zero_shot_mean": ("mean of prompts, zero-shot", [*NO_MIXING, "model.frame_pooling=connector_mean"], False),

@@ -41,8 +41,8 @@ class _Finder:
 
     def _execute_lavis(self, original, module):
         bridge = importlib.import_module(f"{PACKAGE}.compat.lavis_bridge")
-        bridge.before_import()
         with bridge.without_import_warnings(), bridge.without_heavy_imports():
+            bridge.before_import()
             original(module)
         bridge.after_import()
         self.pending = True

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 from math import ceil
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 
 def find_pruneable_heads_and_indices(
@@ -60,14 +60,14 @@ def invert_attention_mask(self, encoder_attention_mask: Tensor) -> Tensor:
 def init_weights(self) -> None:
     """Of a model that calls this at the end of its constructor, where transformers 5 wants `post_init()` called."""
     if "all_tied_weights_keys" in vars(self):
-        PreTrainedModel.init_weights(self)
+        transformers.PreTrainedModel.init_weights(self)
     else:
         self.post_init()  # which calls this again
 
 
 def tie_weights(self, *args, **kwargs) -> None:
     """Of LAVIS's BERTs, whose word head has one bias by two names: transformers 5 loads them as two."""
-    PreTrainedModel.tie_weights(self, *args, **kwargs)
+    transformers.PreTrainedModel.tie_weights(self, *args, **kwargs)
     if (head := getattr(self, "cls", None)) is not None:
         predictions = head.predictions
         if predictions.decoder.bias.shape == predictions.bias.shape:  # not after resize_token_embeddings

@@ -30,6 +30,7 @@ from lavis_evlgen.models.vision.encoder import VisionSettings, vision_of
 from lavis_evlgen.nn import across_picture_share
 from lavis_evlgen.weights.bundle import Bundled, check_frozen, differences, read_config
 from lavis_evlgen.weights.frozen_identity import check_identity
+from lavis_evlgen.weights.sources import WeightsError
 from lavis_evlgen.weights.trainable import facts_of_checkpoint, load_checkpoint_file, model_section
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
@@ -276,10 +277,19 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         else:
             content = facts_of_checkpoint(url_or_filename)
             trained = model_section(content, url_or_filename)
-        load_checkpoint_file(self, url_or_filename, self.additions())
+        others = differences(self.complete(trained), self.complete(self.config or {})) if trained else []
+        try:
+            load_checkpoint_file(self, url_or_filename, self.additions())
+        except WeightsError as error:
+            raise WeightsError(f"{error}. Settings that differ: {'; '.join(others)}" if others else str(error)) from None
         check_identity(self, content.get("frozen_weights") or {}, trained, self.config or {}, url_or_filename)
-        for difference in differences(trained, self.config or {}):
+        for difference in others:
             logging.warning("%s: not as it was trained: %s", url_or_filename, difference)
+
+    def complete(self, section: dict) -> dict:
+        """A model section with the defaults of the keys that it leaves out or null."""
+        given = {name: value for name, value in section.items() if value is not None}
+        return {name: known.default for name, known in keys_of(type(self)).items()} | given
 
     def load_checkpoint_from_config(self, cfg, **kwargs):
         path = weights_of(cfg)

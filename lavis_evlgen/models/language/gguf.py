@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,8 @@ def _on_plain_arrays(reader: type) -> type:
     """A GGUFReader whose file is a plain array: it makes hundreds of thousands of slices, and those of a memmap cost
     many times as much."""
 
+    from gguf import GGUFValueType as Value
+
     class Reader(reader):
         @property
         def data(self):
@@ -59,6 +62,30 @@ def _on_plain_arrays(reader: type) -> type:
         @data.setter
         def data(self, file):
             self._data = np.asarray(file)
+
+        def _get_field_parts(self, start: int, kind: int):
+            """Of an array (a vocabulary, its merges, types of tokens) at once, in place of five calls a value."""
+            if kind != _ARRAY:
+                return super()._get_field_parts(start, kind)
+            parts, at = [self._get(start, np.uint32), self._get(start + 4, np.uint64)], start + 12
+            of, count = Value(parts[0][0]), int(parts[1][0])
+            number = self.gguf_scalar_to_np.get(of)
+            if number is not None and count:
+                values = self._get(at, number, count)
+                parts += list(values.reshape(count, 1))
+                return at - start + values.nbytes, parts, list(range(2, len(parts))), [Value(_ARRAY), of]
+            if of != _TEXT or not count:
+                return super()._get_field_parts(start, kind)
+            data, content = self._data, memoryview(self._data)
+            order = sys.byteorder if self.byte_order == "I" else {"little": "big", "big": "little"}[sys.byteorder]
+            for _ in range(count):
+                text = at + 8
+                end = text + int.from_bytes(content[at:text], order)
+                if max(text, end) > len(data):
+                    raise ValueError("a text ends behind the file")
+                parts += (data[at:text], data[text:end])
+                at = end
+            return at - start, parts, list(range(3, len(parts), 2)), [Value(_ARRAY), of]
 
     return Reader
 
