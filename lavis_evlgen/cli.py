@@ -89,11 +89,22 @@ def parser() -> argparse.ArgumentParser:
 def _caption(commands):
     p = _command(commands, "caption", "lavis_evlgen.tools.caption:main",
                  "caption pictures (a video model: clips) with the model of a run folder")  # fmt: skip
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="picture files; clips for a video model")
+    p.add_argument("images", nargs="+", metavar="INPUT", help="picture files (clips for a video model); with --out "
+                   "also one folder, one table (CSV, TSV, JSON lines) or tar shards ('x-{0000..0007}.tar')")
     _trained_model(p)
     p.add_argument("--prompt", help="text that captions begin with (default: the run's)")
     p.add_argument("--num-beams", type=_positive, help="beams (default: the run's)")
     _device(p)
+    many = p.add_argument_group("many pictures at once (docs/captioning.md); the same command again continues")
+    out = many.add_mutually_exclusive_group()
+    out.add_argument("--out", metavar="FILE", help="write captions to this .jsonl or .csv file, in batches")
+    out.add_argument("--out-shards", metavar="DIR", help="of tar shards: new shards with the captions in them")
+    many.add_argument("--batch-size", type=_positive, metavar="N", help="pictures captioned together (16)")
+    many.add_argument("--workers", type=_from_zero, metavar="N", help="processes that read pictures (2)")
+    many.add_argument("--column", metavar="NAME", help="the table's column with picture names (image, file, path, ...)")
+    many.add_argument("--images", dest="folder", metavar="DIR", help="folder that the table's names start from (the "
+                      "table's own)")  # fmt: skip
+    many.add_argument("--caption-key", metavar="NAME", help="key of the captions in new shards (generated_caption)")
 
 
 def _doctor(commands):
@@ -254,3 +265,14 @@ def _positive(text: str) -> int:
     if number < 1:
         raise ValueError
     return number
+
+
+def _from_zero(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
+if __name__ == "__main__":  # python -m torch.distributed.run ... -m -- lavis_evlgen.cli
+    main()

@@ -101,6 +101,20 @@ def on_main(call: Callable):
     return result
 
 
+def on_all(call: Callable[[], object]):
+    """`call()` on every rank; where one fails, all end: that rank with its error, the others with FailedOnMain."""
+    error = None
+    try:
+        call()
+    except Exception as caught:
+        error = caught
+    failed = gather_lists([] if error is None else [str(error)])
+    if error is not None:
+        raise error
+    if failed:
+        raise FailedOnMain(failed[0])
+
+
 def max_over_ranks(values: Sequence[float]) -> list[float]:
     """The largest of each of `values` over ranks, on every rank."""
     if not initialized():

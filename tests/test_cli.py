@@ -40,6 +40,16 @@ def test_caption_says_what_the_run_said(finished, drawn, capsys):
     assert capsys.readouterr().out == expected
 
 
+def test_many_pictures_to_a_file_get_the_same_captions(finished, drawn, tmp_path, capsys):
+    paths, captions = drawn
+    out = tmp_path / "captions.csv"
+    assert evlgen("caption", paths[0].parent, "--run", finished.output(), "--out", out, "--workers", 1) == 0
+    rows = "".join(f"{path.name},{caption},\r\n" for path, caption in zip(paths, captions, strict=True))
+    assert out.read_bytes().decode() == "image,caption,error\r\n" + rows
+    assert evlgen("caption", paths[0].parent, "--run", finished.output()) == 2
+    assert "name the file of their captions by --out" in capsys.readouterr().err
+
+
 def test_caption_decodes_as_the_run_did(finished, drawn, tmp_path, capsys):
     """Every decoding key of the run config counts, and options of the command replace them."""
     paths, _ = drawn

@@ -126,6 +126,22 @@ def generate_table(card: dict) -> str:
     return f"`{row['scale']}`, {row['dtype']}, {row['tokens']} new tokens each.\n\n" + markdown(columns, rows)
 
 
+def caption_many_table(card: dict) -> str:
+    """Pictures a second from files to captions, by batch size and data workers, against one after another."""
+    rows = []
+    for row in card["rows"]:
+        times, rates = row["seconds"], row["pictures_per_s"]
+        one, many = rates
+        rows.append([
+            str(row["batch"]), str(row["workers"]), f"{rates[one]:.3g}", f"{rates[many]:.3g}",
+            ratio(times, many, one), f"{row['same']} of {row['pictures']}",
+        ])  # fmt: skip
+    row = card["rows"][0]
+    columns = ["batch", "workers", "one by one, pictures/s", "in batches, pictures/s", "batches take", "same captions"]
+    words = f"`{row['scale']}`, {row['dtype']}, {row['tokens']} new tokens each, {row['beams']} beams."
+    return f"{words}\n\n" + markdown(columns, rows)
+
+
 def vision_table(card: dict) -> str:
     """LAVIS's attention against the fused one: time, what a pass holds, and how far the results are apart."""
     rows = []
@@ -308,7 +324,8 @@ def floor_table(card: dict) -> str:
 TABLES = {
     "merge": merge_table, "connector": connector_table, "data": data_table, "vision": vision_table, "step": step_table,
     "lengths": lengths_table, "packing": packing_table, "blip2": blip2_table, "scaling": scaling_table,
-    "generate": generate_table, "cached_features": cached_table, "numerics": numerics_table, "ranks": ranks_table,
+    "generate": generate_table, "caption_many": caption_many_table, "cached_features": cached_table,
+    "numerics": numerics_table, "ranks": ranks_table,
 }  # fmt: skip
 
 

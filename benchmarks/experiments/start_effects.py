@@ -31,7 +31,8 @@ VARIANTS = {
 
 def run_of(number: int, options: list[str], seed: int, steps: int) -> Run:
     """The run of one variant with one seed, validated once at its end."""
-    options = ["model.skip=none", *options, f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}", "run.test_splits=[]"]
+    options = ["model.skip=none", *options, f"run.max_iters={steps}", f"run.iters_per_inner_epoch={steps}"]
+    options.append("run.test_splits=[]")
     name = f"{number}_seed{seed}_{steps}"
     return Run("projects/evlgen/quickstart.yaml", name, [*options, f"run.seed={seed}"])
 

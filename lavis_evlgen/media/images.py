@@ -57,7 +57,7 @@ def _decode(source, name, processor) -> Image.Image | Tensor:
                 return _pixels_of_jpeg(source)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            return to_rgb(image)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
     except MemoryError:
@@ -130,8 +130,9 @@ def _whole_files_only() -> Iterator[None]:
             ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB of 8 bits; what is transparent becomes white, and 16 bits are scaled, where Pillow would clip."""
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of 8 bits; what is transparent becomes white, and 16 bits are scaled, where Pillow would clip. Raises
+    UnreadableImage, without a name, for numbers of unknown range."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:

@@ -281,7 +281,8 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         try:
             load_checkpoint_file(self, url_or_filename, self.additions())
         except WeightsError as error:
-            raise WeightsError(f"{error}. Settings that differ: {'; '.join(others)}" if others else str(error)) from None
+            words = f". Settings that differ: {'; '.join(others)}" if others else ""
+            raise WeightsError(f"{error}{words}") from None
         check_identity(self, content.get("frozen_weights") or {}, trained, self.config or {}, url_or_filename)
         for difference in others:
             logging.warning("%s: not as it was trained: %s", url_or_filename, difference)

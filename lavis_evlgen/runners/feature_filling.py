@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,7 +38,7 @@ def read_from_cache(splits: list[CachedSplit], run, model: EVLGen, device: torch
         with signals.handled(at_end=lock.release):
             try:
                 todo = distributed.on_main(lambda: _begin(folder, lock, splits))
-                _on_all(lambda: [_fill(*one, run, model, device) for one in zip(splits, todo, strict=True)])
+                distributed.on_all(lambda: [_fill(*one, run, model, device) for one in zip(splits, todo, strict=True)])
                 distributed.on_main(lambda: [split.store.merge() for split in splits])
             finally:
                 lock.release()
@@ -83,20 +82,6 @@ def _begin(folder: Path, lock: RunLock, splits: list[CachedSplit]) -> list[list[
     missing = [split.missing() for split in splits]
     check_room(splits, missing)
     return missing
-
-
-def _on_all(call: Callable[[], object]):
-    """`call()` on every rank; where one fails, all end."""
-    error = None
-    try:
-        call()
-    except Exception as caught:
-        error = caught
-    failed = distributed.gather_lists([] if error is None else [str(error)])
-    if error is not None:
-        raise error
-    if failed:
-        raise distributed.FailedOnMain(failed[0])
 
 
 @torch.no_grad()

@@ -2,44 +2,90 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image
 
+from lavis_evlgen.config import ConfigError
 from lavis_evlgen.errors import one_line
 from lavis_evlgen.media.errors import UnreadableImage
-from lavis_evlgen.media.images import open_image
-from lavis_evlgen.media.video import takes_clips
+from lavis_evlgen.media.images import decode_image, open_image, to_rgb
+from lavis_evlgen.media.video import VideoFile, takes_clips
 from lavis_evlgen.tools.load_trained import load
+
+MANY = (".csv", ".tsv", ".jsonl", ".tar")
+MANY_ONLY = ("batch_size", "workers", "column", "folder", "caption_key")  # arguments; of cli.py, --images is `folder`
 
 
 def main(args) -> int:
-    """Print `path<TAB>caption` for each picture; exit code 1 when one could not be read."""
+    """Print `path<TAB>caption` for each picture, or write many to a file; exit code 1 when one could not be read."""
+    if args.out or args.out_shards:
+        from lavis_evlgen.tools.captioning.command import caption_many  # what a few pictures need not wait for
+
+        return caption_many(args)
+    _check_few(args)
     model, vis, decoding, device, _ = load(args)
     decoding |= {"num_beams": args.num_beams} if args.num_beams else {}
     failed = 0
     for path in args.images:
         try:
-            image = _pixels(vis, path)[None].to(device)
+            image = pixels(vis, path)[None].to(device)
         except UnreadableImage as error:
             print(f"evlgen caption: {error}", file=sys.stderr)
             failed += 1
             continue
-        samples = {"image": image} | ({} if args.prompt is None else {"prompt": args.prompt})
-        with torch.inference_mode():
-            text = model.generate(samples, **decoding)[0]
-        print(f"{path}\t{' '.join(text.split())}")  # a line a picture, whatever an untrained model says
+        print(f"{path}\t{captions_of(model, image, args.prompt, decoding)[0]}")
     return int(failed > 0)
 
 
-def _pixels(vis, path: str):
-    """(3, H, W) of a picture or, by a video processor, (3, T, H, W) of a clip; raises UnreadableImage."""
+def _check_few(args):
+    """Raises ConfigError for what needs --out: without it, pictures are captioned one by one and printed."""
+    given = next((name for name in MANY_ONLY if getattr(args, name) is not None), None)
+    if given is not None:
+        option = "--images" if given == "folder" else f"--{given.replace('_', '-')}"
+        raise ConfigError(f"{option} is for many pictures at once: name their file by --out captions.jsonl")
+    of_many = next((path for path in args.images if Path(path).is_dir() or path.endswith(MANY)), None)
+    if of_many is not None:
+        raise ConfigError(f"{of_many} holds or names many pictures: name the file of their captions by --out X.jsonl")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("several processes share the work of --out FILE; without it, start one")
+
+
+class Encoded(NamedTuple):
+    """A picture or clip as the content of a file; `name` says which in errors."""
+
+    content: bytes
+    name: str
+
+
+def pixels(vis, picture) -> torch.Tensor:
+    """(3, H, W) of a picture or, by a video processor, (3, T, H, W) of a clip.
+
+    picture: a path, an Encoded or, by an image processor, a PIL picture. Raises Unreadable.
+    """
+    if isinstance(picture, Image.Image):
+        return vis(to_rgb(picture))
+    if isinstance(picture, Encoded):
+        return vis(VideoFile(*picture) if takes_clips(vis) else decode_image(*picture, vis))
     if not takes_clips(vis):
-        return vis(open_image(path, vis))
-    if not Path(path).is_file():
-        raise UnreadableImage(path, "no such file")
+        return vis(open_image(picture, vis))
+    if not Path(picture).is_file():
+        raise UnreadableImage(picture, "no such file")
     try:
-        return vis(path)
+        return vis(picture)
     except (RuntimeError, OSError, ValueError) as error:
-        raise UnreadableImage(path, f"the model captions clips, and as a clip: {one_line(error)}") from error
+        raise UnreadableImage(picture, f"the model captions clips, and as a clip: {one_line(error)}") from error
+
+
+def captions_of(model, image: torch.Tensor, prompt: str | None, decoding: dict) -> list[str]:
+    """Captions, a line each whatever an untrained model says, of image (B, 3, H, W) or (B, 3, T, H, W).
+
+    prompt: what they begin with, None: the model's; decoding: arguments of its `generate`.
+    """
+    samples = {"image": image} | ({} if prompt is None else {"prompt": prompt})
+    with torch.inference_mode():
+        return [" ".join(text.split()) for text in model.generate(samples, **decoding)]

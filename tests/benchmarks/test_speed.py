@@ -13,6 +13,7 @@ from benchmarks.common import timing
 from benchmarks.speed import (
     blip2_step,
     cached_features,
+    caption_many,
     connector,
     data,
     generate,
@@ -322,6 +323,17 @@ def test_captions_a_second(card_of, tmp_path):
             assert row["seconds"][name]["median"] * rate == pytest.approx(size)
             assert row["seconds"][name]["median"] > row["seconds"]["visual prompt"]["median"]
     assert "`tiny`, bf16, 4 new tokens each" in page.section("generate", tmp_path)
+
+
+def test_pictures_in_batches_and_one_by_one(card_of, tmp_path):
+    words = "--device cpu --scale tiny --dtype fp32 --pictures 5 --different 3 --size 64x48 --batch 2 4 --workers 0"
+    card = card_of(caption_many, f"{words} --tokens 4 --beams 2 --repetitions 2")
+    assert [row["batch"] for row in card["rows"]] == [2, 4]
+    for row in card["rows"]:
+        assert row["same"] == row["pictures"] == 5 and set(row["seconds"]) == set(caption_many.WAYS)
+        for way, rate in row["pictures_per_s"].items():
+            assert row["seconds"][way]["median"] * rate == pytest.approx(5) and row["seconds"][way]["repetitions"] == 2
+    assert "`tiny`, fp32, 4 new tokens each, 2 beams." in page.section("caption_many", tmp_path)
 
 
 def test_every_caption_timed_has_the_same_length(tiny, monkeypatch):

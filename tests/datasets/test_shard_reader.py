@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lavis_evlgen.datasets.shards.reader import read_shard
+from lavis_evlgen.datasets.shards.reader import ShardIndex, read_shard
 from tests.datasets.shard_tools import sample, write_shard
 
 BLOCK = 512
@@ -30,6 +30,8 @@ def offset_of(path, name) -> int:
 def read(path, start=0):
     """(keys of the samples, problems)."""
     items = list(read_shard(path, start))
+    index = ShardIndex(path)  # the same items, read by their numbers
+    assert [index[number] for number in range(start, len(index))] == items
     assert [item.index for item in items] == list(range(start, start + len(items)))
     return [item.key for item in items if item.problem is None], [i.problem for i in items if i.problem is not None]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import NamedTuple
 
@@ -30,11 +30,21 @@ class ShardItem(NamedTuple):
     problem: str | None = None
 
 
-class _Member(NamedTuple):
+class Member(NamedTuple):
+    """One file of a shard: its `name` there, which is KEY.EXTENSION (the extension in small letters here)."""
+
+    name: str
     key: str
     extension: str
     start: int  # of its content in the file
     size: int
+
+
+class ShardEntry(NamedTuple):
+    """The members of one sample, those of its picture and its texts."""
+
+    key: str
+    members: list[Member]
 
 
 def read_shard(path, start: int = 0, extensions: tuple[str, ...] = IMAGES) -> Iterator[ShardItem]:
@@ -45,23 +55,65 @@ def read_shard(path, start: int = 0, extensions: tuple[str, ...] = IMAGES) -> It
     too, so that the sequence is the same whenever it is read. Behind a broken header nothing more of the shard is read.
     Raises nothing because of the file's content.
     """
+    return _walk(path, start, extensions, _item)
+
+
+class ShardIndex:
+    """Where the items of a shard lie, by its headers alone: the items of `read_shard`, in any order and process.
+
+    `entries`: of each item its key and members; of a problem of the shard, what `read_shard` says of it.
+    """
+
+    def __init__(self, path, extensions: tuple[str, ...] = IMAGES):
+        self.path = path
+        self.entries: list[ShardEntry | ShardItem] = list(_walk(path, 0, extensions, _entry))
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, number: int) -> ShardItem:
+        entry = self.entries[number]
+        if isinstance(entry, ShardItem):
+            return entry
+        try:
+            with open(self.path, "rb") as file:
+                return _item(number, entry.key, entry.members, file)
+        except OSError as error:
+            return ShardItem(number, entry.key, {}, _cannot(error))
+
+
+def all_members(file) -> Iterator[Member]:
+    """Every file of an opened shard that has the name KEY.EXTENSION, in order, up to where the shard is broken."""
+    return (member for member in _members(file, None) if isinstance(member, Member))
+
+
+def _walk(path, start: int, extensions: tuple[str, ...], item_of: Callable) -> Iterator:
+    """Of each item from `start` on, what `item_of` makes of (index, key or None, members or [problem], file)."""
     index = 0
     try:
         with open(path, "rb") as file:
             for key, members in groupby(_members(file, extensions), key=lambda member: getattr(member, "key", None)):
                 if index >= start:
-                    yield _item(index, key, list(members), file)
+                    yield item_of(index, key, list(members), file)
                 index += 1
         problem = None if index else "it holds no sample"
     except FileNotFoundError:
         problem = "it is not there"
     except OSError as error:
-        problem = f"it cannot be read ({error.strerror or error})"
+        problem = _cannot(error)
     if problem and index >= start:
         yield ShardItem(index, "", {}, problem)
 
 
-def _item(index: int, key: str | None, members: list[_Member | str], file) -> ShardItem:
+def _cannot(error: OSError) -> str:
+    return f"it cannot be read ({error.strerror or error})"
+
+
+def _entry(index: int, key: str | None, members: list[Member | str], file) -> ShardEntry | ShardItem:
+    return _item(index, None, members, file) if key is None else ShardEntry(key, members)
+
+
+def _item(index: int, key: str | None, members: list[Member | str], file) -> ShardItem:
     if key is None:
         return ShardItem(index, "", {}, problem=members[0])
     files = {}
@@ -71,8 +123,9 @@ def _item(index: int, key: str | None, members: list[_Member | str], file) -> Sh
     return ShardItem(index, key, files)
 
 
-def _members(file, extensions: tuple[str, ...]) -> Iterator[_Member | str]:
-    """Media and caption files of the archive in order; last, what is wrong with the archive, if anything is."""
+def _members(file, extensions: tuple[str, ...] | None) -> Iterator[Member | str]:
+    """Media and caption files of the archive in order (extensions None: all files); last, what is wrong with the
+    archive, if anything is."""
     size, tar = os.fstat(file.fileno()).st_size, _open(file)
     if isinstance(tar, str):
         yield tar
@@ -96,11 +149,11 @@ def _members(file, extensions: tuple[str, ...]) -> Iterator[_Member | str]:
             return
         here = tar.offset
         found = _NAME.fullmatch(info.name) if info.isreg() else None
-        if found and found[2].lower() in (*extensions, *CAPTIONS):
+        if found and (extensions is None or found[2].lower() in (*extensions, *CAPTIONS)):
             if info.offset_data + info.size > size:
                 yield f"it is cut short (in {info.name})"
                 return
-            yield _Member(found[1], found[2].lower(), info.offset_data, info.size)
+            yield Member(info.name, found[1], found[2].lower(), info.offset_data, info.size)
 
 
 def _open(file) -> tarfile.TarFile | str:

@@ -28,8 +28,9 @@ class PartialRows:
     with a ConfigError that names what differs, rather than mixed in. A last line that was cut short is done again.
     """
 
-    def __init__(self, file: Path, identity: Mapping[str, str]):
-        self.file, self.rows, self.chunks = file, [], 0
+    def __init__(self, file: Path, identity: Mapping[str, str], of: str = "evaluation", key: str = "run.run_name"):
+        """of: what the rows are of, and key: what gives it another file, for the error."""
+        self.file, self.rows, self.chunks, self._of, self._key = file, [], 0, of, key
         kept = read_json_lines(file)
         if not kept:
             file.write_text(json.dumps(dict(identity)) + "\n")
@@ -45,8 +46,8 @@ class PartialRows:
         differs = [key for key in identity if found.get(key) != identity[key]]
         if differs:
             raise ConfigError(
-                f"{self.file} holds rows of an unfinished evaluation with other {', '.join(differs)}: finish that one, "
-                "delete the file, or give this evaluation another run.run_name"
+                f"{self.file} holds rows of an unfinished {self._of} with other {', '.join(differs)}: finish that one, "
+                f"delete the file, or give this {self._of} another {self._key}"
             )
 
     def add(self, rows: list[dict]):
