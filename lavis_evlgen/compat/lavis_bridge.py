@@ -27,10 +27,9 @@ _applied: list[tuple[str, str]] = []
 _done = False
 
 PRUNING_HELPERS = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
-# what `import lavis` imports for a function or two: up to a second each
-HEAVY = ("pandas", "spacy", "sklearn.metrics", "scipy.optimize")
-# of these, functions that transformers imports by name
+# what `import lavis` imports for a function or two, up to a second each; of some, functions are imported by name
 BY_NAME = {"sklearn.metrics": ("roc_curve",), "scipy.optimize": ("linear_sum_assignment",)}
+HEAVY = ("pandas", "spacy", *BY_NAME)
 # the two LAVIS classes that BLIP-2's stages generate with
 GENERATING = (
     ("lavis.models.blip2_models.Qformer", "BertLMHeadModel"),
