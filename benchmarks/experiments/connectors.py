@@ -36,7 +36,7 @@ from lavis_evlgen.tools.compare import read_runs
 
 CONFIG = "projects/evlgen/flickr8k.yaml"
 SAME = [
-    "run.num_beams=1", "run.eval_texts_per_image=5", "run.cache_precision=bf16",
+    "run.num_beams=1", "run.cache_precision=bf16", "model.skip=null",
     *(f"datasets.image_captions.vis_processor.train.{key}" for key in ("min_scale=1.0", "flip=false")),
 ]  # fmt: skip
 TOMEFORMER = "TomeFormer, 29"

@@ -68,6 +68,7 @@ def ai(args) -> dict[str, tuple[str, list[str]]]:
     def of(kind: str):
         names = f"{{train: {args.folder}/coco_{kind}.csv, val: null, test: {args.folder}/coco_test.csv}}"
         options = ["datasets.image_captions.captions=null", "datasets.image_captions.split=null"]
+        options += ["run.texts_per_image=1", "run.batch_size_train=8"]  # of either kind one caption a photo
         return photos(args, options, args.coco / "images", annotations=names)
 
     return {"AI-generated": of("ai"), "human": of("human")}

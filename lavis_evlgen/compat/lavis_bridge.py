@@ -82,10 +82,10 @@ class _Later(ModuleType):
 
 
 @contextmanager
-def without_heavy_imports():
-    """Within: `import spacy` waits until something of spacy is used, and so for the others of HEAVY."""
+def without_heavy_imports(names=None):
+    """Within: `import spacy` waits until something of spacy is used, and so for the other `names`, or all of HEAVY."""
     placed = {}
-    for name in HEAVY:
+    for name in names or HEAVY:
         package = name.partition(".")[0]  # finding a module of a package would import the package
         if name not in sys.modules and (spec := importlib.util.find_spec(package)) is not None:
             placed[name] = sys.modules[name] = _Later(name)

@@ -41,8 +41,9 @@ class _Finder:
 
     def _execute_lavis(self, original, module):
         bridge = importlib.import_module(f"{PACKAGE}.compat.lavis_bridge")
-        with bridge.without_import_warnings(), bridge.without_heavy_imports():
+        with bridge.without_heavy_imports(bridge.BY_NAME):  # which are transformers'
             bridge.before_import()
+        with bridge.without_import_warnings(), bridge.without_heavy_imports():
             original(module)
         bridge.after_import()
         self.pending = True

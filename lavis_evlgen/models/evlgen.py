@@ -277,7 +277,9 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         else:
             content = facts_of_checkpoint(url_or_filename)
             trained = model_section(content, url_or_filename)
-        others = differences(self.complete(trained), self.complete(self.config or {})) if trained else []
+        keys = keys_of(type(self))
+        defaults = {name: keys[name].default for name, value in trained.items() if name in keys and value is not None}
+        others = differences(trained, defaults | (self.config or {}))
         try:
             load_checkpoint_file(self, url_or_filename, self.additions())
         except WeightsError as error:
@@ -286,11 +288,6 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         check_identity(self, content.get("frozen_weights") or {}, trained, self.config or {}, url_or_filename)
         for difference in others:
             logging.warning("%s: not as it was trained: %s", url_or_filename, difference)
-
-    def complete(self, section: dict) -> dict:
-        """A model section with the defaults of the keys that it leaves out or null."""
-        given = {name: value for name, value in section.items() if value is not None}
-        return {name: known.default for name, known in keys_of(type(self)).items()} | given
 
     def load_checkpoint_from_config(self, cfg, **kwargs):
         path = weights_of(cfg)

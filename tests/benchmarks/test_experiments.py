@@ -321,7 +321,7 @@ def test_findings_of_stages_from_end_to_end(in_this_process, parts, tmp_path, mo
 
 def test_real_clips_zero_shot_and_trained_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch, capsys):
     image_model = Runs(parts, tmp_path)
-    image_model.config["model"]["llm_train"] = "lora"
+    image_model.config["model"] |= {"llm_train": "lora", "skip": "pooled"}
     image_model.train()
     clips = tmp_path / "clips"
     clips.mkdir()
