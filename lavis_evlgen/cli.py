@@ -92,6 +92,7 @@ def _caption(commands):
     p.add_argument("images", nargs="+", metavar="INPUT", help="picture files (clips for a video model); with --out "
                    "also one folder, one table (CSV, TSV, JSON lines) or tar shards ('x-{0000..0007}.tar')")
     _trained_model(p)
+    _left(p)
     p.add_argument("--prompt", help="text that captions begin with (default: the run's)")
     p.add_argument("--num-beams", type=_positive, help="beams (default: the run's)")
     _device(p)
@@ -187,6 +188,7 @@ def _tokens(commands):
                  "pictures of merged tokens: which patches each token stands for")  # fmt: skip
     p.add_argument("images", nargs="+", metavar="IMAGE", help="picture files")
     _trained_model(p)
+    _left(p)
     p.add_argument("--style", default="mean", choices=STYLES,
                    help="mean: patches in the mean colour of their token; outline: regions over the photo")  # fmt: skip
     p.add_argument("--before", action="store_true", help="the connector before training beside the trained one")
@@ -244,6 +246,11 @@ def _command(commands, name: str, function: str, purpose: str) -> argparse.Argum
 def _trained_model(p):
     p.add_argument("--run", required=True, metavar="DIR", help="run folder (holds a checkpoint), or a bundle's folder")
     p.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
+
+
+def _left(p):
+    p.add_argument("--tokens", type=_positive, metavar="N", help="leave so many visual tokens, as model.tokens does "
+                   "(default: the run's number)")  # fmt: skip
 
 
 def _device(p):

@@ -59,6 +59,11 @@ def last_card(folder: Path, name: str, split: str) -> dict:
     return json.loads(last.read_text())
 
 
+def card_of(folder: Path, name: str) -> dict:
+    """The run card of the last evaluation, of a training or of given weights."""
+    return json.loads((run_folder(folder, name) / "run.json").read_text())
+
+
 def scores(card: dict) -> dict[str, float]:
     """What tables show of a captioning card."""
     metrics = card["metrics"]
@@ -88,7 +93,8 @@ def with_other_seeds(found: dict[str, list[dict]], path: Path, setting: dict) ->
 def less_than_first(folder: Path, found: dict[str, list[dict]]) -> list[str]:
     """For each label of `found` (label -> runs, seeds of one config): its loss less that of the first label's, of the
     same photos, with the 95 % interval; nothing for the first itself."""
-    first, *others = arms_of(read_runs([run_folder(folder, run["name"]) for runs in found.values() for run in runs]))
+    label = {run["name"]: name for name, runs in found.items() for run in runs}
+    first, *others = arms_of(read_runs([run_folder(folder, name) for name in label]), lambda run: label[run.name])
     gaps = (difference(first, other) for other in others)
     return ["", *(f"{gap.mean:+.3f} ({gap.least:+.3f} to {gap.most:+.3f})" for gap in gaps)]
 

@@ -19,8 +19,8 @@ from lavis_evlgen.config.keys import Settings, key
 # where training started from: an evaluation does not repeat it, and a bundle's own weights take its place
 STARTS = ("pretrained", "finetuned", "load_pretrained", "load_finetuned", "llm_adapter")
 # no part of what was learnt: room for a text, number formats of frozen weights, where a file lies, whether code of
-# others may run. The config file's own value is used where it gives one
-OF_THE_EVALUATION = ("max_txt_len", "vit_precision", "llm_precision", "vit_path", "trust_remote_code")
+# others may run, how many tokens are left. The config file's own value is used where it gives one
+OF_THE_EVALUATION = ("max_txt_len", "vit_precision", "llm_precision", "vit_path", "trust_remote_code", "tokens")
 # frozen parts that may lie elsewhere on this machine; what they hold is checked when the weights are loaded
 SOURCES = ("vit_model", "llm_model", "opt_model", "connector_init")
 ALIASES = {"opt_model", "llm_model"}  # the same setting: both come from the same place
@@ -54,8 +54,9 @@ class AsTrained:
         for note in self.notes:
             logging.warning("%s", note)
         for name, values in self.changed.items():
-            logging.warning("model.%s=%s by --options; the weights were trained with %s",
-                            name, values["here"], values["trained"])  # fmt: skip
+            place = "" if name == "tokens" else " by --options"  # which the evaluation's file may say too
+            logging.warning("model.%s=%s%s; the weights were trained with %s",
+                            name, values["here"], place, values["trained"])  # fmt: skip
 
 
 def weights_of(model: Mapping) -> str | None:
@@ -88,8 +89,9 @@ def as_trained(trained: dict, merged: dict, given: dict, options: dict, keeps_ar
             found.section[name] = merged[name]
             found.notes.append(f"model.{name}: {trained[name]}, which it was trained with, is not here: {merged[name]}")
     for name, value in options.items():
-        if name in trained and value != trained[name]:
+        if name in trained and value != trained[name] and name != "tokens":
             found.changed[name] = {"trained": trained[name], "here": value}
+    _tell_tokens(found, trained, options.get("tokens", given.get("tokens")))
     for name, value in given.items():
         if name in trained and name not in options and found.section[name] != value:
             found.notes.append(
@@ -97,6 +99,19 @@ def as_trained(trained: dict, merged: dict, given: dict, options: dict, keeps_ar
                 f"(--options model.{name}={value} evaluates them otherwise)"
             )
     return found
+
+
+def _tell_tokens(found: AsTrained, trained: dict, tokens: int | None):
+    """What is said of an evaluation that asks for so many tokens: of elastic weights, which were trained with several
+    numbers of them, a note; of others that it is not as trained."""
+    tome_r, own = trained.get("tome_r"), trained.get("tokens")
+    if tokens is None or tokens == own or (own is None and tome_r == {"target": tokens}):
+        return
+    if isinstance(tome_r, Mapping) and "elastic" in tome_r:
+        listed = ", ".join(map(str, tome_r["elastic"]))
+        found.notes.append(f"model.tokens={tokens}; the weights were trained with {listed} tokens")
+        return
+    found.changed["tokens"] = {"trained": f"tome_r={tome_r}" if own is None else own, "here": tokens}
 
 
 def _is_elsewhere(source) -> bool:

@@ -32,6 +32,14 @@ def check_packing(run: DictConfig, arch: str, packs_texts: bool):
         raise Refused(f"run.texts_per_image={asked}: {why}; leave it out")
 
 
+def check_sandwich(run: DictConfig, model: DictConfig):
+    """Raises Refused where a training with a loss of its own is asked for the loss of `draw: sandwich`."""
+    tome_r = model.get("tome_r")
+    draw = tome_r.get("draw") if isinstance(tome_r, DictConfig) else None
+    if draw == "sandwich" and run.task == "scst" and not run.get("evaluate"):
+        raise Refused("model.tome_r.draw=sandwich: run.task=scst has a loss of its own; take draw: one")
+
+
 def _check_run_name(run: DictConfig):
     """One folder below output_dir; a number is a name too, such as a year."""
     if "run_name" not in run:

@@ -274,6 +274,7 @@ class EvlgenConfig(Config):
             relations.check_run(run)
             relations.check_packing(run, model.arch, getattr(model_cls, "packs_texts", False))
         check_values(model, keys_of(model_cls), "model.")
+        relations.check_sandwich(run, model)
         for name, section in self.config.datasets.items():
             builder = registry.get_builder_class(name)
             if declares(builder):

@@ -140,7 +140,7 @@ def words_of(form, limits: Range) -> str:
     if origin is dict:
         return f"a mapping {{{', '.join(f'{name}: ...' for name in names_of(form) or ('name',))}}}"
     if origin is list:
-        (item,) = get_args(form)
+        item, _ = limits_of(*get_args(form), limits)
         if get_origin(item) is Literal:
             return f"a list of the words {listed(get_args(item))}"
         return f"a list of {'numbers' if item in (int, float) else 'texts'}"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets.questions import TEMPLATE
 from lavis_evlgen.nn import MergeMap
-from lavis_evlgen.nn.merging import max_merges
+from lavis_evlgen.nn.merging import max_merges, tokens_after
 from lavis_evlgen.tools.tokens import plots
 from lavis_evlgen.tools.tokens.maps import TokenMap, shown, token_map
 
@@ -34,9 +34,10 @@ class Refused(ValueError):
 class Settings:
     """What a visitor chose. Checked here, whatever a page lets through; raises Refused.
 
-    r: merges in every layer, None: as the model was trained. prompt: what a caption begins with, None: the model's.
-    num_beams: 1 is greedy. Lengths count new tokens. question: None asks for a caption; else it is asked as the task
-    evlgen_vqa does by default. more: further arguments of `EVLGen.generate` (captions only).
+    r: merges in every layer, None: as the model was trained; tokens: how many to leave, in place of r. prompt: what a
+    caption begins with, None: the model's. num_beams: 1 is greedy. Lengths count new tokens. question: None asks for a
+    caption; else it is asked as the task evlgen_vqa does by default. more: further arguments of `EVLGen.generate`
+    (captions only).
     """
 
     r: int | None = None
@@ -46,6 +47,7 @@ class Settings:
     max_length: int = 30
     question: str | None = None
     more: dict = field(default_factory=dict)
+    tokens: int | None = None
 
     def __post_init__(self):
         whole = {
@@ -91,6 +93,15 @@ def largest_r(model) -> int | None:
     return None if tomeformer is None else max_merges(tomeformer.cfg.num_tokens, tomeformer.cfg.protected)
 
 
+def tokens_range(model) -> tuple[int, int] | None:
+    """The fewest and the most tokens that can be left; None for a connector that does not merge."""
+    tomeformer = getattr(model.connector, "tomeformer", None)
+    if tomeformer is None:
+        return None
+    cfg = tomeformer.cfg
+    return tokens_after(cfg.num_tokens, [cfg.num_tokens] * cfg.num_layers, cfg.protected), cfg.num_tokens
+
+
 def with_r(model, r: int):
     """The same model with r merges in every layer, as a view: it shares every weight, and `model` stays as it is.
 
@@ -99,8 +110,23 @@ def with_r(model, r: int):
     most = largest_r(model)
     if most is None:
         raise Refused(f"{type(model.connector).__name__} does not merge tokens, so it has no r")
+    return _merging(model, tome_r=_whole("r", r, 0, most), tokens=None)
+
+
+def with_tokens(model, tokens: int):
+    """The same model, a view as of `with_r`, that leaves so many tokens. Raises Refused as that does."""
+    reachable = tokens_range(model)
+    if reachable is None:
+        raise Refused(f"{type(model.connector).__name__} does not merge tokens, so their number is its own")
+    return _merging(model, tokens=_whole("tokens", tokens, *reachable))
+
+
+def _merging(model, **changes):
     tomeformer = _view(model.connector.tomeformer)
-    tomeformer.cfg = dataclasses.replace(tomeformer.cfg, tome_r=_whole("r", r, 0, most))
+    tomeformer.cfg = dataclasses.replace(tomeformer.cfg, **changes)
+    if model.soft_prompt is not None and tomeformer.cfg.num_output_tokens != len(model.soft_prompt):
+        raise Refused(f"the soft prompt of this model has {len(model.soft_prompt)} places, and "
+                      f"{tomeformer.cfg.num_output_tokens} tokens would be left")  # fmt: skip
     connector = _view(model.connector, tomeformer=tomeformer)
     connector.num_output_tokens = tomeformer.cfg.num_output_tokens
     return _view(model, connector=connector)
@@ -112,7 +138,9 @@ def describe(model, image: Tensor, settings: Settings) -> Result:
 
     `model`: an EVLGen in eval mode, left as it was. Raises Refused.
     """
-    if settings.r is not None:
+    if settings.tokens is not None:
+        model = with_tokens(model, settings.tokens)
+    elif settings.r is not None:
         model = with_r(model, settings.r)
     start = _now(image.device)
     prompt, no_map = _visual_prompt(model, image)

@@ -32,6 +32,7 @@ from lavis_evlgen.demo.describing import (
     facts,
     largest_r,
     tokens_picture,
+    tokens_range,
 )
 from lavis_evlgen.demo.examples import drawn_scenes, from_folder, thumbnails
 from lavis_evlgen.demo.own_requests import OwnRequestsOnly
@@ -128,15 +129,19 @@ def build(visitors: Visitors, examples: list[Path]) -> gr.Blocks:
         min(first[key], largest)
         for key, largest in (("num_beams", MOST_BEAMS), ("min_length", MOST_LENGTH), ("max_length", MOST_LENGTH))
     )
-    most = largest_r(model)
+    most, reachable = largest_r(model), tokens_range(model) or (0, 0)
     thing = "clip or picture" if takes_clips(visitors.processor) else "picture"
 
-    def asked(path, trained, r, prompt, beams, shortest, longest, style, question=None, answer_length=None):
-        chosen = {"r": None if trained or most is None else r, "prompt": prompt, "num_beams": beams}
+    def asked(path, trained, r, prompt, beams, shortest, longest, style, question=None, answer_length=None, tokens=0):
+        merging = {} if trained or most is None else {"r": r, "tokens": tokens or None}
+        chosen = {**merging, "prompt": prompt, "num_beams": beams}
         chosen |= {"min_length": shortest, "max_length": longest, "more": visitors.decoding}
         if question is not None:
             chosen |= {"question": question, "min_length": 1, "max_length": answer_length}
         return shown_errors(lambda: visitors.look(path, Settings(**chosen), style))
+
+    def captioned(path, trained, r, prompt, beams, shortest, longest, style, tokens):
+        return asked(path, trained, r, prompt, beams, shortest, longest, style, tokens=tokens)
 
     def shown_errors(work):
         try:
@@ -169,9 +174,14 @@ def build(visitors: Visitors, examples: list[Path]) -> gr.Blocks:
                         0, most or 0, _first_r(model), step=1, label="r: merges in every layer", elem_id="r",
                         visible=most is not None, interactive=False,
                     )  # fmt: skip
+                    left = gr.Slider(
+                        0, reachable[1], 0, step=1, elem_id="left", visible=most is not None, interactive=False,
+                        label=f"tokens left, {reachable[0]} to {reachable[1]} (0: as r leaves)",
+                    )  # fmt: skip
                     trained.change(
-                        lambda on: gr.update(interactive=not on), trained, r, api_visibility="private", queue=False
-                    )
+                        lambda on: [gr.update(interactive=not on)] * 2, trained, [r, left], api_visibility="private",
+                        queue=False,
+                    )  # fmt: skip
                     with gr.Row():
                         beams = gr.Slider(1, MOST_BEAMS, beam, step=1, label="beams (1: greedy)")
                         shortest = gr.Slider(0, MOST_LENGTH, low, step=1, label="shortest, tokens")
@@ -191,8 +201,8 @@ def build(visitors: Visitors, examples: list[Path]) -> gr.Blocks:
                 tokens = gr.Image(label="the tokens of the prompt", interactive=False, elem_id="tokens")
         settings, found = [file, trained, r, prompt, beams, shortest, longest, style], [text, numbers, tokens]
         file.change(seen, file, look, api_visibility="private")
-        say.click(asked, settings, found, api_name="caption")
-        gr.on([ask.click, question.submit], asked, [*settings, question, length], found, api_name="answer")
+        say.click(captioned, [*settings, left], found, api_name="caption")
+        gr.on([ask.click, question.submit], asked, [*settings, question, length, left], found, api_name="answer")
     return page
 
 

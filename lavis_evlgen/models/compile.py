@@ -38,6 +38,11 @@ def check_parts(parts) -> list[str]:
 
 def compile_parts(model: nn.Module, parts: Sequence[str]):
     """Have `parts` compiled when they are next called; parameters and their names stay what they are."""
+    budgets = getattr(getattr(model, "connector", None), "budgets", None)
+    if parts and budgets is not None:  # each number of visual tokens is a shape of its own, behind which come texts
+        from torch._dynamo import config
+
+        config.cache_size_limit = max(config.cache_size_limit, 8 * len(budgets.tokens))
     for part in parts:
         module = getattr(model, PARTS[part], None)
         if module is None:

@@ -17,6 +17,7 @@ from lavis_evlgen.config.as_trained import StartSettings, weights_of
 from lavis_evlgen.config.keys import Settings, key, keys_of, plain
 from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.models.connectors import ConnectorSettings, VisualPrompt, build_connector
+from lavis_evlgen.models.elastic import VisualPrompts, sandwich
 from lavis_evlgen.models.facts import ModelFacts
 from lavis_evlgen.models.generation import Generates
 from lavis_evlgen.models.language.chat import TEMPLATES as CHAT_TEMPLATES
@@ -97,7 +98,7 @@ class EvlgenSettings(LanguageSettings, ConnectorSettings, VisionSettings, StartS
 
 
 @registry.register_model("evlgen")
-class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
+class EVLGen(Generates, VisualPrompts, Bundled, ModelFacts, BaseModel):
     """EVLGen-Image (EVLGen, section 3.2). Types: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart.
 
     >>> model, vis, txt = load_model_and_preprocess("evlgen", "quickstart", is_eval=True)
@@ -129,6 +130,9 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         self.llm_proj = nn.Linear(connector.width, language_model.width)
         if not isinstance(soft_prompt, bool):
             raise ValueError(f"soft_prompt: {soft_prompt!r} is not true or false")
+        if soft_prompt and connector.budgets is not None:
+            raise ValueError("soft_prompt: it has a vector for each token, and tome_r.elastic leaves several numbers "
+                             "of them; leave soft_prompt out, or give tome_r one number: {target: 29}")  # fmt: skip
         places = torch.zeros(connector.num_output_tokens, language_model.width)  # (L', D_l)
         self.soft_prompt = nn.Parameter(places) if soft_prompt else None
         self.prompt = prompt or ""
@@ -154,10 +158,6 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
         std = factor * self.language_model.embedding_std() / (rms.item() * self.connector.width**0.5)
         nn.init.normal_(self.llm_proj.weight, std=std)
         nn.init.zeros_(self.llm_proj.bias)
-
-    def token_counts(self) -> str:
-        """From how many visual tokens to how many of the prompt, for the start-up table."""
-        return f"{self.visual_encoder.num_tokens} visual -> {self.connector.num_output_tokens} in the prompt"
 
     def text_loss(self) -> dict | None:
         lm = self.language_model
@@ -194,8 +194,7 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
 
     def connect(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
         """image (B, 3, H, W), or its visual tokens (B, L, D_v) -> the connector's tokens (B, L', D_c)."""
-        features = self.visual_tokens(image)  # (B, L, D_v)
-        return self.connector(self.ln_vision(features), return_source=return_source, features=features)
+        return self.connect_seen(self.visual_tokens(image), return_source)
 
     def visual_tokens(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) -> the frozen ViT's tokens (B, L, D_v), float32; stored tokens (B, L, D_v) pass through.
@@ -209,12 +208,6 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
             raise ValueError(f"image: of shape {tuple(image.shape)}; pictures are (B, 3, H, W), and the stored tokens "
                              f"of pictures (B, {expected[0]}, {expected[1]})")  # fmt: skip
         return image.float()
-
-    def visual_prompt(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
-        """image (B, 3, H, W), or (B, L, D_v) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2."""
-        prompt = self.connect(image, return_source)  # (B, L', D_c)
-        prompt.tokens = self.project(prompt.tokens)  # (B, L', D_l)
-        return prompt
 
     def project(self, tokens: Tensor) -> Tensor:
         """The connector's tokens (B, L', D_c) as the LLM's (B, L', D_l); the soft prompt is each frame's, of clips."""
@@ -242,13 +235,17 @@ class EVLGen(Generates, Bundled, ModelFacts, BaseModel):
 
     def forward(self, samples: dict, objective=None) -> dict[str, Tensor]:
         """samples: image (as visual_tokens), text_input list[str], and where pictures have several texts
-        texts_per_image (`loss_of`). loss: mean over supervised tokens (EVLGen, eq. 3).
+        texts_per_image (`loss_of`). loss: mean over supervised tokens (EVLGen, eq. 3). budgets: of a micro-step with an
+        elastic `tome_r`, one of `token_draws`; left out: the number of tokens of an evaluation.
 
         `loss_tokens` is their number, so that a trainer can weight ranks rightly; `across_picture_share` is the share
         of the prompt's power that is variance across pictures (0: the connector has collapsed). `objective`, a
         function of (model, visual prompt, samples), replaces the caption's loss by that of a task.
         """
-        prompt = self.visual_prompt(samples["image"])
+        budgets = samples.get("budgets") or (None,)
+        if len(budgets) > 1:
+            return sandwich(self, samples, budgets, objective)
+        prompt = self.visual_prompt(samples["image"], budget=budgets[0])
         if objective is not None:
             return objective(self, prompt, samples)
         sums, tokens = self.loss_of(prompt, samples)
@@ -328,6 +325,8 @@ def build_evlgen(cls, cfg, vision_of=vision_of, **more) -> EVLGen:
         raise ValueError(f"llm_model {llm} and opt_model {opt} differ; give one")
     if not (llm or opt):
         raise ValueError(f"llm_model is not set; give {keys_of(cls)['llm_model'].meaning}")
+    if settings.tokens is not None and settings.soft_prompt:
+        raise ValueError("tokens: soft_prompt has a vector for each token that it is trained with; leave tokens out")
     vision = vision_of(cfg)
     connector = build_connector(vision, plain(cfg))  # before the language model, which may take minutes to load
     precision = check_precision(settings.llm_precision, "llm_precision")

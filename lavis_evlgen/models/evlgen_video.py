@@ -96,7 +96,8 @@ class EVLGenVideo(EVLGen):
         each = self.visual_encoder.num_tokens
         out = getattr(self, "frame_pool", self.connector).num_output_tokens
         out *= self.num_frames if self.frame_pooling == "concat" else 1
-        return f"{self.num_frames} frames of {each} visual -> {out} in the prompt (frame_pooling {self.frame_pooling})"
+        counts = f"{self.num_frames} frames of {each} visual -> {out} in the prompt"
+        return f"{counts} (frame_pooling {self.frame_pooling}){self.drawn_words()}"
 
     def frame_tokens(self, image: Tensor) -> Tensor:
         """image (B, 3, T, H, W) or (B, 3, H, W) -> the ViT's tokens of each frame (B, T, L, D_v), T = 1 for a picture.
@@ -124,20 +125,22 @@ class EVLGenVideo(EVLGen):
             )
         return image.transpose(1, 2)
 
-    def connect(self, image: Tensor, return_source: bool = False) -> VisualPrompt:
-        """image (B, 3, T, H, W) or (B, 3, H, W) -> the connector's tokens of each clip, (B, L', D_c).
+    def visual_tokens(self, image: Tensor) -> Tensor:
+        return self.frame_tokens(image)
+
+    def connect_seen(self, seen: Tensor, return_source: bool = False, budget: int | None = None) -> VisualPrompt:
+        """The ViT's tokens of each frame (B, T, L, D_v) -> the connector's of each clip (B, L', D_c).
 
         The source of `concat` maps the T L tokens of all frames to the T L' of the prompt; a token of `connector_mean`
         has one source in each frame, so there is no such map and it raises ValueError. Queries read all patches, so
-        temporal_qformer and temporal_queries have no source.
+        temporal_qformer and temporal_queries have no source. budget: of each pass of the connector.
         """
-        tokens = self.frame_tokens(image)  # (B, T, L, D_v)
-        count = tokens.shape[1]
+        count = seen.shape[1]
         pooled = self.frame_pooling in ("mean", "temporal_queries")
-        features = tokens.mean(1) if pooled else tokens.flatten(0, 1)  # (B, L, D_v) or (B T, L, D_v)
-        prompt = self.connector(self.ln_vision(features), return_source=return_source, features=features)
+        features = seen.mean(1) if pooled else seen.flatten(0, 1)  # (B, L, D_v) or (B T, L, D_v)
+        prompt = super().connect_seen(features, return_source, budget)
         if pooled:
-            return prompt if self.frame_pooling == "mean" else self.frame_pool(self.ln_vision(tokens), prompt)
+            return prompt if self.frame_pooling == "mean" else self.frame_pool(self.ln_vision(seen), prompt)
         if self.frame_pooling == "temporal_qformer":
             return self.frame_pool(prompt, count)
         return concatenated(prompt, count) if self.frame_pooling == "concat" else averaged(prompt, count)

@@ -29,6 +29,11 @@ class ModelFacts:
     def check_packing(self):
         """Of a model that packs texts: raises ValueError where its language model cannot."""
 
+    def token_draws(self) -> list[tuple[int, ...]]:
+        """What a micro-step of training may take as its numbers of visual tokens, each entry as likely as the others;
+        `forward` finds it in samples["budgets"]. []: nothing is drawn."""
+        return []
+
     def token_counts(self) -> str | None:
         """From how many visual tokens to how many of the prompt, for the start-up table; None: no such line."""
         return None

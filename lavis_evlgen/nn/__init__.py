@@ -1,5 +1,6 @@
 """Pure PyTorch building blocks: token merging, TomeFormer, temporal mixing, the prefix language-model loss."""
 
+from lavis_evlgen.nn.budgets import Budgets
 from lavis_evlgen.nn.groups import GroupReadout, PooledSkip
 from lavis_evlgen.nn.losses import across_picture_share, prefix_lm_loss
 from lavis_evlgen.nn.merging import MergeMap, match, merge_schedule, tokens_after
@@ -7,6 +8,7 @@ from lavis_evlgen.nn.temporal import TemporalMixing
 from lavis_evlgen.nn.tomeformer import TomeFormer, TomeFormerConfig
 
 __all__ = [
+    "Budgets",
     "GroupReadout",
     "MergeMap",
     "PooledSkip",

@@ -194,7 +194,7 @@ def merge_schedule(spec, num_layers: int, tokens: int, protected: int = 1) -> li
             return _line(int(spec["r"]), float(spec["inflection"]), num_layers)
         if set(spec) == {"target"}:
             return _to_target(int(spec["target"]), num_layers, tokens, protected)
-        raise ValueError(f"tome_r: keys {sorted(spec)}; use {{r, inflection}} or {{target}}")
+        raise ValueError(f"tome_r: keys {sorted(spec)}; use {{r, inflection}}, {{target}} or {{elastic, draw, beta}}")
     if isinstance(spec, Sequence) and not isinstance(spec, str):
         if len(spec) != num_layers:
             raise ValueError(f"tome_r lists {len(spec)} layers, the TomeFormer has {num_layers}")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lavis_evlgen.nn.budgets import Budgets
 from lavis_evlgen.nn.merging import MergeMap, fold, fold_schedule, match, merge_schedule, tokens_after
 
 
@@ -27,7 +28,8 @@ class TomeFormerConfig:
     max_positions: int = 512
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
-    tome_r: object = 19  # int | list | {r, inflection} | {target}; see merge_schedule
+    tome_r: object = 19  # int | list | {r, inflection} | {target}; see merge_schedule. {elastic}: see Budgets
+    tokens: int | None = None  # leave so many, whatever tome_r says; None: as it says, of budgets the largest
     merge_mean: str = "plain"  # plain (released) | size: weight tokens by the patches they stand for
     partition: str = "alternate"  # alternate (released) | random (the paper's wording)
     proportional_attention: bool = False  # add log(size) to the attention logits
@@ -38,6 +40,7 @@ class TomeFormerConfig:
     skip: str = "none"  # none (released) | pooled: the means of the groups, past the body (nn/groups.py)
     schedule: list[int] = field(init=False)  # merges of each layer
     folds: list[int] = field(init=False)  # merges in front of the first layer
+    budgets: Budgets | None = field(init=False)  # of an elastic tome_r
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
@@ -56,10 +59,31 @@ class TomeFormerConfig:
         ):
             if value not in known:
                 raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
-        self.schedule, self.folds = merge_schedule(self.tome_r, self.num_layers, self.num_tokens, self.protected), []
-        if self.merge_at == "input":  # the same number of tokens is left, but by other means
-            self.folds = fold_schedule(self.num_tokens, self.num_output_tokens, self.protected)
-            self.schedule = [0] * self.num_layers
+        self.budgets = Budgets.of(self.tome_r)
+        counts = () if self.budgets is None else self.budgets.tokens
+        self._plans = {count: self._plan({"target": count}, "tome_r.elastic") for count in counts}
+        trained = self._plan(self.tome_r) if self.budgets is None else self._plans[self.budgets.largest]
+        given = self.tokens is not None
+        self.folds, self.schedule = self._plan({"target": self.tokens}, "tokens") if given else trained
+
+    def _plan(self, tome_r, key: str = "tome_r") -> tuple[list[int], list[int]]:
+        """(merges in front of the first layer, merges of each layer). key: what errors name."""
+        try:
+            schedule = merge_schedule(tome_r, self.num_layers, self.num_tokens, self.protected)
+        except ValueError as error:
+            raise ValueError(key + str(error).removeprefix("tome_r")) from None
+        if self.merge_at == "layers":
+            return [], schedule
+        left = tokens_after(self.num_tokens, schedule, self.protected)  # the same number, but by other means
+        return fold_schedule(self.num_tokens, left, self.protected), [0] * self.num_layers
+
+    def plan(self, budget: int | None = None) -> tuple[list[int], list[int]]:
+        """(folds, schedule) that leave `budget` tokens, one of an elastic tome_r; None: those of the config."""
+        if budget is None:
+            return self.folds, self.schedule
+        if budget not in self._plans:
+            raise ValueError(f"a budget of {budget} tokens is none of tome_r.elastic: {sorted(self._plans)}")
+        return self._plans[budget]
 
     @property
     def num_output_tokens(self) -> int:
@@ -169,16 +193,18 @@ class TomeFormer(nn.Module):
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))})
         self.apply(_init_bert)
 
-    def fold(self, features: Tensor) -> list[MergeMap]:
+    def fold(self, features: Tensor, budget: int | None = None) -> list[MergeMap]:
         """Where the T tokens with these features (B, T, C) go in front of the first layer: after 0, 1, ... merges."""
-        return fold(features, self.cfg.folds, self.cfg.protected, self.cfg.partition, self._generator())
+        folds, _ = self.cfg.plan(budget)
+        return fold(features, folds, self.cfg.protected, self.cfg.partition, self._generator())
 
     def forward(
-        self, x: Tensor, return_source: bool = False, folded: MergeMap | None = None
+        self, x: Tensor, return_source: bool = False, folded: MergeMap | None = None, budget: int | None = None
     ) -> tuple[Tensor, MergeMap | None]:
         """x (B, T, D) -> tokens (B, T', D), source: MergeMap from the T input tokens | None.
 
-        folded: of the T tokens, where x (B, T', D) are already the means of their groups.
+        folded: of the T tokens, where x (B, T', D) are already the means of their groups. budget: how many tokens to
+        leave, one of an elastic `tome_r`; None: the config's number. Raises ValueError.
         """
         cfg, source = self.cfg, folded
         track_sizes = cfg.merge_mean == "size" or cfg.proportional_attention
@@ -189,7 +215,7 @@ class TomeFormer(nn.Module):
             source = MergeMap.identity(*x.shape[:2], x.device)
         generator = self._generator()
         x = self.embeddings(x, folded)
-        for layer, r in zip(self.encoder["layer"], cfg.schedule, strict=True):
+        for layer, r in zip(self.encoder["layer"], cfg.plan(budget)[1], strict=True):
             x, step = layer(x, r, sizes, generator)
             if step is not None:
                 sizes = None if sizes is None else step.sizes(sizes)

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def flops_per_image(step, batch: dict) -> float:
-    """Floating-point operations of forward and backward on one picture of `batch`; a multiply-add is two.
+    """Floating-point operations of forward and backward on one picture of `batch`; a multiply-add is two. Where numbers
+    of visual tokens are drawn, the mean over all draws.
 
     step: the trainer's TrainingStep. A pass of its own, whose gradients are thrown away: weights, random generators
     and the steps to come stay what they were. (The counter decides which kernels torch takes, so a step under it
@@ -18,6 +19,8 @@ def flops_per_image(step, batch: dict) -> float:
     model = step.model.module if isinstance(step.model, DistributedDataParallel) else step.model
     gpus = [step.device] if step.device.type == "cuda" else []
     with torch.random.fork_rng(devices=gpus), FlopCounterMode(display=False) as counter:
-        loss = step.forward(model, batch)["loss"]
-        torch.autograd.grad(loss, step.parameters, allow_unused=True)
-    return counter.get_total_flops() / len(batch["image"])
+        draws = len(step.draws) or 1
+        for micro_step in range(draws):  # each of these takes another one
+            loss = step.forward(model, batch, micro_step)["loss"]
+            torch.autograd.grad(loss, step.parameters, allow_unused=True)
+    return counter.get_total_flops() / draws / len(batch["image"])

@@ -111,8 +111,9 @@ def check_training(run, meanings: dict[str, str]):
 
 
 def check_evaluation(run, model):
-    """Raises ConfigError where an evaluation has no splits, or its weights are given by run.resume_ckpt_path."""
-    if run.get("resume_ckpt_path"):
+    """Raises ConfigError where an evaluation has no splits, or its weights are given by run.resume_ckpt_path (auto: an
+    evaluation goes on by run.keep_every, and has no checkpoint of its own to look for)."""
+    if run.get("resume_ckpt_path") not in (None, "", "auto"):
         raise ConfigError(
             "run.resume_ckpt_path continues training; to evaluate a checkpoint set model.pretrained="
             f"{run.resume_ckpt_path} in its place"

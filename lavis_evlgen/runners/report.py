@@ -116,6 +116,7 @@ class Reporter:
                 "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "precision": precisions(model),
+                "tokens": facts_of(model).token_counts(),
                 **({} if trained is None else {"not_as_trained": trained.changed}),
             },
             step=step,

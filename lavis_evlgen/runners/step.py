@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lavis_evlgen import distributed
 from lavis_evlgen.config.keys import Settings, key
+from lavis_evlgen.datasets.seeding import EpochOrder, mix
 from lavis_evlgen.errors import UserError
 from lavis_evlgen.models.precision import auto_precision, autocast_type
 from lavis_evlgen.weights.integrity import all_finite
@@ -39,6 +40,7 @@ def amp_of(run):
     return auto_precision() if amp == "auto" else amp
 
 
+_BUDGETS = 5  # what is drawn from the seed here
 PATIENCE_AT_END = 5  # skipped steps in a row that are too many where no more steps follow
 
 
@@ -57,12 +59,17 @@ class TrainingStep:
     of a micro-step on all ranks, then over micro-steps; so it is of a loss that counts no tokens. A step whose
     gradient is not finite is skipped on the device and counted; `check_finite` raises after `patience` of them in a
     row. `objective` is of a task with a loss of its own: in micro-step m the model is called with objective(m)
-    (tasks/base.py).
+    (tasks/base.py). draws: of a model with an elastic number of tokens (ModelFacts.token_draws), of which micro-step m
+    takes one: a function of (seed, m), the same on all ranks; of any len(draws) micro-steps from a multiple of that
+    number on, each takes another.
     """
 
-    def __init__(self, model, optimizer, device: torch.device, run, patience: int = 20, objective=None):
+    def __init__(
+        self, model, optimizer, device: torch.device, run, patience: int = 20, objective=None, draws=(), seed: int = 0
+    ):
         self.model, self.optimizer, self.device, self.patience = model, optimizer, device, patience
-        self.objective = objective
+        self.objective, self.draws = objective, draws
+        self.order = EpochOrder(len(draws), mix(seed, _BUDGETS)) if draws else None
         settings = run if isinstance(run, StepSettings) else StepSettings.read(run, "run.")
         self.accum, self.max_norm = settings.accum_grad_iters, settings.max_grad_norm
         self.asked_mean, self.loss_mean = settings.loss_mean, settings.loss_mean or "tokens"
@@ -101,6 +108,8 @@ class TrainingStep:
     def forward(self, model, batch: dict, micro_step: int = 0) -> dict[str, Tensor]:
         """What `model` says of a batch in micro-step number `micro_step` of the run, under autocast."""
         batch, objective = self.prepared(batch), None if self.objective is None else self.objective(micro_step)
+        if self.draws:
+            batch["budgets"] = self.draws[self.order[micro_step][1]]
         with self.autocast():
             # models of LAVIS's own know no objective
             return model(batch) if objective is None else model(batch, objective=objective)

@@ -21,7 +21,7 @@ from lavis_evlgen.datasets.facts import adapted_sets
 from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.compile import check_parts, compile_parts, eager
-from lavis_evlgen.models.facts import check_packing
+from lavis_evlgen.models.facts import check_packing, facts_of
 from lavis_evlgen.models.precision import check_halves, check_precision
 from lavis_evlgen.models.trains import train_mode
 from lavis_evlgen.runners.checkpointing import checkpoints
@@ -114,8 +114,9 @@ class Trainer:
         self.skipped = SkippedSamples(self.output_dir, data)
         self.shards = ShardProgress(data, run.num_workers, self.skipped.shards)
         self.step = TrainingStep(
-            with_ddp(self.model, self.device), self.optimizer, self.device, run, objective=self.task.objective
-        )
+            with_ddp(self.model, self.device), self.optimizer, self.device, run, objective=self.task.objective,
+            draws=facts_of(self.model).token_draws(), seed=self.seed,
+        )  # fmt: skip
         seed_everything(self.seed + distributed.rank())
         self.state = RunState(self)
         saved = self.state.resume()

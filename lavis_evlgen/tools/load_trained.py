@@ -13,20 +13,24 @@ from lavis_evlgen.reporting.stage_files import stage_folders
 from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.tasks.captioning import decoding_of
 from lavis_evlgen.tasks.settings import SharedRunSettings
-from lavis_evlgen.weights.bundle import is_bundle, read_config
+from lavis_evlgen.weights.bundle import check_keys, is_bundle, read_config
 from lavis_evlgen.weights.sources import WeightsError
 from lavis_evlgen.weights.trainable import shapes_of
 from lavis_evlgen.weights.untrusted import check_plain, checked_model, without_interpolations
 
 
 def load(args):
-    """(model, evaluation image processor, decoding, device, seed) of the run in `args.run`; a bundle has no seed."""
-    device = distributed.start(args.device)
+    """(model, evaluation image processor, decoding, device, seed) of the run in `args.run`; a bundle has no seed.
+
+    args.tokens: how many visual tokens the model shall leave, of commands that have it; None: as it was trained.
+    """
+    device, tokens = distributed.start(args.device), vars(args).get("tokens")
+    changes = {} if tokens is None else {"tokens": tokens}
     if args.checkpoint is None and is_bundle(args.run):
-        model, vis = _model_of_bundle(args.run, device)
+        model, vis = _model_of_bundle(args.run, device, changes)
         return model, vis, dict(model.decoding or {}), device, None
     cfg, checkpoint = run_config(Path(args.run), args.checkpoint)
-    model, vis = _model_of_run(cfg, checkpoint, device)
+    model, vis = _model_of_run(cfg, checkpoint, device, changes)
     return model, vis, decoding_of(cfg["run"]), device, SharedRunSettings.read(cfg["run"], "run.").seed
 
 
@@ -59,22 +63,24 @@ def run_config(folder: Path, checkpoint: str | None) -> tuple[dict, Path]:
     return config | {"model": checked_model(config["model"], place, shapes_of(content["model"]))}, path
 
 
-def _model_of_run(cfg: dict, checkpoint: Path, device):
-    """(model, evaluation image processor) as the run had them."""
+def _model_of_run(cfg: dict, checkpoint: Path, device, changes: dict):
+    """(model, evaluation image processor) as the run had them, but for `changes` of the model section."""
     # the run's own checkpoint holds all that trains: what it started from need not be there any more
     starts = {"pretrained": None, "finetuned": None, "load_finetuned": False, "llm_adapter": None}
-    model_cfg = OmegaConf.create({**cfg["model"], **starts})
-    model = known("arch", model_cfg.get("arch"), registry.get_model_class, checkpoint).from_config(model_cfg)
+    model_cfg = OmegaConf.create({**cfg["model"], **starts, **changes})
+    cls = known("arch", model_cfg.get("arch"), registry.get_model_class, checkpoint)
+    check_keys(cls, changes, f"{checkpoint}, a model of arch {model_cfg.arch}")
+    model = cls.from_config(model_cfg)
     model.load_checkpoint(str(checkpoint))
     dataset = next((section for section in cfg["datasets"].values() if isinstance(section, dict)), {})
     return model.to(device).eval(), _image_processor(dataset, checkpoint)
 
 
-def _model_of_bundle(folder: str, device):
-    """(model, evaluation image processor) of a bundle."""
+def _model_of_bundle(folder: str, device, changes: dict):
+    """(model, evaluation image processor) of a bundle, but for `changes` of the model section."""
     content = read_config(folder)
     vis = _image_processor(content.get("preprocess") or {}, f"{folder}/config.json")
-    model = registry.get_model_class(content["model"]["arch"]).from_pretrained(folder)
+    model = registry.get_model_class(content["model"]["arch"]).from_pretrained(folder, **changes)
     return model.to(device), vis
 
 

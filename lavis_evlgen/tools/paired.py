@@ -7,6 +7,7 @@ pictures, and over seeds where there are several, says how sure it is (Efron 197
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,13 +63,16 @@ def difference(first: Arm, other: Arm, resamples: int = RESAMPLES, seed: int = 0
     return Difference(float(mean), float(least), float(most))
 
 
-def arms_of(runs: list[RunRecord]) -> list[Arm]:
-    """The runs by what they were configured to do but for the seed. Raises ConfigError where they do not compare."""
+def arms_of(runs: list[RunRecord], label: Callable[[RunRecord], str] | None = None) -> list[Arm]:
+    """The runs by what they were configured to do but for the seed; label: says in its place which run is of which arm.
+
+    Raises ConfigError where they do not compare.
+    """
     if notes := unlike(runs):
         raise ConfigError(f"--paired: {notes[0]}")
     groups: dict[str, list[RunRecord]] = {}
     for run in runs:
-        groups.setdefault(_settings(run), []).append(run)
+        groups.setdefault((label or _settings)(run), []).append(run)
     if len(groups) < 2:
         raise ConfigError(f"--paired: {', '.join(run.name for run in runs)} differ in nothing but seeds; give runs of "
                           "another config to compare them with")  # fmt: skip

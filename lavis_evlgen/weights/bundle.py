@@ -305,7 +305,8 @@ def write_bundle(folder, state: dict, content: dict, card: dict | None = None, n
 
 def differences(trained: dict, cfg: dict) -> list[str]:
     """Settings of a model config that weights were not trained with (`trained`: theirs), in words."""
-    quiet = {*STARTS, "model_type", "connector_init", "connector_sizes", "lr_scale", "prompt_scale", "vit_path"}
+    quiet = {*STARTS, "model_type", "connector_init", "connector_sizes", "lr_scale", "prompt_scale", "vit_path",
+             "tokens"}  # fmt: skip
     both = [key for key in trained if key in cfg and key not in quiet and cfg[key] != trained[key]]
     return [f"{key}: {cfg[key]} here, {trained[key]} there" for key in both]
 

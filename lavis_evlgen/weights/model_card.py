@@ -26,7 +26,8 @@ model.generate({{"image": vis["eval"](picture)[None]}})
 ```
 """
 _HUB_ID = r"[\w-][\w.-]*/[\w.-]+"
-SETTINGS = ("vit_model", "vit_layer", "image_size", "connector", "num_layers", "tome_r", "llm_model", "bos", "prompt")
+SETTINGS = ("vit_model", "vit_layer", "image_size", "connector", "num_layers", "tome_r", "tokens", "llm_model", "bos",
+            "prompt")  # fmt: skip
 
 
 def model_card(config: Mapping, numbers: int, card: Mapping | None = None, name: str | None = None) -> str:

@@ -14,6 +14,7 @@ from benchmarks.common.result_pages import END, START
 from benchmarks.experiments import (
     ablations,
     connectors,
+    elastic,
     flickr8k,
     miniature,
     real_clips,
@@ -264,6 +265,36 @@ def test_connectors_from_end_to_end_and_another_seed(in_this_process, parts, tmp
     assert pooling[-1] == ours[-1] == "7, 8"
     assert "Not yet run." in page.read_text().split("<!-- tables of frozen -->")[0]  # the other language model's
     assert sorted(path.name for path in (tmp_path / "made/features").glob("*train*"))
+
+
+def test_elastic_against_models_of_one_number_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):
+    """Two numbers of tokens: a model each, and both elastic ones, evaluated at either number without training."""
+    images, file = photos(tmp_path / "photos", 4)
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs/results/elastic.md").read_text())
+    arguments = ["--images", str(images), "--captions", str(file), "--steps", "3", "--budgets", "5", "9"]
+    arguments += ["--seeds", "7", "--folder", str(tmp_path / "made"), "--out", str(tmp_path / "found.json")]
+    arguments += ["--page", str(page), "--set", *tiny(parts)]
+    monkeypatch.setattr(sys, "argv", ["elastic.py", *arguments])
+    elastic.main()
+    found = json.loads((tmp_path / "found.json").read_text())
+    fewer = found["steps"]["elastic, sandwich"]
+    assert found["steps"]["elastic, one"] == 3 > fewer >= 1
+    trained = ["5_alone_steps3_seed7", "9_alone_steps3_seed7", "elastic_one_steps3_seed7",
+               f"elastic_sandwich_steps{fewer}_seed7"]  # fmt: skip
+    assert in_this_process == [*trained, *(f"{name}_at5" for name in trained[2:])]
+    assert not list((tmp_path / f"made/runs/{trained[2]}_at5").glob("*.pth"))
+    header, _, *lines = rows(page.read_text().split("\n\n")[-3])
+    assert [line[:2] for line in lines] == [[count, kind] for count in ("5", "9")
+                                            for kind in ("alone", "elastic, one", "elastic, sandwich")]  # fmt: skip
+    assert all((line[3] == "") == (line[1] == "alone") for line in lines) and " to " in lines[1][3]
+    five, nine = (found["results"][f"elastic, one at {count}"][0]["loss_right"] for count in (5, 9))
+    assert five != nine
+    costs = rows(page.read_text().split("\n\n")[-2])
+    assert [line[0] for line in costs[2:]] == ["2 models", "elastic, one", "elastic, sandwich"]
+    before = page.read_text()
+    elastic.main()
+    assert len(in_this_process) == 6 and page.read_text() == before
 
 
 def test_several_captions_of_a_photo_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):

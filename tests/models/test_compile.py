@@ -66,6 +66,21 @@ def grads(model, samples) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_each_budget_of_an_elastic_model_is_compiled_once(counter, monkeypatch):
+    """More of them than the eight shapes that torch compiles for one function unless it is told."""
+    from torch._dynamo import config
+
+    monkeypatch.setattr(config, "cache_size_limit", 8)
+    samples, budgets = {"image": pictures(2), "text_input": ["a red square", "a dog"]}, list(range(5, 15))
+    plain, compiled = (tiny_evlgen(connector={"tome_r": {"elastic": budgets}}) for _ in range(2))
+    compile_parts(compiled, ["connector"])
+    for _ in range(2):
+        for budget in budgets:
+            drawn = samples | {"budgets": (budget,)}
+            assert compiled(drawn)["loss"].item() == pytest.approx(plain(drawn)["loss"].item(), rel=1e-5)
+    assert counter.frame_count == len(budgets)
+
+
 @pytest.mark.parametrize("vision", ["hidden layer", "eva", "LAVIS's CLIP", "frames", "ordered frames", "all options"])
 def test_every_kind_of_encoder_compiles_to_the_same_gradients(vision, counter):
     samples = {"image": pictures(2), "text_input": ["a red square", "a blue circle"]}

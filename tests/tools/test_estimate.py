@@ -16,6 +16,7 @@ from lavis_evlgen.models.evlgen_video import EVLGenVideo
 from lavis_evlgen.runners.cost import flops_per_image
 from lavis_evlgen.tools.cost.estimate import Speed, auto_on, speed_of
 from lavis_evlgen.tools.cost.hardware import ASSUMED, HARDWARE, RESULTS
+from lavis_evlgen.tools.cost.macs import cost_of
 from lavis_evlgen.tools.cost.step_memory import Alive, step_flops, step_memory
 from lavis_evlgen.tools.cost.texts import Texts
 from lavis_evlgen.weights.bundle import empty_model
@@ -77,9 +78,21 @@ def test_a_step_without_numbers_takes_what_a_real_one_does(runs, connector, dtyp
     assert found.working > sum(p.grad.nbytes for p in trained)
 
 
-def real_step(model, image, dtype, texts: int = 1) -> tuple[int, int]:
+@pytest.mark.parametrize("draw", ["one", "sandwich"])
+def test_an_elastic_step_takes_what_its_largest_draw_does(runs, draw):
+    cfg = section(runs, tome_r={"elastic": [5, 9, 13], "draw": draw})
+    model = EVLGen.from_config(cfg).train()
+    largest = {"one": (13,), "sandwich": (13, 9)}[draw]
+    found = step_memory(empty_model(EVLGen, cfg), (16, 3, 28, 28), length_of(model), None)
+    assert found.working == pytest.approx(real_step(model, pictures(16), None, budgets=largest)[1], rel=0.02)
+    flops = step_flops(empty_model(EVLGen, cfg), (1, 3, 28, 28), length_of(model))
+    assert flops == pytest.approx(cost_of(cfg, length_of(model)).step_flops, abs=1)
+
+
+def real_step(model, image, dtype, texts: int = 1, budgets=None) -> tuple[int, int]:
     """Bytes of a model's parameters and buffers, and the most that forward and backward hold beside them."""
-    samples = {"image": image, "text_input": [CAPTION] * len(image) * texts, "texts_per_image": [texts] * len(image)}
+    samples = {"image": image, "text_input": [CAPTION] * len(image) * texts, "texts_per_image": [texts] * len(image),
+               "budgets": budgets}  # fmt: skip
     with Alive() as alive:
         for value in (*model.parameters(), *model.buffers(), samples["image"]):
             alive.add(value)

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets.seeding import EpochOrder
 from lavis_evlgen.models.blip2_stage1 import Blip2Stage1
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.vision import encoder
@@ -242,6 +243,35 @@ def test_a_language_model_that_learns(runs, llm_train):
     assert (adapters.parameters, adapters.trains, adapters.factor) == (learns, True, 6)
     assert adapters.macs == learns * (cost.prompt_tokens + cost.text_tokens)
     assert (frozen.parameters, frozen.trains, frozen.factor, frozen.macs) == (plain.parameters, False, 4, plain.macs)
+
+
+@pytest.mark.parametrize("draw", ["one", "sandwich"])
+def test_an_elastic_model_costs_the_mean_of_what_it_draws(runs, draw, capsys):
+    section = runs.config["model"] | {"vit_precision": "fp32"}
+    elastic = OmegaConf.create(section | {"tome_r": {"elastic": [5, 9, 13], "draw": draw}})
+    model = EVLGen.from_config(elastic).eval()
+    language, caption = model.language_model, "a red square and a blue circle"
+    length = 1 + len(language.text.caption(model.prompt, caption, language.text_limit)[0])
+    cost = cost_of(elastic, text_tokens=length)
+    each = {n: cost_of(OmegaConf.create(section | {"tome_r": {"target": n}}), length) for n in (5, 9, 13)}
+    passes = {"one": [(5,), (9,), (13,)], "sandwich": [(13, 5), (13, 9)]}[draw]
+    assert (cost.drawn, cost.prompt_tokens) == (passes, 13)
+    assert cost.inference == {n: sum(part.macs for part in one.parts) for n, one in each.items()}
+    for name in ("connector", "language model"):
+        mean = sum(part(each[n], name).macs for draw in passes for n in draw) / len(passes)
+        assert part(cost, name).macs == pytest.approx(mean, abs=2)
+    assert part(cost, "vision encoder") == part(each[5], "vision encoder")
+    step = step_of(model)
+    step.draws, step.order = model.token_draws(), EpochOrder(len(passes), 0)
+    with sdpa_kernel(SDPBackend.MATH):
+        real = flops_per_image(step, {"image": pictures(1), "text_input": [caption]})
+    assert cost.step_flops == pytest.approx(real, abs=1)
+    options = ["--options", f"model.tome_r={{elastic: [5, 13], draw: {draw}}}", "model.tokens=9"]
+    assert evlgen("macs", runs.path(), *options) == 0
+    words = capsys.readouterr().out
+    drawn = {"one": "5, 13", "sandwich": "13 + 5"}[draw]
+    assert "9 after the connector" in words and f"mean over what training draws: {drawn} tokens" in words
+    assert all(f" {n}: " in words.splitlines()[-1] for n in (5, 9, 13))
 
 
 def test_longer_texts_cost_the_language_model_more(runs):

@@ -48,6 +48,8 @@ def build_connector(vision, cfg: dict) -> Connector:
     name = ConnectorSettings.read(cfg).connector
     known = dict.fromkeys(key for settings in READS.values() for key in keys_of(settings))
     idle = [key for key in known if cfg.get(key) is not None and key not in keys_of(READS[name])]
+    if "tokens" in idle:
+        raise ValueError(f"tokens: connector {name} leaves a number of tokens of its own; leave the key out")
     if idle:  # the model type's defaults are TomeFormer's
         logging.info("connector %s does not read %s", name, ", ".join(idle))
     if cfg.get("connector_sizes") and not is_random(cfg.get("connector_init")):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lavis_evlgen.config.keys import Settings, key
 from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.config.values import Range
-from lavis_evlgen.nn import MergeMap, TomeFormerConfig
+from lavis_evlgen.nn import Budgets, MergeMap, TomeFormerConfig
 from lavis_evlgen.nn.tomeformer import by_bert_names
 from lavis_evlgen.weights.kept_sizes import sizes_of
 from lavis_evlgen.weights.sources import WeightsError, load_from_hub, on_meta, read_state_dict, resolve
@@ -75,11 +75,13 @@ class Connector(nn.Module):
     `width` is D_c, `num_output_tokens` L'. `condition` is accepted everywhere and used nowhere yet: merging that
     looks at the question would read it. `ln_vision_init`: weights for the LayerNorm in front of the connector, where
     the connector's own weights were trained behind one; else None. `sizes`: what `connector_sizes` must say for the
-    same shapes without the weights that this one started from; None where there is nothing to say.
+    same shapes without the weights that this one started from; None where there is nothing to say. `budgets`:
+    of one that can leave several numbers of tokens in training (`forward` then takes `budget`, one of them); else None.
     """
 
     ln_vision_init: dict[str, Tensor] | None = None
     sizes: dict | None = None
+    budgets: Budgets | None = None
 
     def __init__(self, width: int, num_output_tokens: int):
         super().__init__()

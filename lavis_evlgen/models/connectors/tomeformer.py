@@ -19,23 +19,33 @@ from lavis_evlgen.models.connectors.base import (
     is_random,
 )
 from lavis_evlgen.nn import GroupReadout, PooledSkip, TomeFormer, TomeFormerConfig
+from lavis_evlgen.nn.budgets import DRAWS
 from lavis_evlgen.nn.tomeformer import by_bert_names
 from lavis_evlgen.weights.sources import check_floating, on_meta, read_state_dict
 
 
 class TomeR(TypedDict, total=False):
-    """A line of r over the layers ({r, inflection}), or the tokens to leave ({target})."""
+    """A line of r over the layers ({r, inflection}), the tokens to leave ({target}), or several numbers of tokens that
+    training draws from ({elastic}, with draw and beta)."""
 
     r: Annotated[int, Range(0, 10_000)]
     inflection: Annotated[float, Range(-1.0, 1.0)]
     target: Annotated[int, Range(1, 100_000)]
+    elastic: list[Annotated[int, Range(1, 100_000)]]
+    draw: Literal[DRAWS]
+    beta: Annotated[float, Range(0.0, 1e6)]
 
 
 @dataclass(kw_only=True)
 class TomeFormerSettings(BertSettings):
     tome_r: int | list[int] | TomeR | None = key(
-        "merges per layer: a number, a list, {r, inflection} or {target}", TomeFormerConfig.tome_r, at_least=0,
-        at_most=10_000,
+        "merges per layer: a number, a list, {r, inflection} or {target}; {elastic: [10, 29, 65], draw, beta}: "
+        "training leaves one of these numbers of tokens at a time (draw: one), or the largest and one other (sandwich)",
+        TomeFormerConfig.tome_r, at_least=0, at_most=10_000,
+    )  # fmt: skip
+    tokens: int | None = key(
+        "leave so many visual tokens, whatever tome_r says; where that is elastic, in evaluation and captions (left "
+        "out: the largest)", None, at_least=1, at_most=100_000,
     )  # fmt: skip
     merge_mean: Literal["plain", "size"] | None = key(
         "plain (released) or size (weighted by patches)", TomeFormerConfig.merge_mean
@@ -63,7 +73,7 @@ class TomeFormerConnector(Connector):
 
     def __init__(self, input_width: int, cfg: TomeFormerConfig):
         super().__init__(cfg.hidden_size, cfg.num_output_tokens)
-        self.sizes = {name: getattr(cfg, name) for name in SIZES}
+        self.sizes, self.budgets = {name: getattr(cfg, name) for name in SIZES}, cfg.budgets
         self.input_proj = nn.Linear(input_width, cfg.hidden_size)
         self.tomeformer = TomeFormer(cfg)
         self.skip = PooledSkip(input_width, cfg.hidden_size) if cfg.skip == "pooled" else None
@@ -71,17 +81,19 @@ class TomeFormerConnector(Connector):
         self.readout = GroupReadout(input_width, cfg.hidden_size, cfg.num_heads) if reads else None
 
     def forward(
-        self, visual_tokens: Tensor, condition=None, return_source: bool = False, features: Tensor | None = None
-    ) -> VisualPrompt:
-        """Raises ValueError for merge_at input without features."""
+        self, visual_tokens: Tensor, condition=None, return_source: bool = False, features: Tensor | None = None,
+        budget: int | None = None,
+    ) -> VisualPrompt:  # fmt: skip
+        """budget: how many tokens to leave, one of `budgets`. Raises ValueError for another one, and for merge_at input
+        without features."""
         inputs, folded = visual_tokens, None
         if self.tomeformer.cfg.merge_at == "input":
             if features is None:
                 raise ValueError("merge_at: input compares the ViT's own features; give the connector `features`")
-            folded = self.tomeformer.fold(features)[-1]
+            folded = self.tomeformer.fold(features, budget)[-1]
             inputs = folded.merge(visual_tokens)  # (B, L', D_v): all that the projection and the body see
         groups = return_source or self.skip is not None or self.readout is not None
-        tokens, source = self.tomeformer(self.input_proj(inputs), groups, folded)  # (B, L', D_c)
+        tokens, source = self.tomeformer(self.input_proj(inputs), groups, folded, budget)  # (B, L', D_c)
         if self.skip is not None:
             tokens = self.skip(tokens, source.merge(visual_tokens) if folded is None else inputs)
         if self.readout is not None:
@@ -110,7 +122,7 @@ def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
         state = None if on_meta() else read_state_dict(folder, "connector_init")
     config = TomeFormerConfig(
         num_tokens=vision.num_tokens, protected=vision.protected, num_layers=settings.num_layers,
-        tome_r=settings.tome_r, merge_mean=settings.merge_mean, partition=settings.partition,
+        tome_r=settings.tome_r, tokens=settings.tokens, merge_mean=settings.merge_mean, partition=settings.partition,
         proportional_attention=settings.proportional_attention, dropout=settings.dropout, merge_at=settings.merge_at,
         readout=settings.readout, skip=settings.skip, **sizes,
     )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -47,7 +47,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Cost:
-    """All parts, with how they were counted. step_flops: counted on a forward and a backward pass, not by formula."""
+    """All parts, with how they were counted. step_flops: counted on a forward and a backward pass, not by formula.
+
+    prompt_tokens: those of an evaluation.
+    """
 
     parts: list[Part]
     image_size: int
@@ -56,6 +59,8 @@ class Cost:
     text_tokens: int
     step_flops: int
     texts: int = 1  # of so many tokens each
+    drawn: list[tuple[int, ...]] = field(default_factory=list)  # ModelFacts.token_draws; parts are the mean over them
+    inference: dict[int, int] = field(default_factory=dict)  # where they are drawn: MACs with so many tokens
 
     @property
     def flops(self) -> int:

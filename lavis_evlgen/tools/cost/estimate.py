@@ -18,7 +18,7 @@ from lavis_evlgen.models.trains import train_as_in
 from lavis_evlgen.reporting import tables
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tools.cost.hardware import CPU, HARDWARE
-from lavis_evlgen.tools.cost.macs import amount
+from lavis_evlgen.tools.cost.macs import amount, listed
 from lavis_evlgen.tools.cost.step_memory import StepMemory, step_flops, step_memory
 from lavis_evlgen.tools.cost.texts import Texts
 from lavis_evlgen.weights.bundle import empty_model
@@ -50,6 +50,7 @@ class Estimate:
     flops: float
     speed: Speed
     texts: int = 1  # of a picture
+    drawn: tuple[tuple[int, ...], ...] = ()  # numbers of visual tokens that training draws from
 
     @property
     def seconds_per_step(self) -> float:
@@ -99,7 +100,8 @@ def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, re
     memory = most if batch > 1 else less
     speed = speed_of(gpu, "fp32" if dtype is None else "half", flops, results, mfu)
     steps, pictures = run.max_iters, batch * accumulated * gpus
-    return Estimate(memory, each, batch, pictures, steps, gpus, gpu, flops, speed, texts.count)
+    drawn = tuple(made.token_draws())
+    return Estimate(memory, each, batch, pictures, steps, gpus, gpu, flops, speed, texts.count, drawn)
 
 
 def auto_on(gpu: str) -> str:
@@ -179,6 +181,9 @@ def words(found: Estimate) -> str:
     if found.texts > 1:
         texts = f" with {found.texts} texts ({amount(found.flops / found.texts)}FLOPs a text)"
         rate += f" with {found.texts} texts each"
+    if found.drawn:
+        lines.append(f"memory is of a step with the most visual tokens, {listed(max(found.drawn, key=sum))}; work and "
+                     f"time are the mean over what is drawn: {', '.join(map(listed, found.drawn))}")  # fmt: skip
     lines += [
         f"work: {amount(found.flops)}FLOPs a picture or clip{texts}, {found.pictures_per_step} of them a step",
         f"speed: {amount(found.speed.rate)}FLOPs a second; {found.speed.source}",

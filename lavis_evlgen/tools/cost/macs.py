@@ -72,13 +72,11 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int, texts: Texts =
         text = torch.empty(rows, length, language.width)
         return language.body(torch.cat([prompt.expand(rows, -1, -1), text], 1))
 
-    with without_numbers(model):
-        image = torch.empty(1, 3, image_size, image_size)
-        tokens, vit = counted(lambda: model.visual_encoder(image))
-        features = tokens
-        tokens, norm = counted(lambda: model.ln_vision(features))
-        prompt, found = _connector_cost(model.connector, tokens, features)
-        keys, (linear, products) = matching_keys(model.connector, tokens.shape[1]), found["connector"]
+    def once(seen, vit, budget):
+        """(tokens of the prompt, cost of each part, FLOPs of a step) with `budget` tokens."""
+        tokens, norm = counted(lambda: model.ln_vision(seen))
+        prompt, found = _connector_cost(model.connector, tokens, seen, budget)
+        keys, (linear, products) = matching_keys(model.connector, tokens.shape[1], budget), found["connector"]
         found["connector"] = (linear - keys, products + keys)
         found = {"vision encoder": vit, "ln_vision": norm, **found}
         if sizes["gates"][0]:
@@ -90,17 +88,39 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int, texts: Texts =
             linear, products = found["language model"]
             found |= {"language model": (linear - own, products), ADAPTERS: (own, 0)}
         logits, found["head"] = counted(lambda: head(hidden[:, -labels:]))
-        step = flops_of_step(model, logits.sum(), found)
-    return Cost(_parts(sizes, found), image_size, tokens.shape[1], prompt.shape[1], text_tokens, step, texts.count)
+        return prompt.shape[1], found, flops_of_step(model, logits.sum(), found)
+
+    draws = model.token_draws()
+    with without_numbers(model):
+        image = torch.empty(1, 3, image_size, image_size)
+        seen, vit = counted(lambda: model.visual_encoder(image))
+        at = {budget: once(seen, vit, budget) for budget in {None: 0} | dict.fromkeys(sum(draws, ()))}
+    (left, found, step), inference = at[None], {}
+    if draws:
+        found, step = _mean_of_draws(draws, at)
+        inference = {count: sum(map(sum, macs.values())) for count, macs, _ in at.values()}
+    return Cost(_parts(sizes, found), image_size, seen.shape[1], left, text_tokens, step, texts.count, draws,
+                dict(sorted(inference.items())))  # fmt: skip
 
 
-def _connector_cost(connector: nn.Module, tokens: torch.Tensor, features: torch.Tensor) -> tuple:
+def _mean_of_draws(draws: list[tuple[int, ...]], at: dict[int | None, tuple]) -> tuple[dict, int]:
+    """(cost of each part, FLOPs of a step): the mean over draws, of which each is a sum but for the ViT's one pass."""
+    parts = {name: tuple(round(sum(at[count][1][name][kind] for draw in draws for count in draw) / len(draws))
+                         for kind in (0, 1)) for name in at[None][1]}  # fmt: skip
+    vit = at[None][1]["vision encoder"]
+    again = FORWARD * sum(vit) * (len(draws[0]) - 1)
+    steps = [sum(at[count][2] for count in draw) - again for draw in draws]
+    return parts | {"vision encoder": vit}, round(sum(steps) / len(draws))
+
+
+def _connector_cost(connector: nn.Module, tokens: torch.Tensor, features: torch.Tensor, budget: int | None) -> tuple:
     """(prompt, cost of each part): the layers that belong to `input_proj` apart, on what they are given inside."""
     own = [module for name, module in connector.named_modules() if connector.part_of(f"{name}.weight") == "input_proj"]
     calls = []
     hooks = [module.register_forward_hook(lambda module, given, _: calls.append((module, given)))
              for module in own if isinstance(module, nn.Linear)]  # fmt: skip
-    prompt, connects = counted(lambda: connector(tokens, features=features))
+    more = {} if budget is None else {"budget": budget}
+    prompt, connects = counted(lambda: connector(tokens, features=features, **more))
     for hook in hooks:
         hook.remove()
     if not calls:
@@ -151,12 +171,12 @@ def _heads(model, seen, text, match, queries: int):
     return pictures.sum() + words.sum() + model.itm_head(match.last_hidden_state[:, :queries]).sum()
 
 
-def matching_keys(connector: nn.Module, tokens: int) -> int:
+def matching_keys(connector: nn.Module, tokens: int, budget: int | None = None) -> int:
     """MACs of the keys that a TomeFormer's merging compares: a product with weights that belongs to matching."""
     if not isinstance(connector, TomeFormerConnector):
         return 0
     cfg, macs = connector.tomeformer.cfg, 0
-    for r in cfg.schedule:
+    for r in cfg.plan(budget)[1]:
         macs += (r > 0) * tokens * cfg.hidden_size * (cfg.hidden_size // cfg.num_heads)
         tokens = tokens_after(tokens, [r], cfg.protected)
     return macs
@@ -277,3 +297,12 @@ def _show(cost: Cost):
           f"(the formula's sum is {off:+.1%} of that)")  # fmt: skip
     if cost.texts > 1:
         print(f"of each of the {cost.texts} texts: {amount(cost.step_flops / cost.texts)}FLOPs")
+    if cost.drawn:
+        each = ", ".join(f"{count}: {amount(macs)}" for count, macs in cost.inference.items())
+        print(f"all of this is the mean over what training draws: {', '.join(map(listed, cost.drawn))} tokens; MACs of "
+              f"one pass with so many tokens: {each}")  # fmt: skip
+
+
+def listed(draw: tuple[int, ...]) -> str:
+    """The numbers of visual tokens of one micro-step, in words."""
+    return " + ".join(map(str, draw))

@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from lavis_evlgen.models.elastic import divergence
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.tools.cost.meta_models import NothingIsPadded, backward, without_weights
 from lavis_evlgen.tools.cost.texts import ONE, Texts
 
+NOT_DRAWN = (None,)  # numbers of visual tokens of a model that draws none
 FLOAT, MOMENTS = 4, 8  # bytes per trained number: the weight or its gradient; AdamW's two moments
 
 
@@ -45,6 +47,7 @@ def step_memory(
     text_tokens: of each caption, BOS and prompt included, all others supervised; dtype: autocast's, None without;
     accumulated: more micro-batches than one a step, so that gradients are there during the passes. Attention counts as
     the fused kernels of a GPU keep it, also where a processor would keep its probabilities. texts: of each picture.
+    Where numbers of visual tokens are drawn, of a micro-batch with the most of them.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), FusedAttention():
         without_weights(model.train())
@@ -52,8 +55,9 @@ def step_memory(
             for value in (*model.parameters(), *model.buffers()):
                 alive.add(value)
             weights = alive.now
+            most = max(model.token_draws(), key=sum, default=NOT_DRAWN)
             for _ in range(1 + accumulated):
-                _passes(model, image, text_tokens, dtype, texts)
+                _passes(model, image, text_tokens, dtype, texts, most)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = weights - FLOAT * trained
     return StepMemory(frozen, FLOAT * trained, MOMENTS * trained, alive.most - weights)
@@ -61,28 +65,45 @@ def step_memory(
 
 def step_flops(model: EVLGen, image: tuple[int, ...], text_tokens: int, texts: Texts = ONE) -> float:
     """Of forward and backward on one picture or clip, with its texts, of a micro-batch of shape `image`, counted (a MAC
-    is two)."""
+    is two). Where numbers of visual tokens are drawn, the mean over all draws."""
     with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), NothingIsPadded():
         without_weights(model.train(), torch.float32)
         model.visual_encoder.precision = "fp32"
+        draws = model.token_draws() or [NOT_DRAWN]
         with FlopCounterMode(display=False) as counter:
-            _passes(model, image, text_tokens, None, texts)
-    return counter.get_total_flops() / image[0]
+            for budgets in draws:
+                _passes(model, image, text_tokens, None, texts, budgets)
+    return counter.get_total_flops() / len(draws) / image[0]
 
 
-def _passes(model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torch.dtype | None, texts: Texts):
-    """Forward and backward of one micro-batch as EVLGen's, but which positions are supervised is not read from data."""
-    language, (rows, length, labels) = model.language_model, texts.layout(model, text_tokens)
+def _passes(model: EVLGen, image: tuple[int, ...], text_tokens: int, dtype: torch.dtype | None, texts: Texts, budgets):
+    """Forward and backward of one micro-batch as EVLGen's, but which positions are supervised is not read from data.
+
+    budgets: its numbers of visual tokens (ModelFacts.token_draws).
+    """
     batch = torch.empty(image)  # held to the end, as the runner holds it
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        prompt = model.visual_prompt(batch).tokens.to(language.dtype)  # (B, L', D_l)
-        prompt = prompt.repeat_interleave(rows, 0) if rows > 1 else prompt
-        text = torch.empty(len(prompt), length, language.width, dtype=language.dtype)
-        hidden = language.body(torch.cat([prompt, text], 1))[:, -labels:].flatten(0, 1)  # (B rows labels, D_l)
-        logits = language.llm.get_output_embeddings()(hidden)
-        loss = F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long))
-    del prompt, text, hidden, logits
+        seen = model.visual_tokens(batch)
+        loss, logits = _text_loss(model, seen, text_tokens, texts, budgets[0])
+        for budget in budgets[1:]:
+            other, others = _text_loss(model, seen, text_tokens, texts, budget)
+            loss = loss + other + divergence(logits, others)
+            del others
+    del seen, logits
     backward(loss, torch.ones_like(loss))
+
+
+def _text_loss(
+    model: EVLGen, seen: Tensor, text_tokens: int, texts: Texts, budget: int | None
+) -> tuple[Tensor, Tensor]:
+    """(loss, logits of supervised positions) of what the ViT gave."""
+    language, (rows, length, labels) = model.language_model, texts.layout(model, text_tokens)
+    prompt = model.prompt_of(seen, budget=budget).tokens.to(language.dtype)  # (B, L', D_l)
+    prompt = prompt.repeat_interleave(rows, 0) if rows > 1 else prompt
+    text = torch.empty(len(prompt), length, language.width, dtype=language.dtype)
+    hidden = language.body(torch.cat([prompt, text], 1))[:, -labels:].flatten(0, 1)  # (B rows labels, D_l)
+    logits = language.llm.get_output_embeddings()(hidden)
+    return F.cross_entropy(logits.float(), torch.zeros(len(logits), dtype=torch.long)), logits
 
 
 class Alive(TorchDispatchMode):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,6 +180,18 @@ def trained_by(model_cfg, stage: Stage | None = None) -> dict[str, torch.Tensor]
         return None
     train_as_in(model, stage)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_tokens(model_cfg) -> Finding | None:
+    """How many visual tokens an elastic `tome_r` trains and evaluates with; None where it is not elastic."""
+    tome_r = model_cfg.get("tome_r")
+    if not (isinstance(tome_r, Mapping) and "elastic" in tome_r):
+        return None
+    try:
+        model = empty_model(registry.get_model_class(model_cfg.get("arch", "evlgen")), model_cfg)
+    except (OSError, ImportError):
+        return Finding(True, "visual tokens", "not looked at: a part's config is not here")
+    return Finding(True, "visual tokens", model.token_counts())
 
 
 def check_stage(model_cfg, stage: Stage) -> Finding:

@@ -15,6 +15,7 @@ from lavis_evlgen.tools.doctor.checks import (
     check_images,
     check_memory,
     check_stage,
+    check_tokens,
     check_weights,
     epoch_words,
     trained_by,
@@ -48,6 +49,8 @@ def _check_training(cfg: EvlgenConfig, limit: int | None, looked_at: list) -> li
         findings.append(_shown(check_stage(cfg.model_cfg, cfg.stage)))
         if not findings[0].ok:
             return findings
+    if tokens := check_tokens(cfg.model_cfg):
+        findings.append(_shown(tokens))
     findings.append(_shown(check_memory(cfg.model_cfg, cfg.stage)))
     task, datasets = build_data(cfg)
     findings.append(_shown(_check_splits(cfg.run_cfg, datasets, task)))
