@@ -70,8 +70,8 @@ class Settings:
 class Result:
     """text: caption or answer; asked: what it followed. visual, prompt, said: tokens of the ViT, of the visual prompt
     and of the text. seeing, saying: seconds of ViT and connector, and of the language model. schedule: merges of each
-    layer, None without a TomeFormer; folds: of those before the first layer. source: from visual tokens to the
-    prompt's; `no_map` says why there is none.
+    layer, None without a TomeFormer, and where each picture has its own; folds: of those before the first layer.
+    source: from visual tokens to the prompt's; `no_map` says why there is none.
     """
 
     text: str
@@ -160,9 +160,12 @@ def describe(model, image: Tensor, settings: Settings) -> Result:
     end, text = _now(image.device), " ".join(text.split())
     frames = image.shape[2] if image.ndim == 5 else 1
     tomeformer = getattr(model.connector, "tomeformer", None)
-    merges = (None, ()) if tomeformer is None else (tuple(tomeformer.cfg.schedule), tuple(tomeformer.cfg.folds))
+    merges = (None, ())
+    if tomeformer is not None and tomeformer.cfg.limits is None:
+        merges = tuple(tomeformer.cfg.schedule), tuple(tomeformer.cfg.folds)
+    tokens = prompt.tokens.shape[1] if prompt.mask is None else int(prompt.mask.sum())
     return Result(
-        text, asked, frames * model.visual_encoder.num_tokens, prompt.tokens.shape[1],
+        text, asked, frames * model.visual_encoder.num_tokens, tokens,
         len(model.language_model.text.encode(text)), seen - start, end - seen,
         merges[0], prompt.source, no_map, merges[1],
     )  # fmt: skip

@@ -211,6 +211,8 @@ def _trained(model) -> str:
     if largest_r(model) is None:
         return ""
     cfg = model.connector.tomeformer.cfg
+    if cfg.limits is not None:
+        return f"merge as trained ({cfg.num_tokens} → {cfg.limits.least[-1]} to {cfg.num_output_tokens} tokens)"
     schedule = cfg.folds or cfg.schedule
     merges = sorted(set(schedule))
     each = f"r = {merges[0]}" if len(merges) == 1 else f"r = {', '.join(map(str, schedule))}"

@@ -38,7 +38,7 @@ class VisualPrompts:
     def token_counts(self) -> str:
         """From how many visual tokens to how many of the prompt, for the start-up table."""
         counts = f"{self.visual_encoder.num_tokens} visual -> {self.connector.num_output_tokens} in the prompt"
-        return counts + self.drawn_words()
+        return counts + self.mean_words() + self.drawn_words()
 
     def drawn_words(self) -> str:
         """What `token_draws` are, for the end of a line; nothing where there are none."""

@@ -26,6 +26,7 @@ from lavis_evlgen.models.language.loading import load_language_model
 from lavis_evlgen.models.language.model import LanguageModel
 from lavis_evlgen.models.language.prompt_attention import KINDS as PROMPT_ATTENTION
 from lavis_evlgen.models.language.text_loss import held_out_text, text_loss
+from lavis_evlgen.models.lengths import PromptLengths
 from lavis_evlgen.models.precision import PRECISIONS, check_precision
 from lavis_evlgen.models.vision.encoder import VisionSettings, vision_of
 from lavis_evlgen.nn import across_picture_share
@@ -98,7 +99,7 @@ class EvlgenSettings(LanguageSettings, ConnectorSettings, VisionSettings, StartS
 
 
 @registry.register_model("evlgen")
-class EVLGen(Generates, VisualPrompts, Bundled, ModelFacts, BaseModel):
+class EVLGen(Generates, VisualPrompts, PromptLengths, Bundled, ModelFacts, BaseModel):
     """EVLGen-Image (EVLGen, section 3.2). Types: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart.
 
     >>> model, vis, txt = load_model_and_preprocess("evlgen", "quickstart", is_eval=True)
@@ -167,7 +168,8 @@ class EVLGen(Generates, VisualPrompts, Bundled, ModelFacts, BaseModel):
         """Groups of trainable tensors that `pretrained` may lack as a whole (weights/trainable.py)."""
         soft_prompt = {"soft_prompt"} if self.soft_prompt is not None else set()
         readout = {name for name in self.state_dict() if name.startswith("connector.readout.")}  # adds nothing at first
-        return [group for group in (soft_prompt, readout, self.from_files()) if group]
+        thresholds = {name for name in self.state_dict() if name.endswith(".thresholds")}  # found by training, or unset
+        return [group for group in (soft_prompt, readout, thresholds, self.from_files()) if group]
 
     def from_files(self) -> set[str]:
         """What of the language model learns."""
@@ -239,23 +241,26 @@ class EVLGen(Generates, VisualPrompts, Bundled, ModelFacts, BaseModel):
         elastic `tome_r`, one of `token_draws`; left out: the number of tokens of an evaluation.
 
         `loss_tokens` is their number, so that a trainer can weight ranks rightly; `across_picture_share` is the share
-        of the prompt's power that is variance across pictures (0: the connector has collapsed). `objective`, a
-        function of (model, visual prompt, samples), replaces the caption's loss by that of a task.
+        of the prompt's power that is variance across pictures (0: the connector has collapsed); `prompt_lengths`, where
+        pictures differ in tokens: models/lengths.py. `objective`, a function of (model, visual prompt, samples),
+        replaces the caption's loss by that of a task.
         """
         budgets = samples.get("budgets") or (None,)
         if len(budgets) > 1:
             return sandwich(self, samples, budgets, objective)
         prompt = self.visual_prompt(samples["image"], budget=budgets[0])
         if objective is not None:
-            return objective(self, prompt, samples)
+            return objective(self, prompt, samples) | self.histogram(prompt)
         sums, tokens = self.loss_of(prompt, samples)
         total, count = sums.sum(), tokens.sum()
-        share = across_picture_share(prompt.tokens)
-        return {"loss": total / count.clamp_min(1), "loss_tokens": count, "across_picture_share": share}
+        share = across_picture_share(prompt.tokens, prompt.mask)
+        out = {"loss": total / count.clamp_min(1), "loss_tokens": count, "across_picture_share": share}
+        return out | self.histogram(prompt)
 
     @torch.no_grad()
     def extract_features(self, samples: dict, mode: str = "image") -> BlipOutputFeatures:
-        """image_embeds (B, L', D_c): the connector's tokens; image_embeds_proj (B, L', D_l): the LLM's prompt."""
+        """image_embeds (B, L', D_c): the connector's tokens; image_embeds_proj (B, L', D_l): the LLM's prompt. Where
+        pictures differ in tokens, rows of image_embeds end in zeros."""
         if mode != "image":
             raise ValueError(f"mode: {mode!r}; EVLGen has image features only")
         tokens = self.connect(samples["image"]).tokens

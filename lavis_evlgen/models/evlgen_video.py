@@ -21,6 +21,7 @@ from lavis_evlgen.models.evlgen import CONFIGS, EVLGen, EvlgenSettings, build_ev
 from lavis_evlgen.models.vision.temporal import TemporalSettings, TemporalVision, temporal_vision_of
 
 PARTS = (*EVLGen.PARTS, "temporal")
+POOLED_FIRST = ("mean", "temporal_queries")  # frame poolings whose connector reads the mean of the frames
 
 
 @dataclass(kw_only=True)
@@ -63,6 +64,11 @@ class EVLGenVideo(EVLGen):
         super().__init__(*parts, **settings)
         if frame_pooling not in POOLINGS:
             raise ValueError(f"frame_pooling: {frame_pooling!r} is not one of {', '.join(POOLINGS)}")
+        if self.connector.lengths_differ and frame_pooling not in ("mean", "concat"):
+            raise ValueError(
+                f"frame_pooling: {frame_pooling} needs as many tokens of every frame, and model.tome_r {{average, "
+                f"least, most}} gives each its own number; take frame_pooling mean or concat, or tome_r {{target: N}}"
+            )
         self.num_frames, self.frame_pooling = num_frames, frame_pooling
         self.temporal = isinstance(self.visual_encoder, TemporalVision)
         if frame_pooling == "temporal_qformer":
@@ -97,6 +103,7 @@ class EVLGenVideo(EVLGen):
         out = getattr(self, "frame_pool", self.connector).num_output_tokens
         out *= self.num_frames if self.frame_pooling == "concat" else 1
         counts = f"{self.num_frames} frames of {each} visual -> {out} in the prompt"
+        counts += f"{self.mean_words()} of a frame" if self.mean_words() else ""
         return f"{counts} (frame_pooling {self.frame_pooling}){self.drawn_words()}"
 
     def frame_tokens(self, image: Tensor) -> Tensor:
@@ -136,11 +143,13 @@ class EVLGenVideo(EVLGen):
         temporal_qformer and temporal_queries have no source. budget: of each pass of the connector.
         """
         count = seen.shape[1]
-        pooled = self.frame_pooling in ("mean", "temporal_queries")
-        features = seen.mean(1) if pooled else seen.flatten(0, 1)  # (B, L, D_v) or (B T, L, D_v)
-        prompt = super().connect_seen(features, return_source, budget)
-        if pooled:
+        prompt = super().connect_seen(self.read_by_connector(seen), return_source, budget)
+        if self.frame_pooling in POOLED_FIRST:
             return prompt if self.frame_pooling == "mean" else self.frame_pool(self.ln_vision(seen), prompt)
         if self.frame_pooling == "temporal_qformer":
             return self.frame_pool(prompt, count)
         return concatenated(prompt, count) if self.frame_pooling == "concat" else averaged(prompt, count)
+
+    def read_by_connector(self, seen: Tensor) -> Tensor:
+        """Frames' tokens (B, T, L, D_v) -> (B, L, D_v), or each frame's, (B T, L, D_v)."""
+        return seen.mean(1) if self.frame_pooling in POOLED_FIRST else seen.flatten(0, 1)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from torch import Tensor
+
 from lavis_evlgen.compat.adapting import take_over
 from lavis_evlgen.config import ConfigError
 
@@ -12,6 +16,7 @@ class ModelFacts:
     packs_texts = False  # whether batches may have `texts_per_image` (datasets/packing.py)
     prompt: str = ""  # text before every caption, for the run card
     lr_scale: dict[str, float] = {}  # learning-rate factor of each part; 1 where it is not named
+    calibration_pictures: int = 0  # training pictures that `calibrate` wants in front of an evaluation; 0: none
 
     def part_of(self, name: str) -> str:
         """The part of the model, a key of `lr_scale`, that the trainable parameter `name` belongs to."""
@@ -33,6 +38,12 @@ class ModelFacts:
         """What a micro-step of training may take as its numbers of visual tokens, each entry as likely as the others;
         `forward` finds it in samples["budgets"]. []: nothing is drawn."""
         return []
+
+    def calibrate(self, images: Iterable[Tensor]):
+        """Set what evaluation decides by from pictures, or their stored tokens, on every rank as many; in eval mode."""
+
+    def check_calibrated(self):
+        """Raises ValueError where an evaluation lacks what it decides by."""
 
     def token_counts(self) -> str | None:
         """From how many visual tokens to how many of the prompt, for the start-up table; None: no such line."""
@@ -57,3 +68,11 @@ def check_packing(model, asked: str):
         facts_of(model).check_packing()
     except ValueError as error:
         raise ConfigError(f"{asked}: {error}") from error
+
+
+def check_calibrated(model):
+    """Raises ConfigError where an evaluation of `model` lacks what it decides by."""
+    try:
+        facts_of(model).check_calibrated()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lavis_evlgen.nn.merging import MergeMap
+from lavis_evlgen.nn.ragged import RaggedMap
 
 
 class PooledSkip(nn.Module):
@@ -60,6 +61,8 @@ class GroupReadout(nn.Module):
             return projected.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, H, T, d)
 
         own = source.slot[:, None] == torch.arange(source.num_slots, device=x.device)[:, None]  # (B, L', L)
+        if isinstance(source, RaggedMap):  # padding has no patch; a softmax over nothing would not be a number
+            own = own | ~source.alive().unsqueeze(2)
         query, key, value = heads(self.query(tokens)), heads(self.key(x)), heads(self.value(x))
         read = F.scaled_dot_product_attention(query, key, value, own[:, None])  # (B, H, L', d)
         change = self.output(read.transpose(1, 2).flatten(2))  # (B, L', D_c)

@@ -194,7 +194,8 @@ def merge_schedule(spec, num_layers: int, tokens: int, protected: int = 1) -> li
             return _line(int(spec["r"]), float(spec["inflection"]), num_layers)
         if set(spec) == {"target"}:
             return _to_target(int(spec["target"]), num_layers, tokens, protected)
-        raise ValueError(f"tome_r: keys {sorted(spec)}; use {{r, inflection}}, {{target}} or {{elastic, draw, beta}}")
+        known = "{r, inflection}, {target}, {elastic, draw, beta} or {average, least, most}"
+        raise ValueError(f"tome_r: keys {sorted(spec)}; use {known}")
     if isinstance(spec, Sequence) and not isinstance(spec, str):
         if len(spec) != num_layers:
             raise ValueError(f"tome_r lists {len(spec)} layers, the TomeFormer has {num_layers}")

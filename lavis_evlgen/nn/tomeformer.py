@@ -7,6 +7,7 @@ bert-base-uncased, MiniLM and released connectors load by name. With no merging 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lavis_evlgen.nn.budgets import Budgets
 from lavis_evlgen.nn.merging import MergeMap, fold, fold_schedule, match, merge_schedule, tokens_after
+from lavis_evlgen.nn.ragged import NONE, UNSET, Limits, RaggedMap, RaggedPass, cut, limits_of
 
 
 @dataclass
@@ -28,7 +30,8 @@ class TomeFormerConfig:
     max_positions: int = 512
     layer_norm_eps: float = 1e-12
     dropout: float = 0.1
-    tome_r: object = 19  # int | list | {r, inflection} | {target}; see merge_schedule. {elastic}: see Budgets
+    # int | list | {r, inflection} | {target}: merge_schedule. {elastic}: Budgets. {average, least, most}: Limits
+    tome_r: object = 19
     tokens: int | None = None  # leave so many, whatever tome_r says; None: as it says, of budgets the largest
     merge_mean: str = "plain"  # plain (released) | size: weight tokens by the patches they stand for
     partition: str = "alternate"  # alternate (released) | random (the paper's wording)
@@ -41,6 +44,7 @@ class TomeFormerConfig:
     schedule: list[int] = field(init=False)  # merges of each layer
     folds: list[int] = field(init=False)  # merges in front of the first layer
     budgets: Budgets | None = field(init=False)  # of an elastic tome_r
+    limits: Limits | None = field(init=False)  # of pictures that keep as many tokens as they need (nn/ragged.py)
 
     def __post_init__(self):
         if self.hidden_size % self.num_heads:
@@ -62,7 +66,11 @@ class TomeFormerConfig:
         self.budgets = Budgets.of(self.tome_r)
         counts = () if self.budgets is None else self.budgets.tokens
         self._plans = {count: self._plan({"target": count}, "tome_r.elastic") for count in counts}
-        trained = self._plan(self.tome_r) if self.budgets is None else self._plans[self.budgets.largest]
+        self.limits, spec = limits_of(self.tome_r, self.num_layers, self.num_tokens, self.protected), self.tome_r
+        if self.limits is not None:
+            self._check_ragged()
+            spec = {"target": self.limits.most[-1]}  # tensors are as wide as the longest picture may be
+        trained = self._plan(spec) if self.budgets is None else self._plans[self.budgets.largest]
         given = self.tokens is not None
         self.folds, self.schedule = self._plan({"target": self.tokens}, "tokens") if given else trained
 
@@ -85,8 +93,22 @@ class TomeFormerConfig:
             raise ValueError(f"a budget of {budget} tokens is none of tome_r.elastic: {sorted(self._plans)}")
         return self._plans[budget]
 
+    def _check_ragged(self):
+        if self.tokens is not None:
+            raise ValueError(
+                "tokens: with tome_r: {average, least, most} each picture has its own number, by thresholds that are "
+                "trained; leave tokens out, or train with another tome_r"
+            )
+        for name, value, known in (("partition", self.partition, "alternate"), ("merge_at", self.merge_at, "layers")):
+            if value != known:
+                raise ValueError(
+                    f"tome_r: {{average, least, most}} needs {name}: {known}, not {value}; leave {name} out, or take "
+                    "tome_r: {target: N}, the same number of tokens for every picture"
+                )
+
     @property
     def num_output_tokens(self) -> int:
+        """Of every picture; with limits, the most that one has."""
         return tokens_after(self.num_tokens, [*self.folds, *self.schedule], self.protected)
 
 
@@ -172,13 +194,20 @@ class Layer(nn.Module):
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(cfg.hidden_size, cfg.intermediate_size)})
         self.output = AddNorm(cfg.intermediate_size, cfg)
 
-    def forward(self, x: Tensor, r: int, sizes: Tensor | None, generator) -> tuple[Tensor, MergeMap | None]:
+    def forward(
+        self, x: Tensor, r: int, sizes: Tensor | None, generator, ragged: RaggedPass | None = None
+    ) -> tuple[Tensor, MergeMap | None]:
         log_sizes = sizes.log() if sizes is not None and self.cfg.proportional_attention else None
+        if ragged is not None and log_sizes is None:  # the size of padding is 0, its logarithm -inf
+            log_sizes = ragged.key_bias()
         keys = self.attention["self"].mean_keys(x) if r > 0 else None
         x = self.attention["output"](self.attention["self"](x, log_sizes), x)  # (B, T, D)
         step = None
         if keys is not None:
-            step = match(keys, r, self.cfg.protected, self.cfg.partition, generator)
+            if ragged is None:
+                step = match(keys, r, self.cfg.protected, self.cfg.partition, generator)
+            else:
+                step = ragged.match(keys)
             x = step.merge(x, sizes if self.cfg.merge_mean == "size" else None)  # (B, T - r, D)
         return self.output(F.gelu(self.intermediate["dense"](x)), x), step
 
@@ -192,6 +221,9 @@ class TomeFormer(nn.Module):
         self.embeddings = Embeddings(cfg)
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(Layer(cfg) for _ in range(cfg.num_layers))})
         self.apply(_init_bert)
+        if cfg.limits is not None:  # similarity from which on a layer merges, in evaluation
+            unset = [UNSET if cfg.limits.merges(n) else NONE for n in range(cfg.num_layers)]
+            self.register_buffer("thresholds", torch.tensor(unset))
 
     def fold(self, features: Tensor, budget: int | None = None) -> list[MergeMap]:
         """Where the T tokens with these features (B, T, C) go in front of the first layer: after 0, 1, ... merges."""
@@ -206,21 +238,53 @@ class TomeFormer(nn.Module):
         folded: of the T tokens, where x (B, T', D) are already the means of their groups. budget: how many tokens to
         leave, one of an elastic `tome_r`; None: the config's number. Raises ValueError.
         """
-        cfg, source = self.cfg, folded
-        track_sizes = cfg.merge_mean == "size" or cfg.proportional_attention
-        sizes = None  # (B, T) patches per token
-        if track_sizes:
-            sizes = torch.ones(x.shape[:2], device=x.device) if folded is None else folded.sizes()
+        cfg, source, ragged = self.cfg, folded, None
+        if cfg.limits is not None:
+            ragged = RaggedPass(cfg.limits, self.thresholds, cfg.protected, len(x), self.training)
+        sizes = self._first_sizes(x, folded)
         if return_source and folded is None:
-            source = MergeMap.identity(*x.shape[:2], x.device)
+            source = (MergeMap if ragged is None else RaggedMap).identity(*x.shape[:2], x.device)
         generator = self._generator()
         x = self.embeddings(x, folded)
-        for layer, r in zip(self.encoder["layer"], cfg.plan(budget)[1], strict=True):
-            x, step = layer(x, r, sizes, generator)
-            if step is not None:
-                sizes = None if sizes is None else step.sizes(sizes)
-                source = None if source is None else source.then(step)
+        for n, r in enumerate(cfg.plan(budget)[1]):
+            x, sizes, step = self._layer(n, r, x, sizes, generator, ragged)
+            source = source if step is None or source is None else source.then(step)
         return x, source
+
+    def _first_sizes(self, x: Tensor, folded: MergeMap | None = None) -> Tensor | None:
+        """Patches of each token (B, T) in front of the layers; None where nothing asks for them."""
+        if self.cfg.merge_mean != "size" and not self.cfg.proportional_attention:
+            return None
+        return torch.ones(x.shape[:2], device=x.device) if folded is None else folded.sizes()
+
+    def _layer(self, n: int, r: int, x: Tensor, sizes: Tensor | None, generator, ragged: RaggedPass | None):
+        """Layer number n: (tokens, their sizes | None, its merge | None)."""
+        if ragged is not None:
+            ragged.layer, r = n, self.cfg.limits.merges(n)
+        x, step = self.encoder["layer"][n](x, r, sizes, generator, ragged)
+        return x, sizes if sizes is None or step is None else step.sizes(sizes), step
+
+    @torch.no_grad()
+    def calibrate(self, batches: Iterable[Tensor]):
+        """Set the thresholds of `{average, least, most}`: with them, the pictures in `batches`, on all ranks, keep
+        `average` tokens in the mean. Of a TomeFormer in eval mode.
+
+        batches: (B, T, D) each, as `forward` takes them; on every rank as many rows. One layer after another, as a
+        threshold depends on what the layers before it leave.
+        """
+        cfg, passes = self.cfg, []
+        for x in batches:
+            ragged = RaggedPass(cfg.limits, self.thresholds, cfg.protected, len(x), training=False)
+            passes.append((self.embeddings(x), self._first_sizes(x), ragged))
+        for n, layer in enumerate(self.encoder["layer"]):
+            if cfg.limits.merges(n):
+                for *_, ragged in passes:
+                    ragged.layer = n
+                pairs = [ragged.pairs(layer.attention["self"].mean_keys(x)) for x, _, ragged in passes]
+                self.thresholds[n] = cut(pairs, cfg.limits.average[n + 1])
+                del pairs
+            for i, (x, sizes, ragged) in enumerate(passes):
+                passes[i] = (*self._layer(n, 0, x, sizes, None, ragged)[:2], ragged)
 
     def _generator(self) -> torch.Generator | None:
         # evaluation must not depend on what ran before: the random partition is then the same every time
@@ -233,7 +297,7 @@ class TomeFormer(nn.Module):
         Fewer layers than the BERT are taken from its bottom; a missing or misshapen tensor is an error.
         """
         state = by_bert_names(state)
-        own = self.state_dict()
+        own = {name: parameter.detach() for name, parameter in self.named_parameters()}
         missing = [k for k in own if k not in state]
         if missing:
             raise ValueError(

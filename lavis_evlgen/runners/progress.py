@@ -16,6 +16,7 @@ from rich.table import Table
 
 from lavis_evlgen import distributed
 from lavis_evlgen.models.facts import ModelFacts, facts_of
+from lavis_evlgen.models.lengths import of_histogram
 from lavis_evlgen.reporting.json_lines import drop_rows_after, read_json_lines
 from lavis_evlgen.reporting.plots import loss_plot
 
@@ -99,8 +100,10 @@ class Progress:
     def share(self):
         """Average the window's values over ranks, which each counted their own; every rank calls it."""
         if distributed.initialized() and self.sums:
-            means = distributed.sum_over_ranks(torch.stack(list(self.sums.values()))) / distributed.world_size()
-            self.sums = dict(zip(self.sums, means, strict=True))
+            values = list(self.sums.values())
+            means = distributed.sum_over_ranks(torch.cat([value.flatten() for value in values]))
+            parts = (means / distributed.world_size()).split([value.numel() for value in values])
+            self.sums = {key: part.view_as(value) for (key, value), part in zip(self.sums.items(), parts, strict=True)}
         if not distributed.is_main():
             self._restart()
 
@@ -110,8 +113,9 @@ class Progress:
 
     def line(self, step: int, lr: float) -> dict:
         """Close the window at `step`: log, append to log.jsonl and TensorBoard, start a new window."""
+        lengths = self.sums.pop("prompt_lengths", None)
         means = {k: (v if k in COUNTERS else v / self.count).item() for k, v in self.sums.items()}
-        row = {"step": step, **means, "lr": lr}
+        row = {"step": step, **means, **({} if lengths is None else of_histogram(lengths)), "lr": lr}
         elapsed = max(time.perf_counter() - self.started - self.paused, 1e-9)
         self.seconds_per_step = elapsed / self.count
         row["images_per_s"] = self.images_per_step * self.count / elapsed
@@ -131,6 +135,9 @@ class Progress:
         more += "".join(f"  {key.replace('_', ' ')} {row[key]:.3f}" for key in TASK_VALUES if key in row)
         if "across_picture_share" in row:
             more += f"  across-picture share {row['across_picture_share']:.3f}"
+        if "prompt_tokens" in row:
+            span = f"{row['prompt_tokens_p5']} to {row['prompt_tokens_p95']}"
+            more += f"  {row['prompt_tokens']:.1f} tokens a picture ({span})"
         if skipped := round(row.get("skipped_steps", 0)) - self.skipped:
             more += f"  {skipped} of {self.count} steps skipped (gradient not finite)"
             self.skipped += skipped

@@ -210,7 +210,7 @@ class TrainingStep:
 
 def _shown(out: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is logged of a micro-step beside its loss."""
-    shown = {key: out[key] for key in ("across_picture_share",) if key in out}
+    shown = {key: out[key] for key in ("across_picture_share", "prompt_lengths") if key in out}
     # the terms of a loss that has several, as BLIP-2's first stage
     terms = (key for key in out if key.startswith("loss_") and key != "loss_tokens")
     return shown | {key: out[key].detach() for key in terms} | out.get("shown", {})

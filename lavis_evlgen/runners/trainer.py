@@ -21,9 +21,10 @@ from lavis_evlgen.datasets.facts import adapted_sets
 from lavis_evlgen.datasets.loading import train_loader
 from lavis_evlgen.models.activation_checkpointing import recompute_llm
 from lavis_evlgen.models.compile import check_parts, compile_parts, eager
-from lavis_evlgen.models.facts import check_packing, facts_of
+from lavis_evlgen.models.facts import check_calibrated, check_packing, facts_of
 from lavis_evlgen.models.precision import check_halves, check_precision
 from lavis_evlgen.models.trains import train_mode
+from lavis_evlgen.runners.calibration import calibrate, check_ranks
 from lavis_evlgen.runners.checkpointing import checkpoints
 from lavis_evlgen.runners.checkpointing.evaluation_resume import kept_rows, own_rows
 from lavis_evlgen.runners.checkpointing.lock import RunLock
@@ -130,7 +131,7 @@ class Trainer:
                 logging.info("\n%s", startup_table(self.model, self.reporter.facts(data, self.images_per_step)))
             asks_gpu = distributed.initialized() and self.device.type == "cuda"
             self.stop_check = StopCheck(self.start_step, *save_every(run.save_every), asks_gpu)
-            batches = iter(self._train_loader(data))
+            batches = iter(self.train_loader(data, self.start_step * self.accum_grad_iters, self.shards.positions))
             if self.shards.sets:
                 batches = self.shards.follow(batches)
             if saved.get("unevaluated"):  # the run was cut off in the evaluation at the step it resumes from
@@ -138,7 +139,8 @@ class Trainer:
             self._loop(batches)
         self._finish()
 
-    def _train_loader(self, data: dict):
+    def train_loader(self, data: dict, start: int = 0, positions: dict | None = None):
+        """The endless training stream from micro-step `start` on; positions: of shard sets (datasets/loading.py)."""
         run, ratios = self.run, self.run.train_dataset_ratios
         return train_loader(
             list(data.values()),
@@ -147,10 +149,10 @@ class Trainer:
             self.seed,
             distributed.rank(),
             distributed.world_size(),
-            self.start_step * self.accum_grad_iters,
+            start,
             run.num_workers,
             self.device.type == "cuda",
-            self.shards.positions,
+            positions,
             run.mix_per_rank,
             run.texts_per_image,
         )
@@ -209,6 +211,7 @@ class Trainer:
 
     def _evaluate_and_save(self, step: int):
         started = time.perf_counter()
+        calibrate(self)
         if self.valid_splits:  # before the evaluation, which may fail
             self._save(step, checkpoints.LAST, unevaluated=True)
             if self.stop_check.stop_requested():
@@ -234,6 +237,7 @@ class Trainer:
         """Evaluate one split: its metrics on every rank; files are written by the main one."""
         name, dataset = next(iter(sets_with(self.datasets, split_name).items()))
         self.model.eval()
+        check_calibrated(self.model)
         self.task.before_evaluation(model=self.model, dataset=dataset)
         kept = kept_rows(self.result_dir, split_name, dataset, self.config, self.model)
         rows = distributed.gather_lists(own_rows(self._rows_of, dataset, self.run, self.device, kept))
@@ -278,8 +282,10 @@ def check_run(cfg, model):
     """Raises ConfigError where a key that training needs is not set, for two half precisions at once, and where the
     model cannot learn several texts of a picture that are asked for."""
     check_training(cfg.run_cfg, RunSettings.meanings())
-    if (texts := RunSettings.read(cfg.run_cfg, "run.").texts_per_image) > 1:
-        check_packing(model, f"run.texts_per_image={texts}")
+    run = RunSettings.read(cfg.run_cfg, "run.")
+    if run.texts_per_image > 1:
+        check_packing(model, f"run.texts_per_image={run.texts_per_image}")
+    check_ranks(run, model)
     precision = check_precision(cfg.model_cfg.get("llm_precision") or "fp32", "llm_precision")
     check_halves(amp_of(cfg.run_cfg), precision)
 

@@ -13,6 +13,7 @@ from lavis_evlgen.evaluation import caption_metrics, order_accuracy
 from lavis_evlgen.evaluation.blind import score_with_blind
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.facts import check_packing
+from lavis_evlgen.models.lengths import summary_of, tokens_of
 from lavis_evlgen.tasks.base import Shown, Task
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses
 from lavis_evlgen.tasks.settings import DecodingSettings
@@ -121,10 +122,10 @@ class EvlgenCaptionTask(Task):
         prompt = model.visual_prompt(samples["image"])
         captions = model.generate(samples, visual_prompt=prompt, **self.decoding)
         right, tokens = self.blind.losses(model, prompt, [int(own) for own in samples["instance_id"]])
-        rows = []
+        rows, lengths = [], tokens_of(prompt)
         for i, caption in enumerate(captions):
             row = {"image_id": samples["image_id"][i], "instance_id": samples["instance_id"][i], "caption": caption}
-            rows.append(row | {"loss": right[i], "tokens": tokens[i], "loss_shuffled": None})
+            rows.append(row | {"loss": right[i], "tokens": tokens[i], "loss_shuffled": None} | lengths[i])
         self.blind.measure_losses(model, prompt, rows)
         return rows
 
@@ -153,6 +154,7 @@ class EvlgenCaptionTask(Task):
             **paired_losses(rows),
             **({"loss_texts_per_image": self.texts_per_image} if self.texts_per_image > 1 else {}),
             **self._order(predictions),
+            **summary_of(rows),
             "pictures": len(rows),
             "unreadable": bad,
             "scoring_tokenizer": scores.tokenizer,

@@ -12,6 +12,7 @@ from lavis_evlgen.config import ConfigError
 from lavis_evlgen.datasets import DataError
 from lavis_evlgen.datasets.conversations import ConversationDataset
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.models.lengths import summary_of, tokens_of
 from lavis_evlgen.tasks.base import Shown, Task
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_by_picture
 
@@ -86,7 +87,7 @@ class EvlgenConversationTask(Task):
         prompt = prompts_by_picture(model, samples)
         loss, tokens = model.loss_of(prompt, samples)  # (B,), (B,)
         keys = ("instance_id", "conversation_id", "image_id", "conversations")
-        rows = [{key: samples[key][i] for key in keys} for i in range(len(loss))]
+        rows = [{key: samples[key][i] for key in keys} | own for i, own in enumerate(tokens_of(prompt))]
         for row, nats, count in zip(rows, loss.tolist(), tokens.tolist(), strict=True):
             row |= {"loss": nats, "tokens": count}
         self.blind.measure_losses(model, prompt, rows)
@@ -109,6 +110,7 @@ class EvlgenConversationTask(Task):
         return {
             "metrics": {"loss": loss},
             **paired_losses(rows),
+            **summary_of(rows),
             "conversations": len(rows),
             "pictures": len({row["image_id"] for row in rows}),
             "unreadable": list({row["bad"]["image"]: row["bad"] for row in val_result if "bad" in row}.values()),

@@ -172,7 +172,7 @@ class ScstTask(EvlgenCaptionTask):
         }
         if policy.greedy:
             shown["reward_greedy"] = rewards[:, 0].mean()
-        return {"loss": loss, "across_picture_share": across_picture_share(prompt.tokens), "shown": shown}
+        return {"loss": loss, "across_picture_share": across_picture_share(prompt.tokens, prompt.mask), "shown": shown}
 
     def _score(self, image_ids: list, captions: list[str], ended: list[bool]) -> tuple[list[float], list[float]]:
         """CIDEr-D and number of words of each caption; a picture's captions are in a row."""

@@ -14,6 +14,7 @@ from lavis_evlgen.datasets import DataError
 from lavis_evlgen.datasets.questions import TEMPLATE, QuestionDataset
 from lavis_evlgen.evaluation import vqa_metrics
 from lavis_evlgen.evaluation.lemmas import load_lemmatizer
+from lavis_evlgen.models.lengths import summary_of, tokens_of
 from lavis_evlgen.tasks.base import Shown, Task
 from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_by_picture, prompts_of
 from lavis_evlgen.tasks.settings import DecodingSettings, SharedRunSettings
@@ -134,7 +135,10 @@ class EvlgenVqaTask(Task):
         prompt = prompts_by_picture(model, samples)
         answers = model.predict_answers(samples, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
         keys = ("instance_id", "question_id", "image_id", "question")
-        rows = [{key: samples[key][i] for key in keys} | {"answer": answer} for i, answer in enumerate(answers)]
+        rows = [
+            {key: samples[key][i] for key in keys} | {"answer": answer} | own
+            for i, (answer, own) in enumerate(zip(answers, tokens_of(prompt), strict=True))
+        ]
         asked_again = [position for position, own in enumerate(samples["instance_id"]) if self._asks_again(int(own))]
         if asked_again:
             loss, tokens = self._truth_loss(model, prompts_of(prompt, asked_again), samples, asked_again)
@@ -183,6 +187,7 @@ class EvlgenVqaTask(Task):
             "blind": _blind(rows),
             "blind_by_kind": {kind: found for kind, own in groups.items() if (found := _blind(own))},
             **paired_losses(rows),
+            **summary_of(rows),
             "questions": len(rows),
             "pictures": len({row["image_id"] for row in rows}),
             "unreadable": list(bad.values()),

@@ -13,6 +13,7 @@ from benchmarks.common import miniature_tables, video_tables
 from benchmarks.common.result_pages import END, START
 from benchmarks.experiments import (
     ablations,
+    adaptive,
     connectors,
     elastic,
     flickr8k,
@@ -295,6 +296,42 @@ def test_elastic_against_models_of_one_number_from_end_to_end(in_this_process, p
     before = page.read_text()
     elastic.main()
     assert len(in_this_process) == 6 and page.read_text() == before
+def test_tokens_by_need_from_end_to_end_and_again(in_this_process, parts, tmp_path, monkeypatch):
+    """Fixed and by need, two steps each on tiny parts; a second call finds both done."""
+    monkeypatch.setattr(adaptive, "LIMITS", {9: (6, 13)})
+    page = tmp_path / "docs" / "results" / "adaptive.md"
+    page.parent.mkdir(parents=True)
+    page.write_text((ROOT / "docs/results/adaptive.md").read_text())
+    small = [option for option in tiny(parts) if not option.startswith("model.tome_r")]
+    arguments = ["--averages", "9", "--steps", "2", "--seeds", "7", "--pictures", "12", "--jobs", "1", "--folder"]
+    arguments += [str(tmp_path / "made"), "--out", str(tmp_path / "found.json"), "--page", str(page), "--set", *small]
+    arguments += ["datasets.scenes.sizes={train: 12, test: 12}", "datasets.scenes.image_size=32"]
+    arguments += [f"datasets.scenes.vis_processor.{stage}.image_size=28" for stage in ("train", "eval")]
+    monkeypatch.setattr(sys, "argv", ["adaptive.py", *arguments])
+    adaptive.main()
+    assert in_this_process == ["fixed9_steps2_seed7", "adaptive9_steps2_seed7"]
+    found = json.loads((tmp_path / "found.json").read_text())["results"]
+    (fixed,), (ours,) = (found[label] for label in ("fixed 9", "adaptive 9"))
+    assert "spearman" not in fixed and -1 <= ours["spearman"] <= 1 and 0 <= ours["counts"] <= 1
+    tokens = [count for own in ours["tokens_by_things"].values() for count in own]
+    assert len(tokens) == 12 and 6 <= min(tokens) <= max(tokens) <= 13
+    assert sum(tokens) / 12 == pytest.approx(ours["prompt_tokens"])
+    header, _, first, second = rows(page.read_text().split("<!-- tables -->")[1].split("\n\n")[1])
+    assert first[:3] == ["fixed 9", "9", ""] and second[0] == "adaptive 9" and " to " in second[6]
+    assert (tmp_path / "docs/images/adaptive.png").stat().st_size > 5000
+    adaptive.main()
+    assert len(in_this_process) == 2
+
+
+def test_ranks_correlate_and_numbers_are_read():
+    assert adaptive.spearman([1, 2, 3, 9], [2, 3, 7, 8]) == pytest.approx(1)
+    assert adaptive.spearman([1, 1, 2, 2], [4, 3, 1, 1]) == pytest.approx(-0.9428, abs=1e-4)  # ranks 1.5 1.5 3.5 3.5
+    assert adaptive.spearman([3, 3, 3], [1, 2, 3]) == 0
+    shown = [types.SimpleNamespace(kind=kind, things=(None,) * n) for kind, n in (
+        ("count", 2), ("count", 3), ("count", 4), ("single", 1))]  # fmt: skip
+    said = ["two red squares", "a group of three, not four", "some four-leaved twos", "two dogs"]
+    assert adaptive.counts_told([{"caption": one} for one in said], shown) == 1
+    assert adaptive.counts_told([{"caption": one} for one in said[1:] + said[:1]], shown) == 0
 
 
 def test_several_captions_of_a_photo_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):

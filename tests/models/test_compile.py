@@ -164,3 +164,17 @@ def test_those_who_leave_eager_in_another_order_leave_nothing_behind(counter):
     second.__exit__(None, None, None)
     model(torch.zeros(1, 2))
     assert counter.frame_count == 1
+
+
+def test_pictures_that_keep_numbers_of_tokens_of_their_own(counter):
+    """Shapes do not depend on them: one compilation; thresholds follow as they do without."""
+    plain, compiled = (tiny_evlgen(connector={"tome_r": {"average": 9, "least": 6, "most": 13}}) for _ in range(2))
+    compile_parts(compiled, ["connector"])
+    frames = []
+    for seed in range(3):
+        samples = {"image": pictures(4, seed), "text_input": ["a dog"] * 4}
+        assert compiled(samples)["loss"].item() == pytest.approx(plain(samples)["loss"].item(), rel=1e-5)
+        frames.append(counter.frame_count)
+    assert frames[0] == frames[-1] >= 1
+    expected, found = (model.connector.tomeformer.thresholds for model in (plain, compiled))
+    torch.testing.assert_close(found, expected)

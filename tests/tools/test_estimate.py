@@ -58,11 +58,13 @@ def test_alive_is_what_nobody_has_let_go():
 @pytest.mark.parametrize(
     "connector, dtype, recomputed",
     [("tomeformer", None, False), ("tomeformer", torch.bfloat16, False), ("qformer", None, False),
-     ("all options", None, False), ("avgpool", None, False), ("linear", None, False), ("linear", None, True)],
+     ("all options", None, False), ("ragged", None, False), ("avgpool", None, False), ("linear", None, False),
+     ("linear", None, True)],
 )  # fmt: skip
 def test_a_step_without_numbers_takes_what_a_real_one_does(runs, connector, dtype, recomputed):
     precision = "fp32" if dtype is None else "bf16"
-    more = {"merge_at": "input", "readout": "group", "skip": "pooled"} if connector == "all options" else {}
+    more = {"all options": {"merge_at": "input", "readout": "group", "skip": "pooled"},
+            "ragged": {"tome_r": {"average": 9, "least": 6, "most": 13}}}.get(connector, {})  # fmt: skip
     cfg = section(runs, connector="tomeformer" if more else connector, prompt="a photo of", num_query_token=5,
                   llm_precision=precision, **more)  # fmt: skip
     model, batch = EVLGen.from_config(cfg).train(), 16

@@ -195,10 +195,12 @@ def test_a_body_behind_a_fold_runs_on_what_is_left():
 
 
 OPTIONS = {"merge_at": "input", "readout": "group", "skip": "pooled"}
+RAGGED = {"tome_r": {"average": 9, "least": 6, "most": 13}}
 
 
 @pytest.mark.parametrize(
-    "connector, more", [("tomeformer", {}), ("tomeformer", OPTIONS), ("avgpool", {}), ("qformer", {})]
+    "connector, more",
+    [("tomeformer", {}), ("tomeformer", OPTIONS), ("tomeformer", RAGGED), ("avgpool", {}), ("qformer", {})],
 )
 def test_it_counts_what_a_real_step_does(runs, connector, more):
     """Without a number in memory as with them: forward and backward on one picture."""
@@ -211,6 +213,7 @@ def test_it_counts_what_a_real_step_does(runs, connector, more):
     with sdpa_kernel(SDPBackend.MATH):
         real = flops_per_image(step_of(model), {"image": pictures(1), "text_input": [caption]})
     assert cost.step_flops == real
+    assert (cost.mean is None) == (more is not RAGGED)
     for name in ("vision encoder", "language model", "connector"):
         modules = {"vision encoder": "visual_encoder", "language model": "language_model", "connector": "connector"}
         numbers = sum(p.numel() for p in getattr(model, modules[name]).parameters())
@@ -219,7 +222,7 @@ def test_it_counts_what_a_real_step_does(runs, connector, more):
     trained = {"ln_vision", "llm_proj"} | {"tomeformer": {"input_proj", "connector"}, "qformer": {"connector"}}.get(
         connector, set()
     )
-    assert {p.name for p in cost.parts if p.trains} == trained | ({"gates"} if more else set())
+    assert {p.name for p in cost.parts if p.trains} == trained | ({"gates"} if more is OPTIONS else set())
 
 
 @pytest.mark.parametrize("llm_train", ["full", {"lora": {"rank": 4}}], ids=["full", "lora"])
@@ -280,6 +283,23 @@ def test_longer_texts_cost_the_language_model_more(runs):
     assert part(long, "head").macs == part(short, "head").macs * 19 / 9
     with pytest.raises(ConfigError, match="--text-tokens 1: BOS and"):
         cost_of(OmegaConf.create(runs.config["model"]), text_tokens=1)
+
+
+def test_pictures_of_different_length_are_padded_and_the_mean_one_is_told_beside(runs, capsys):
+    section = OmegaConf.create(runs.config["model"])
+    padded = cost_of(OmegaConf.create({**section, **RAGGED}), 12)
+    widest, mean = (cost_of(OmegaConf.create({**section, "tome_r": r}), 12) for r in ({"target": 13}, [4, 4]))
+    assert padded.prompt_tokens == 13 and padded.mean == mean and mean.mean is None
+    assert [part.linear for part in padded.parts] == [part.linear for part in widest.parts]
+    runs.config["model"] |= RAGGED
+    assert evlgen("macs", runs.path(), "--text-tokens", 12) == 0
+    words = capsys.readouterr().out
+    assert "with 13 tokens, to which all pictures are padded; with the 9 of the mean picture" in words
+    assert f"picture: {amount(mean.macs)} MACs (padded: {amount(padded.macs)})" in words
+    assert evlgen("macs", runs.path(), "--text-tokens", 12, "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert (content["prompt_tokens"], content["mean"]["prompt_tokens"]) == (13, 9)
+    assert content["mean"]["flops"] == mean.flops < content["flops"]
 
 
 def test_what_cannot_be_counted_is_named():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypedDict
@@ -77,15 +78,34 @@ class Connector(nn.Module):
     the connector's own weights were trained behind one; else None. `sizes`: what `connector_sizes` must say for the
     same shapes without the weights that this one started from; None where there is nothing to say. `budgets`:
     of one that can leave several numbers of tokens in training (`forward` then takes `budget`, one of them); else None.
+    `lengths_differ`: pictures have numbers of tokens of their own: L' is then the most, and a prompt has a mask, true
+    for a row's first tokens; what follows is padding. `average_tokens` is what they have in the mean, `average_merges`
+    the `tome_r` with which all would have it. `calibration_pictures`: how many pictures `calibrate` wants before an
+    evaluation; 0: the connector has nothing to set by them.
     """
 
     ln_vision_init: dict[str, Tensor] | None = None
     sizes: dict | None = None
     budgets: Budgets | None = None
+    lengths_differ: bool = False
+    average_merges: list[int] | None = None
+    calibration_pictures: int = 0
 
     def __init__(self, width: int, num_output_tokens: int):
         super().__init__()
         self.width, self.num_output_tokens = width, num_output_tokens
+
+    @property
+    def average_tokens(self) -> int:
+        return self.num_output_tokens
+
+    def calibrate(self, batches: Iterable[Tensor]):
+        """Set what evaluation decides by, from visual tokens (B, L, D_v) of pictures, on every rank as many; in eval
+        mode. Called where `calibration_pictures` is not 0."""
+
+    def calibrated(self) -> bool:
+        """Whether an evaluation finds all that it decides by."""
+        return True
 
     def noise(self, num_tokens: int, input_width: int) -> Tensor:
         """Two pictures' visual tokens (2, L, D_v) at random, on which `prompt_scale` measures the output's size."""

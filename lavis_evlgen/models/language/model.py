@@ -197,8 +197,9 @@ class LanguageModel(Sequences, nn.Module):
         ids, labels = self.text.caption(prompt, text, self.text_limit)
         own = [label for label in labels if label != IGNORE]  # the last N of the sequence
         embeds, mask, members, _ = self._assemble(visual, mask, [ids], [len(ids) - len(own)])  # (1, T, D)
-        with self.prompt_attention.within(members):
-            hidden = self.body(embeds, mask)[0, -len(own) - 1 : -1]  # (N, D)
+        real = mask[0].bool()
+        with self.prompt_attention.within(members[:, real]):
+            hidden = self.body(embeds[:, real])[0, -len(own) - 1 : -1]  # (N, D)
         chosen = torch.tensor(own, device=hidden.device).unsqueeze(1)
         return own, self._head(hidden).float().log_softmax(-1).gather(1, chosen).squeeze(1)
 
@@ -251,8 +252,12 @@ class LanguageModel(Sequences, nn.Module):
     def _prompted(self, visual: Tensor, prompts: list[str], mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Embeddings (B, T, D) and mask (B, T), padded on the left; inside, the prompt is read as it should be."""
         rows = [self.text.encode(p.rstrip()) for p in prompts]
+        ragged = mask is not None
         embeds, mask, members, _ = self._assemble(visual, mask, rows, [len(row) for row in rows])
         embeds, mask, members = pads_to("left", mask, embeds, mask, members)
+        if ragged:  # no row may be as long as the longest visual prompt could be
+            longest = int(mask.sum(1).max())
+            embeds, mask, members = (each[:, -longest:] for each in (embeds, mask, members))
         with eager(), self.prompt_attention.within(members):
             yield embeds, mask
 

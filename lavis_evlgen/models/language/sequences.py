@@ -115,6 +115,7 @@ class Sequences:
                 return self._packed_nats(visual, pairs, mask, head, first, counts)
             visual, mask = own_rows(visual, mask, counts)
         front = None if fronts is None else [own.ids for own in fronts]
+        short = mask is not None and not self.training  # perhaps no row is as long as the longest prompt could be
         ragged = mask is not None or len({len(ids) for ids in front or []}) > 1
         embeds, mask, members, start = self._assemble(visual, mask, [ids for ids, _ in pairs], lengths, front)
         extra = embeds.shape[1] - start - max(len(ids) for ids, _ in pairs)  # BOS in the text rows
@@ -125,6 +126,9 @@ class Sequences:
             labels[:, : before.shape[1]] = before
         if ragged:
             embeds, mask, labels, members = pads_to("right", mask, embeds, mask, labels, members)
+        if short:
+            longest = int(mask.sum(1).max())
+            embeds, labels, members = (each[:, :longest] for each in (embeds, labels, members))
         more = self._more(embeds)
         embeds, labels = F.pad(embeds, (0, 0, 0, more)), F.pad(labels, (0, more), value=IGNORE)
         # all padding is on the right, behind what looks back: no mask is needed, and without one attention is fused

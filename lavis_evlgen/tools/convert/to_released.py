@@ -42,6 +42,11 @@ def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
                 f"convert: {folder} was trained with model.{key}={section[key]}, which the released code does not "
                 "have: its model would compute something else"
             )
+    if isinstance(section.get("tome_r"), dict) and "average" in section["tome_r"]:
+        raise WeightsError(
+            f"convert: {folder} was trained with model.tome_r={section['tome_r']}: the released code merges as many "
+            "tokens of every picture, and would compute something else"
+        )
     if section.get("soft_prompt"):
         raise WeightsError(f"convert: {folder} has a soft prompt, for which the released layout has no place")
     opt = (content.get("frozen") or {}).get("language model", {}).get("model_type") == "opt"

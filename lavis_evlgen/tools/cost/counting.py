@@ -61,6 +61,11 @@ class Cost:
     texts: int = 1  # of so many tokens each
     drawn: list[tuple[int, ...]] = field(default_factory=list)  # ModelFacts.token_draws; parts are the mean over them
     inference: dict[int, int] = field(default_factory=dict)  # where they are drawn: MACs with so many tokens
+    mean: Cost | None = None  # of a picture with the average number of tokens, where rows are padded to the most
+
+    @property
+    def macs(self) -> int:
+        return sum(part.macs for part in self.parts)
 
     @property
     def flops(self) -> int:

@@ -18,7 +18,7 @@ from lavis_evlgen.models.trains import train_as_in
 from lavis_evlgen.reporting import tables
 from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.tools.cost.hardware import CPU, HARDWARE
-from lavis_evlgen.tools.cost.macs import amount, listed
+from lavis_evlgen.tools.cost.macs import amount, at_average, listed
 from lavis_evlgen.tools.cost.step_memory import StepMemory, step_flops, step_memory
 from lavis_evlgen.tools.cost.texts import Texts
 from lavis_evlgen.weights.bundle import empty_model
@@ -51,6 +51,7 @@ class Estimate:
     speed: Speed
     texts: int = 1  # of a picture
     drawn: tuple[tuple[int, ...], ...] = ()  # numbers of visual tokens that training draws from
+    mean_flops: float | None = None  # without the padding of pictures that differ in tokens
 
     @property
     def seconds_per_step(self) -> float:
@@ -93,7 +94,12 @@ def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, re
     frames = (settings.num_frames,) if section.arch == "evlgen_video" else ()
     image = (3, *frames, settings.image_size, settings.image_size)
     texts = Texts.of(cfg)
+    average, mean_flops = at_average(section, made), None
     flops = step_flops(made, (1, *image), length, texts)
+    if average is not None:
+        unpadded = empty_model(cls, average)
+        train_as_in(unpadded, cfg.stage)
+        mean_flops = step_flops(unpadded, (1, *image), length, texts)
     few, many = max(1, batch // 2), max(2, batch)
     less, most = (step_memory(model(), (n, *image), length, dtype, accumulated > 1, texts) for n in (few, many))
     each = (most.working - less.working) / (many - few)
@@ -101,7 +107,9 @@ def estimate(cfg: EvlgenConfig, gpu: str, gpus: int, text_tokens: int | None, re
     speed = speed_of(gpu, "fp32" if dtype is None else "half", flops, results, mfu)
     steps, pictures = run.max_iters, batch * accumulated * gpus
     drawn = tuple(made.token_draws())
-    return Estimate(memory, each, batch, pictures, steps, gpus, gpu, flops, speed, texts.count, drawn)
+    return Estimate(
+        memory, each, batch, pictures, steps, gpus, gpu, flops, speed, texts.count, drawn, mean_flops,
+    )  # fmt: skip
 
 
 def auto_on(gpu: str) -> str:
@@ -186,11 +194,19 @@ def words(found: Estimate) -> str:
                      f"time are the mean over what is drawn: {', '.join(map(listed, found.drawn))}")  # fmt: skip
     lines += [
         f"work: {amount(found.flops)}FLOPs a picture or clip{texts}, {found.pictures_per_step} of them a step",
+        *_padding(found),
         f"speed: {amount(found.speed.rate)}FLOPs a second; {found.speed.source}",
         f"time: {found.seconds_per_step:.3g} s a step, {rate} a second; {found.steps} steps in "
         f"{found.hours:.3g} hours, without evaluation and waiting for data",
     ]
     return "\n".join(lines)
+
+
+def _padding(found: Estimate) -> list[str]:
+    if found.mean_flops is None:
+        return []
+    work = amount(found.mean_flops)
+    return [f"padding: {work}FLOPs with the tokens of the mean picture; all rows are as wide as the longest may be"]
 
 
 def main(args) -> int:

@@ -7,10 +7,11 @@ counted is what the code does. One MAC (multiply-add) is two FLOPs. `evlgen macs
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import torch
 from lavis.common.registry import registry
+from omegaconf import OmegaConf
 from torch import nn
 
 from lavis_evlgen.config import ConfigError, EvlgenConfig
@@ -58,7 +59,18 @@ def cost_of(model_cfg, text_tokens: int | None = None, stage: Stage | None = Non
     image_size = cls.Settings.read(model_cfg).image_size
     if cls is Blip2Stage1:
         return stage1_cost(model.eval(), image_size, text_tokens or model.max_txt_len)
-    return evlgen_cost(model.eval(), image_size, text_tokens or model.language_model.max_txt_len, texts)
+    cost = evlgen_cost(model.eval(), image_size, text_tokens or model.language_model.max_txt_len, texts)
+    if (average := at_average(model_cfg, model)) is None:
+        return cost
+    return replace(cost, mean=cost_of(average, text_tokens, stage, texts))
+
+
+def at_average(model_cfg, model: EVLGen):
+    """The model section whose pictures all have as many tokens as those of `model` on average, where those differ; None
+    where they do not. (Counted as it is, every row is as wide as the longest may be.)"""
+    if not model.connector.lengths_differ:
+        return None
+    return OmegaConf.create({**model_cfg, "tome_r": model.connector.average_merges})
 
 
 def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int, texts: Texts = ONE) -> Cost:
@@ -176,8 +188,9 @@ def matching_keys(connector: nn.Module, tokens: int, budget: int | None = None) 
     if not isinstance(connector, TomeFormerConnector):
         return 0
     cfg, macs = connector.tomeformer.cfg, 0
-    for r in cfg.plan(budget)[1]:
-        macs += (r > 0) * tokens * cfg.hidden_size * (cfg.hidden_size // cfg.num_heads)
+    for n, r in enumerate(cfg.plan(budget)[1]):
+        compares = r > 0 if cfg.limits is None else cfg.limits.merges(n) > 0
+        macs += compares * tokens * cfg.hidden_size * (cfg.hidden_size // cfg.num_heads)
         tokens = tokens_after(tokens, [r], cfg.protected)
     return macs
 
@@ -249,7 +262,8 @@ def table_rows(cost: Cost) -> list[tuple[str, ...]]:
 def as_json(cost: Cost) -> str:
     """All figures, unrounded."""
     parts = [{**asdict(part), "macs": part.macs, "flops": part.flops} for part in cost.parts]
-    return json.dumps({**asdict(cost), "parts": parts, "flops": cost.flops}, indent=2)
+    mean = None if cost.mean is None else json.loads(as_json(cost.mean))
+    return json.dumps({**asdict(cost), "parts": parts, "flops": cost.flops, "mean": mean}, indent=2)
 
 
 def main(args) -> int:
@@ -295,6 +309,10 @@ def _show(cost: Cost):
     off = cost.flops / cost.step_flops - 1
     print(f"a training step on it, counted forward and backward: {amount(cost.step_flops)}FLOPs "
           f"(the formula's sum is {off:+.1%} of that)")  # fmt: skip
+    if cost.mean is not None:
+        print(f"that is with {cost.prompt_tokens} tokens, to which all pictures are padded; with the "
+              f"{cost.mean.prompt_tokens} of the mean picture: {amount(cost.mean.macs)} MACs (padded: "
+              f"{amount(cost.macs)}), {amount(cost.mean.step_flops)}FLOPs a step")  # fmt: skip
     if cost.texts > 1:
         print(f"of each of the {cost.texts} texts: {amount(cost.step_flops / cost.texts)}FLOPs")
     if cost.drawn:

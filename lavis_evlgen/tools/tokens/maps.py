@@ -61,7 +61,8 @@ def token_map(source: MergeMap, protected: int) -> TokenMap:
     side = round(len(slot) ** 0.5)
     if side**2 != len(slot):
         raise ConfigError(f"evlgen tokens draws squares of patches; this vision encoder gives {len(slot)} patches")
-    return TokenMap(slot.reshape(side, side), source.num_slots, protected)
+    tokens = int(source.slot[0].max()) + 1  # of this picture: rows of others may be wider
+    return TokenMap(slot.reshape(side, side), tokens, protected)
 
 
 @torch.no_grad()
@@ -103,10 +104,16 @@ def merges_first(connector: nn.Module) -> bool:
 
 
 def untrained(vision: nn.Module, section: dict, seed: int) -> tuple[nn.Module, nn.Module]:
-    """(ln_vision, connector) of a model section as training starts with them, in eval mode, on the vision's device."""
+    """(ln_vision, connector) of a model section as training starts with them, in eval mode, on the vision's device.
+
+    Raises ConfigError for a connector that cannot be looked at without training.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         connector = build_connector(vision, section)
+    if not connector.calibrated():
+        raise ConfigError("--before: before training there are no thresholds yet that say how many tokens each picture "
+                          "keeps (model.tome_r {average, least, most}); leave it out")  # fmt: skip
     norm = nn.LayerNorm(vision.width)
     if connector.ln_vision_init is not None:
         norm.load_state_dict(connector.ln_vision_init)
