@@ -93,7 +93,9 @@ def _caption(commands):
                    "also one folder, one table (CSV, TSV, JSON lines) or tar shards ('x-{0000..0007}.tar')")
     _trained_model(p)
     _left(p)
-    p.add_argument("--prompt", help="text that captions begin with (default: the run's)")
+    says = p.add_mutually_exclusive_group()
+    says.add_argument("--prompt", help="text that captions begin with (default: the run's)")
+    says.add_argument("--question", help="answer this in place of a caption, asked as evlgen_vqa asks by default")
     p.add_argument("--num-beams", type=_positive, help="beams (default: the run's)")
     _device(p)
     many = p.add_argument_group("many pictures at once (docs/captioning.md); the same command again continues")
@@ -193,6 +195,8 @@ def _tokens(commands):
                    help="mean: patches in the mean colour of their token; outline: regions over the photo")  # fmt: skip
     p.add_argument("--before", action="store_true", help="the connector before training beside the trained one")
     p.add_argument("--layers", action="store_true", help="also every layer: a strip and an animated GIF")
+    p.add_argument("--question", action="append", default=[], metavar="WORDS", help="of a run with model.condition="
+                   "question, the tokens for this question; several times: side by side")  # fmt: skip
     p.add_argument("--words", action="store_true", help="also which token each word of the caption relies on")
     p.add_argument("--out", type=Path, default=Path("tokens"), metavar="DIR", help="where pictures go (tokens)")
     _device(p)

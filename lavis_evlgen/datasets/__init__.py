@@ -9,6 +9,7 @@ from lavis_evlgen.datasets.builders.video_captions import VideoCaptionDataset, V
 from lavis_evlgen.datasets.questions import AskedImage, Question, QuestionDataset
 from lavis_evlgen.datasets.shards.dataset import ImageShards, ImageShardsBuilder, VideoShards
 from lavis_evlgen.datasets.synthetic.moving_scenes import MovingScenesBuilder, MovingScenesDataset
+from lavis_evlgen.datasets.synthetic.scene_questions import SceneQuestionsBuilder, SceneQuestionsDataset
 from lavis_evlgen.datasets.synthetic.scenes import ScenesBuilder, ScenesDataset
 from lavis_evlgen.media.errors import DataError, UnreadableImage
 
@@ -30,6 +31,8 @@ __all__ = [
     "QuestionDataset",
     "ImageShards",
     "ImageShardsBuilder",
+    "SceneQuestionsBuilder",
+    "SceneQuestionsDataset",
     "ScenesBuilder",
     "ScenesDataset",
     "UnreadableImage",

@@ -57,12 +57,14 @@ class QuestionDataset(ReadableRows):
     TEXT_KEYS = ("question", "answer", "question_id", "image_id", "instance_id")
 
     def __init__(self, name: str, split: str, items: Iterable[AskedImage], *, vis_processor=None, text_processor=None,
-                 max_bad_fraction: float = 0.01, template: str = TEMPLATE):
+                 max_bad_fraction: float = 0.01, template: str = TEMPLATE, definition: Any = None):
+        """`definition`: anything else that decides what a picture shows (JSON-able), for the fingerprint."""
         super().__init__(name, split, vis_processor, text_processor, max_bad_fraction)
         self.template = template
         self.answers: dict[int | str, list[str]] = {}
         self.kinds: dict[int | str, str] = {}
-        digest, images = hashlib.sha256(json.dumps([split]).encode()), set()
+        made_of = [split] if definition is None else [split, definition]
+        digest, images = hashlib.sha256(json.dumps(made_of).encode()), set()
         for item in items:
             # without the answer types: they are no part of what is asked and answered
             digest.update(json.dumps([item.image, item.image_id, [q[:4] for q in item.questions]]).encode())

@@ -143,7 +143,8 @@ def describe(model, image: Tensor, settings: Settings) -> Result:
     elif settings.r is not None:
         model = with_r(model, settings.r)
     start = _now(image.device)
-    prompt, no_map = _visual_prompt(model, image)
+    question = None if settings.question is None else settings.question.strip()
+    prompt, no_map = _visual_prompt(model, image, question)
     seen = _now(image.device)
     decoding = {"num_beams": settings.num_beams, "visual_prompt": prompt}
     lengths = settings.min_length, settings.max_length
@@ -152,7 +153,6 @@ def describe(model, image: Tensor, settings: Settings) -> Result:
         decoding |= dict(zip(("min_length", "max_length"), lengths, strict=True))
         text = model.generate({"prompt": asked}, **{**settings.more, **decoding})[0]
     else:
-        question = settings.question.strip()
         asked = TEMPLATE.format(question)
         decoding |= dict(zip(("min_len", "max_len"), lengths, strict=True))
         decoding |= {key: value for key, value in settings.more.items() if key == "repetition_penalty"}
@@ -171,11 +171,12 @@ def describe(model, image: Tensor, settings: Settings) -> Result:
     )  # fmt: skip
 
 
-def _visual_prompt(model, image: Tensor):
+def _visual_prompt(model, image: Tensor, question: str | None):
     """(visual prompt, with its source where there is one; else why there is none)."""
     if getattr(model, "frame_pooling", None) == "connector_mean":
-        return model.visual_prompt(image), "frame_pooling connector_mean: a token has other patches in each frame"
-    prompt = model.visual_prompt(image, return_source=True)
+        no_map = "frame_pooling connector_mean: a token has other patches in each frame"
+        return model.visual_prompt(image, questions=question), no_map
+    prompt = model.visual_prompt(image, return_source=True, questions=question)
     name = type(model.connector).__name__
     return prompt, "" if prompt.source is not None else f"{name} has no source map: each token reads every patch"
 

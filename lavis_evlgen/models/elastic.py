@@ -16,18 +16,28 @@ class VisualPrompts:
     """Of a model with `visual_encoder`, `visual_tokens`, `ln_vision`, `connector` and `project`. A budget is the number
     of tokens that the connector leaves, one of an elastic `tome_r`; None: as the config says."""
 
-    def visual_prompt(self, image: Tensor, return_source: bool = False, budget: int | None = None) -> VisualPrompt:
-        """image (B, 3, H, W), or (B, L, D_v) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2."""
-        return self.prompt_of(self.visual_tokens(image), return_source, budget)
+    def visual_prompt(
+        self, image: Tensor, return_source: bool = False, budget: int | None = None, questions=None, pictures=None
+    ) -> VisualPrompt:
+        """image (B, 3, H, W), or (B, L, D_v) -> soft prompt of the LLM, tokens (B, L', D_l). EVLGen, eq. 1 and 2.
 
-    def connect_seen(self, seen: Tensor, return_source: bool = False, budget: int | None = None) -> VisualPrompt:
-        """What `visual_tokens` gives -> the connector's tokens (B, L', D_c)."""
+        questions, pictures: as `asked` (models/questions.py), with model.condition=question; then (N, L', D_l).
+        """
+        seen, condition = self.asked(self.visual_tokens(image), questions, pictures)
+        return self.prompt_of(seen, return_source, budget, condition)
+
+    def connect_seen(
+        self, seen: Tensor, return_source: bool = False, budget: int | None = None, condition: Tensor | None = None
+    ) -> VisualPrompt:
+        """What `visual_tokens` gives -> the connector's tokens (B, L', D_c). condition (B, D_l): as Connector's."""
         more = {} if budget is None else {"budget": budget}  # which other connectors do not know
-        return self.connector(self.ln_vision(seen), return_source=return_source, features=seen, **more)
+        return self.connector(self.ln_vision(seen), condition, return_source, seen, **more)
 
-    def prompt_of(self, seen: Tensor, return_source: bool = False, budget: int | None = None) -> VisualPrompt:
+    def prompt_of(
+        self, seen: Tensor, return_source: bool = False, budget: int | None = None, condition: Tensor | None = None
+    ) -> VisualPrompt:
         """What `visual_tokens` gives -> soft prompt of the LLM, tokens (B, L', D_l)."""
-        prompt = self.connect_seen(seen, return_source, budget)  # (B, L', D_c)
+        prompt = self.connect_seen(seen, return_source, budget, condition)  # (B, L', D_c)
         prompt.tokens = self.project(prompt.tokens)  # (B, L', D_l)
         return prompt
 
@@ -59,9 +69,9 @@ def sandwich(model, samples: dict, budgets: tuple[int, int], objective=None) -> 
     """
     if objective is not None:
         raise ValueError("tome_r.draw: sandwich has a loss of its own, and so has this task; take draw: one")
-    seen = model.visual_tokens(samples["image"])
+    seen, condition = model.asked_in(samples)
     with kept_outputs(model.language_model.llm.get_output_embeddings()) as logits:
-        prompts = [model.prompt_of(seen, budget=budget) for budget in budgets]
+        prompts = [model.prompt_of(seen, budget=budget, condition=condition) for budget in budgets]
         (largest, tokens), (other, _) = (model.loss_of(prompt, samples) for prompt in prompts)
     count = tokens.sum()
     terms = {"loss_largest": largest.sum(), "loss_other": other.sum(), "loss_kl": divergence(*logits)}

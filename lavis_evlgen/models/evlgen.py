@@ -14,20 +14,19 @@ from lavis.models.blip_models.blip_outputs import BlipOutputFeatures
 from torch import Tensor, nn
 
 from lavis_evlgen.config.as_trained import StartSettings, weights_of
-from lavis_evlgen.config.keys import Settings, key, keys_of, plain
-from lavis_evlgen.config.limits import LARGEST
+from lavis_evlgen.config.keys import key, keys_of, plain
 from lavis_evlgen.models.connectors import ConnectorSettings, VisualPrompt, build_connector
 from lavis_evlgen.models.elastic import VisualPrompts, sandwich
 from lavis_evlgen.models.facts import ModelFacts
 from lavis_evlgen.models.generation import Generates
-from lavis_evlgen.models.language.chat import TEMPLATES as CHAT_TEMPLATES
-from lavis_evlgen.models.language.llm_train import LlmTrain, Lora, save_adapter, training_of
+from lavis_evlgen.models.language.llm_train import Lora, save_adapter, training_of
 from lavis_evlgen.models.language.loading import load_language_model
 from lavis_evlgen.models.language.model import LanguageModel
-from lavis_evlgen.models.language.prompt_attention import KINDS as PROMPT_ATTENTION
+from lavis_evlgen.models.language.settings import LanguageSettings
 from lavis_evlgen.models.language.text_loss import held_out_text, text_loss
 from lavis_evlgen.models.lengths import PromptLengths
-from lavis_evlgen.models.precision import PRECISIONS, check_precision
+from lavis_evlgen.models.precision import check_precision
+from lavis_evlgen.models.questions import AsksQuestions
 from lavis_evlgen.models.vision.encoder import VisionSettings, vision_of
 from lavis_evlgen.nn import across_picture_share
 from lavis_evlgen.weights.bundle import Bundled, check_frozen, differences, read_config
@@ -37,42 +36,6 @@ from lavis_evlgen.weights.trainable import facts_of_checkpoint, load_checkpoint_
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "models"
 PARTS = ("ln_vision", "input_proj", "connector", "gates", "llm_proj", "soft_prompt", "language_model")
-
-
-@dataclass(kw_only=True)
-class LanguageSettings(Settings):
-    """Keys of a model config that choose the language model and how texts are put to it."""
-
-    llm_model: str | None = key("any Hugging Face causal language model: id, folder or .gguf file", None)
-    opt_model: str | None = key("the released name of llm_model in OPT configs; give one of the two", None)
-    llm_precision: Literal[PRECISIONS] = key("fp32, fp16, bf16 or auto, as vit_precision", "fp16")
-    prompt: str | None = key("text put before every caption", "")
-    max_txt_len: int = key(
-        "longest text in tokens, BOS and end token counted", 32, at_least=3, at_most=LARGEST["max_txt_len"]
-    )
-    bos: Literal["before", "after"] = key(
-        "after (released): BOS between visual prompt and text; before: in front of the visual prompt", "after"
-    )
-    bos_token: str | None = key(
-        "the token that stands as BOS; empty: the tokenizer's own (OPT: </s>). </s>: Vicuna as released", None
-    )
-    label_bos: bool | None = key(
-        "whether captions without a prompt also teach the BOS behind the visual prompt; empty: as released (OPT true, "
-        "others false)", None,
-    )  # fmt: skip
-    prompt_attention: Literal[PROMPT_ATTENTION] = key(
-        "which tokens of the prompt see each other in both directions: causal (as released: none), visual (visual "
-        "tokens), prefix (the text prompt too)", "causal",
-    )  # fmt: skip
-    llm_train: Literal["lora", "full"] | LlmTrain | None = key(
-        "what of the language model learns: nothing (left out), lora, {lora: {rank: 16, alpha: 32, targets: "
-        "all-linear}}, or full", None, at_least=1, at_most=LARGEST["max_txt_len"],
-    )  # fmt: skip
-    chat_template: Literal[CHAT_TEMPLATES] | None = key(
-        "how conversations are rendered: by the tokenizer's own chat template (left out), or plain (USER: ... "
-        "ASSISTANT: ...)", None,
-    )  # fmt: skip
-    llm_adapter: str | None = key("folder of a LoRA adapter in peft's format that llm_train=lora starts from", None)
 
 
 @dataclass(kw_only=True)
@@ -99,7 +62,7 @@ class EvlgenSettings(LanguageSettings, ConnectorSettings, VisionSettings, StartS
 
 
 @registry.register_model("evlgen")
-class EVLGen(Generates, VisualPrompts, PromptLengths, Bundled, ModelFacts, BaseModel):
+class EVLGen(Generates, VisualPrompts, PromptLengths, AsksQuestions, Bundled, ModelFacts, BaseModel):
     """EVLGen-Image (EVLGen, section 3.2). Types: opt2.7b, opt6.7b, vicuna7b, vicuna13b, quickstart.
 
     >>> model, vis, txt = load_model_and_preprocess("evlgen", "quickstart", is_eval=True)
@@ -144,6 +107,9 @@ class EVLGen(Generates, VisualPrompts, PromptLengths, Bundled, ModelFacts, BaseM
         self.lr_scale = {part: float((lr_scale or {}).get(part, 1.0)) for part in self.PARTS}
         if prompt_scale != "released":
             self._scale_prompt(1.0 if prompt_scale == "embedding" else prompt_scale)
+        self.reads_questions = connector.condition == "question"
+        if self.reads_questions:  # last, so that all else starts as without it
+            connector.read_questions(language_model.width)
 
     @torch.no_grad()
     def _scale_prompt(self, factor: float):
@@ -167,9 +133,10 @@ class EVLGen(Generates, VisualPrompts, PromptLengths, Bundled, ModelFacts, BaseM
     def additions(self) -> list[set[str]]:
         """Groups of trainable tensors that `pretrained` may lack as a whole (weights/trainable.py)."""
         soft_prompt = {"soft_prompt"} if self.soft_prompt is not None else set()
-        readout = {name for name in self.state_dict() if name.startswith("connector.readout.")}  # adds nothing at first
-        thresholds = {name for name in self.state_dict() if name.endswith(".thresholds")}  # found by training, or unset
-        return [group for group in (soft_prompt, readout, thresholds, self.from_files()) if group]
+        # these change nothing at first, or training finds them
+        later = [{name for name in self.state_dict() if name.startswith(f"connector.{module}")}
+                 for module in ("readout.", "conditioning.", "tomeformer.thresholds")]  # fmt: skip
+        return [group for group in (soft_prompt, *later, self.from_files()) if group]
 
     def from_files(self) -> set[str]:
         """What of the language model learns."""
@@ -223,9 +190,12 @@ class EVLGen(Generates, VisualPrompts, PromptLengths, Bundled, ModelFacts, BaseM
         samples["conversations"], where there are some, in the assistant's words.
 
         samples["texts_per_image"]: how many of the texts (and of samples["prompt"], where that is a list) each of the
-        B pictures has, a picture's in a row; left out: one each. They share its visual prompt. Raises ValueError.
+        B pictures has, a picture's in a row; left out: one each. They share its visual prompt, unless the prompt is of
+        as many rows as there are texts (merging that looks at each question). Raises ValueError.
         """
         lm, counts = self.language_model, samples.get("texts_per_image")
+        if self.reads_questions and counts is not None and len(prompt.tokens) == sum(counts):
+            counts = None  # each text has its own
         if "conversations" in samples:
             return lm.conversation_loss(prompt.tokens, samples["conversations"], prompt.mask, counts)
         texts = samples["text_input"]
@@ -248,7 +218,7 @@ class EVLGen(Generates, VisualPrompts, PromptLengths, Bundled, ModelFacts, BaseM
         budgets = samples.get("budgets") or (None,)
         if len(budgets) > 1:
             return sandwich(self, samples, budgets, objective)
-        prompt = self.visual_prompt(samples["image"], budget=budgets[0])
+        prompt = self.prompts_for(samples, budgets[0])
         if objective is not None:
             return objective(self, prompt, samples) | self.histogram(prompt)
         sums, tokens = self.loss_of(prompt, samples)
@@ -263,7 +233,8 @@ class EVLGen(Generates, VisualPrompts, PromptLengths, Bundled, ModelFacts, BaseM
         pictures differ in tokens, rows of image_embeds end in zeros."""
         if mode != "image":
             raise ValueError(f"mode: {mode!r}; EVLGen has image features only")
-        tokens = self.connect(samples["image"]).tokens
+        seen, condition = self.asked_in(samples)
+        tokens = self.connect_seen(seen, condition=condition).tokens
         return BlipOutputFeatures(image_embeds=tokens, image_embeds_proj=self.project(tokens))
 
     def load_checkpoint(self, url_or_filename: str):

@@ -133,18 +133,26 @@ class EVLGenVideo(EVLGen):
         return image.transpose(1, 2)
 
     def visual_tokens(self, image: Tensor) -> Tensor:
-        return self.frame_tokens(image)
+        """As `frame_tokens`; what that gave passes through."""
+        whole = image.ndim == 4 and image.shape[2:] == (self.visual_encoder.num_tokens, self.visual_encoder.width)
+        return image if whole else self.frame_tokens(image)
 
-    def connect_seen(self, seen: Tensor, return_source: bool = False, budget: int | None = None) -> VisualPrompt:
+    def connect_seen(
+        self, seen: Tensor, return_source: bool = False, budget: int | None = None, condition: Tensor | None = None
+    ) -> VisualPrompt:
         """The ViT's tokens of each frame (B, T, L, D_v) -> the connector's of each clip (B, L', D_c).
 
         The source of `concat` maps the T L tokens of all frames to the T L' of the prompt; a token of `connector_mean`
         has one source in each frame, so there is no such map and it raises ValueError. Queries read all patches, so
-        temporal_qformer and temporal_queries have no source. budget: of each pass of the connector.
+        temporal_qformer and temporal_queries have no source. budget: of each pass of the connector. condition (B, D_l):
+        of each clip, for all its frames.
         """
         count = seen.shape[1]
-        prompt = super().connect_seen(self.read_by_connector(seen), return_source, budget)
-        if self.frame_pooling in POOLED_FIRST:
+        pooled = self.frame_pooling in POOLED_FIRST
+        if condition is not None and not pooled:
+            condition = condition.repeat_interleave(count, 0)  # (B T, D_l)
+        prompt = super().connect_seen(self.read_by_connector(seen), return_source, budget, condition)
+        if pooled:
             return prompt if self.frame_pooling == "mean" else self.frame_pool(self.ln_vision(seen), prompt)
         if self.frame_pooling == "temporal_qformer":
             return self.frame_pool(prompt, count)

@@ -14,6 +14,7 @@ class ModelFacts:
     """Base class of our models; `facts_of` gives other models the defaults."""
 
     packs_texts = False  # whether batches may have `texts_per_image` (datasets/packing.py)
+    reads_questions = False  # whether the visual prompt depends on the question too (model.condition)
     prompt: str = ""  # text before every caption, for the run card
     lr_scale: dict[str, float] = {}  # learning-rate factor of each part; 1 where it is not named
     calibration_pictures: int = 0  # training pictures that `calibrate` wants in front of an evaluation; 0: none

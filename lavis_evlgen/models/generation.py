@@ -10,7 +10,7 @@ from lavis_evlgen.models.language.packing import own_rows
 
 
 class Generates:
-    """Of a model with `visual_prompt(image)`, `language_model` and `prompt`, its text in front of every caption."""
+    """Of a model with `prompts_for(samples)`, `language_model` and `prompt`, its text in front of every caption."""
 
     def _prompts(self, samples: dict, batch: int) -> list[str]:
         prompt = samples.get("prompt", self.prompt)
@@ -37,9 +37,10 @@ class Generates:
         """Captions of samples["image"] (B, 3, H, W): B x num_captions strings, as LAVIS's Blip2OPT.generate.
 
         Beam search, or nucleus sampling of num_captions each. Lengths count new tokens. samples["prompt"] (one
-        string or one a picture) replaces the model's prompt. A `visual_prompt` already computed is used as is.
+        string or one a picture) replaces the model's prompt. samples["question"] (likewise) is what merging looks at
+        with model.condition=question. A `visual_prompt` already computed is used as is.
         """
-        prompt = visual_prompt or self.visual_prompt(samples["image"])
+        prompt = visual_prompt or self.prompts_for(samples)
         decoding = {"max_new_tokens": max_length, "min_new_tokens": min_length, "num_return_sequences": num_captions}
         if use_nucleus_sampling:
             decoding |= {"do_sample": True, "top_p": top_p, "temperature": temperature, "top_k": 0, "num_beams": 1}
@@ -81,7 +82,7 @@ class Generates:
         questions = samples["text_input"]
         questions = [questions] if isinstance(questions, str) else questions
         template = prompt or "Question: {} Short answer:"
-        asked = {**samples, "prompt": [template.format(question) for question in questions]}
+        asked = {**samples, "question": questions, "prompt": [template.format(question) for question in questions]}
         return self.generate(
             asked,
             num_beams=num_beams,

@@ -7,7 +7,7 @@ Mathematics: EVLGen, section 3.2 and appendix C; bipartite soft matching, Bolya 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,6 +91,7 @@ def match(
     protected: int = 1,
     partition: str = "alternate",
     generator: torch.Generator | None = None,
+    price: Tensor | None = None,
 ) -> MergeMap:
     """Choose the `r` most similar pairs and map T tokens to T - r.
 
@@ -98,7 +99,8 @@ def match(
     training would merge other pairs than evaluation. The tokens are split in two sets, A and B: even and odd positions
     (`alternate`), or at random, anew in every call (`random`, from `generator`). Every A token points at its
     most similar B token; the r strongest pointers are kept. The first `protected` tokens are in A and never
-    merge. Order afterwards: unmerged A in their old order, then B. r is capped at `max_merges`.
+    merge. Order afterwards: unmerged A in their old order, then B. r is capped at `max_merges`. price (B, T): the
+    larger one of a pair's two is taken off its cosine (nn/conditioning.py).
     """
     batch, tokens, _ = keys.shape
     r = min(int(r), max_merges(tokens, protected))
@@ -108,6 +110,8 @@ def match(
     with torch.autocast(keys.device.type, enabled=False):
         unit = F.normalize(keys.to(torch.promote_types(keys.dtype, torch.float32)), dim=-1)
         similarity = unit[:, set_a] @ unit[:, set_b].transpose(1, 2)  # (B, A, B)
+    if price is not None:
+        similarity = similarity - torch.maximum(price[:, set_a, None], price[:, None, set_b])
     similarity[:, :protected] = float("-inf")
     strength, partner = similarity.max(dim=-1)  # (B, A)
     merged = strength.topk(r, dim=-1).indices  # (B, r) positions within A
@@ -145,17 +149,19 @@ def fold(
     protected: int = 1,
     partition: str = "alternate",
     generator: torch.Generator | None = None,
+    prices: Callable[[MergeMap], Tensor] | None = None,
 ) -> list[MergeMap]:
     """One merge after another with no layer between: where the T tokens are at first, and after each r of `schedule`.
 
     features: (B, T, C). What is compared is the mean of all features in a group (weighted by size, that is) in float32
-    whatever the autocast, as in `match`.
+    whatever the autocast, as in `match`. prices: of the groups that the tokens are in, `match`'s price.
     """
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     maps = [MergeMap.identity(*features.shape[:2], features.device)]
     for r in schedule:
         means = maps[-1].merge(features)  # (B, T', C)
-        maps.append(maps[-1].then(match(means, r, protected, partition, generator)))
+        price = None if prices is None else prices(maps[-1])
+        maps.append(maps[-1].then(match(means, r, protected, partition, generator, price)))
     return maps
 
 

@@ -8,108 +8,15 @@ bert-base-uncased, MiniLM and released connectors load by name. With no merging 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lavis_evlgen.nn.budgets import Budgets
-from lavis_evlgen.nn.merging import MergeMap, fold, fold_schedule, match, merge_schedule, tokens_after
-from lavis_evlgen.nn.ragged import NONE, UNSET, Limits, RaggedMap, RaggedPass, cut, limits_of
-
-
-@dataclass
-class TomeFormerConfig:
-    """Sizes of the BERT body and how it merges; the defaults are bert-base with the paper's r = 19."""
-
-    hidden_size: int = 768
-    num_layers: int = 12
-    num_heads: int = 12
-    intermediate_size: int = 3072
-    max_positions: int = 512
-    layer_norm_eps: float = 1e-12
-    dropout: float = 0.1
-    # int | list | {r, inflection} | {target}: merge_schedule. {elastic}: Budgets. {average, least, most}: Limits
-    tome_r: object = 19
-    tokens: int | None = None  # leave so many, whatever tome_r says; None: as it says, of budgets the largest
-    merge_mean: str = "plain"  # plain (released) | size: weight tokens by the patches they stand for
-    partition: str = "alternate"  # alternate (released) | random (the paper's wording)
-    proportional_attention: bool = False  # add log(size) to the attention logits
-    protected: int = 1  # leading tokens that never merge ([CLS])
-    num_tokens: int = 257  # what the schedule is planned for
-    merge_at: str = "layers"  # layers (released) | input: before the body, by the features that `fold` is given
-    readout: str = "none"  # none (released) | group: tokens attend to their patches, behind the body (nn/groups.py)
-    skip: str = "none"  # none (released) | pooled: the means of the groups, past the body (nn/groups.py)
-    schedule: list[int] = field(init=False)  # merges of each layer
-    folds: list[int] = field(init=False)  # merges in front of the first layer
-    budgets: Budgets | None = field(init=False)  # of an elastic tome_r
-    limits: Limits | None = field(init=False)  # of pictures that keep as many tokens as they need (nn/ragged.py)
-
-    def __post_init__(self):
-        if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is not divisible by num_heads {self.num_heads}")
-        if self.num_tokens > self.max_positions:
-            raise ValueError(
-                f"{self.num_tokens} visual tokens, but the TomeFormer has {self.max_positions} position "
-                "embeddings; use a smaller image_size or a connector_init with more positions"
-            )
-        for name, value, known in (
-            ("merge_mean", self.merge_mean, ("plain", "size")),
-            ("partition", self.partition, ("alternate", "random")),
-            ("merge_at", self.merge_at, ("layers", "input")),
-            ("readout", self.readout, ("none", "group")),
-            ("skip", self.skip, ("none", "pooled")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(known)}")
-        self.budgets = Budgets.of(self.tome_r)
-        counts = () if self.budgets is None else self.budgets.tokens
-        self._plans = {count: self._plan({"target": count}, "tome_r.elastic") for count in counts}
-        self.limits, spec = limits_of(self.tome_r, self.num_layers, self.num_tokens, self.protected), self.tome_r
-        if self.limits is not None:
-            self._check_ragged()
-            spec = {"target": self.limits.most[-1]}  # tensors are as wide as the longest picture may be
-        trained = self._plan(spec) if self.budgets is None else self._plans[self.budgets.largest]
-        given = self.tokens is not None
-        self.folds, self.schedule = self._plan({"target": self.tokens}, "tokens") if given else trained
-
-    def _plan(self, tome_r, key: str = "tome_r") -> tuple[list[int], list[int]]:
-        """(merges in front of the first layer, merges of each layer). key: what errors name."""
-        try:
-            schedule = merge_schedule(tome_r, self.num_layers, self.num_tokens, self.protected)
-        except ValueError as error:
-            raise ValueError(key + str(error).removeprefix("tome_r")) from None
-        if self.merge_at == "layers":
-            return [], schedule
-        left = tokens_after(self.num_tokens, schedule, self.protected)  # the same number, but by other means
-        return fold_schedule(self.num_tokens, left, self.protected), [0] * self.num_layers
-
-    def plan(self, budget: int | None = None) -> tuple[list[int], list[int]]:
-        """(folds, schedule) that leave `budget` tokens, one of an elastic tome_r; None: those of the config."""
-        if budget is None:
-            return self.folds, self.schedule
-        if budget not in self._plans:
-            raise ValueError(f"a budget of {budget} tokens is none of tome_r.elastic: {sorted(self._plans)}")
-        return self._plans[budget]
-
-    def _check_ragged(self):
-        if self.tokens is not None:
-            raise ValueError(
-                "tokens: with tome_r: {average, least, most} each picture has its own number, by thresholds that are "
-                "trained; leave tokens out, or train with another tome_r"
-            )
-        for name, value, known in (("partition", self.partition, "alternate"), ("merge_at", self.merge_at, "layers")):
-            if value != known:
-                raise ValueError(
-                    f"tome_r: {{average, least, most}} needs {name}: {known}, not {value}; leave {name} out, or take "
-                    "tome_r: {target: N}, the same number of tokens for every picture"
-                )
-
-    @property
-    def num_output_tokens(self) -> int:
-        """Of every picture; with limits, the most that one has."""
-        return tokens_after(self.num_tokens, [*self.folds, *self.schedule], self.protected)
+from lavis_evlgen.nn.conditioning import Relevance, weighted_mean
+from lavis_evlgen.nn.merging import MergeMap, fold, match
+from lavis_evlgen.nn.ragged import NONE, UNSET, RaggedMap, RaggedPass, cut
+from lavis_evlgen.nn.tomeformer_config import TomeFormerConfig
 
 
 class Embeddings(nn.Module):
@@ -195,7 +102,8 @@ class Layer(nn.Module):
         self.output = AddNorm(cfg.intermediate_size, cfg)
 
     def forward(
-        self, x: Tensor, r: int, sizes: Tensor | None, generator, ragged: RaggedPass | None = None
+        self, x: Tensor, r: int, sizes: Tensor | None, generator, ragged: RaggedPass | None = None,
+        relevance: Relevance | None = None,
     ) -> tuple[Tensor, MergeMap | None]:
         log_sizes = sizes.log() if sizes is not None and self.cfg.proportional_attention else None
         if ragged is not None and log_sizes is None:  # the size of padding is 0, its logarithm -inf
@@ -204,11 +112,15 @@ class Layer(nn.Module):
         x = self.attention["output"](self.attention["self"](x, log_sizes), x)  # (B, T, D)
         step = None
         if keys is not None:
+            by_size, price = self.cfg.merge_mean == "size", None if relevance is None else relevance.price
             if ragged is None:
-                step = match(keys, r, self.cfg.protected, self.cfg.partition, generator)
+                step = match(keys, r, self.cfg.protected, self.cfg.partition, generator, price)
             else:
                 step = ragged.match(keys)
-            x = step.merge(x, sizes if self.cfg.merge_mean == "size" else None)  # (B, T - r, D)
+            if relevance is None:
+                x = step.merge(x, sizes if by_size else None)  # (B, T - r, D)
+            else:
+                x = weighted_mean(step, x, relevance.weights(by_size))
         return self.output(F.gelu(self.intermediate["dense"](x)), x), step
 
 
@@ -225,18 +137,24 @@ class TomeFormer(nn.Module):
             unset = [UNSET if cfg.limits.merges(n) else NONE for n in range(cfg.num_layers)]
             self.register_buffer("thresholds", torch.tensor(unset))
 
-    def fold(self, features: Tensor, budget: int | None = None) -> list[MergeMap]:
-        """Where the T tokens with these features (B, T, C) go in front of the first layer: after 0, 1, ... merges."""
-        folds, _ = self.cfg.plan(budget)
-        return fold(features, folds, self.cfg.protected, self.cfg.partition, self._generator())
+    def fold(self, features: Tensor, budget: int | None = None, rho: Tensor | None = None) -> list[MergeMap]:
+        """Where the T tokens with these features (B, T, C) go in front of the first layer: after 0, 1, ... merges.
+
+        budget, rho (B, T): as `forward`.
+        """
+        relevance, cfg = None if rho is None else Relevance.of(rho), self.cfg
+        prices = None if relevance is None else lambda step: relevance.after(step).price
+        return fold(features, cfg.plan(budget)[0], cfg.protected, cfg.partition, self._generator(), prices)
 
     def forward(
-        self, x: Tensor, return_source: bool = False, folded: MergeMap | None = None, budget: int | None = None
-    ) -> tuple[Tensor, MergeMap | None]:
+        self, x: Tensor, return_source: bool = False, folded: MergeMap | None = None, budget: int | None = None,
+        rho: Tensor | None = None,
+    ) -> tuple[Tensor, MergeMap | None]:  # fmt: skip
         """x (B, T, D) -> tokens (B, T', D), source: MergeMap from the T input tokens | None.
 
         folded: of the T tokens, where x (B, T', D) are already the means of their groups. budget: how many tokens to
-        leave, one of an elastic `tome_r`; None: the config's number. Raises ValueError.
+        leave, one of an elastic `tome_r`; None: the config's number. rho (B, T): how much each token matters to a
+        question (nn/conditioning.py). Raises ValueError.
         """
         cfg, source, ragged = self.cfg, folded, None
         if cfg.limits is not None:
@@ -244,11 +162,14 @@ class TomeFormer(nn.Module):
         sizes = self._first_sizes(x, folded)
         if return_source and folded is None:
             source = (MergeMap if ragged is None else RaggedMap).identity(*x.shape[:2], x.device)
+        relevance = None if rho is None or folded is not None else Relevance.of(rho)
         generator = self._generator()
         x = self.embeddings(x, folded)
         for n, r in enumerate(cfg.plan(budget)[1]):
-            x, sizes, step = self._layer(n, r, x, sizes, generator, ragged)
-            source = source if step is None or source is None else source.then(step)
+            x, sizes, step = self._layer(n, r, x, sizes, generator, ragged, relevance)
+            if step is not None:
+                relevance = None if relevance is None else relevance.after(step)
+                source = None if source is None else source.then(step)
         return x, source
 
     def _first_sizes(self, x: Tensor, folded: MergeMap | None = None) -> Tensor | None:
@@ -257,11 +178,14 @@ class TomeFormer(nn.Module):
             return None
         return torch.ones(x.shape[:2], device=x.device) if folded is None else folded.sizes()
 
-    def _layer(self, n: int, r: int, x: Tensor, sizes: Tensor | None, generator, ragged: RaggedPass | None):
+    def _layer(
+        self, n: int, r: int, x: Tensor, sizes: Tensor | None, generator, ragged: RaggedPass | None,
+        relevance: Relevance | None = None,
+    ):  # fmt: skip
         """Layer number n: (tokens, their sizes | None, its merge | None)."""
         if ragged is not None:
             ragged.layer, r = n, self.cfg.limits.merges(n)
-        x, step = self.encoder["layer"][n](x, r, sizes, generator, ragged)
+        x, step = self.encoder["layer"][n](x, r, sizes, generator, ragged, relevance)
         return x, sizes if sizes is None or step is None else step.sizes(sizes), step
 
     @torch.no_grad()

@@ -14,6 +14,9 @@ from collections.abc import Hashable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lavis_evlgen.models.facts import facts_of
+from lavis_evlgen.models.questions import questions_of
+
 
 def partners(sources: Sequence[Hashable]) -> list[int | None]:
     """For each row, the row whose text goes under its picture: one of another source, each row at most once.
@@ -65,11 +68,15 @@ class BlindPairs:
     def measure_losses(self, model, prompt, rows: list[dict]):
         """Put into each row of a batch, under "blind", the loss (nats) of its partner's text under its own picture.
 
-        prompt: the batch's visual prompts; rows have `instance_id`.
+        prompt: the batch's visual prompts, or its SeenPictures; rows have `instance_id`.
         """
         positions, others = self.of(row["instance_id"] for row in rows)
         if positions:
-            shuffled, _ = self.losses(model, prompts_of(prompt, positions), others)
+            if isinstance(prompt, SeenPictures):
+                under = prompt.prompts(positions, self.dataset.texts_of(others))
+            else:
+                under = prompts_of(prompt, positions)
+            shuffled, _ = self.losses(model, under, others)
             for position, other, nats in zip(positions, others, shuffled, strict=True):
                 rows[position]["blind"] = {str(other): {"loss_shuffled": nats}}
 
@@ -79,14 +86,27 @@ def sums_of(values: Tensor, counts: list[int]) -> Tensor:
     return torch.stack([own.sum() for own in values.split(counts)])
 
 
-def prompts_by_picture(model, samples: dict):
-    """The visual prompts of a batch, each picture (by its image_id) put through the model once."""
-    place: dict[Hashable, int] = {}
-    rows = [place.setdefault(image_id, len(place)) for image_id in samples["image_id"]]
-    if len(place) == len(rows):
-        return model.visual_prompt(samples["image"])
-    firsts = [rows.index(n) for n in range(len(place))]
-    return prompts_of(model.visual_prompt(samples["image"][firsts]), rows)
+class SeenPictures:
+    """The pictures of a batch, each (by its image_id) put through the model's frozen ViT once.
+
+    Where merging looks at no question, also through the connector once.
+    """
+
+    def __init__(self, model, samples: dict):
+        place: dict[Hashable, int] = {}
+        self.rows = [place.setdefault(image_id, len(place)) for image_id in samples["image_id"]]
+        images = samples["image"]
+        if len(place) < len(self.rows):
+            images = images[[self.rows.index(n) for n in range(len(place))]]
+        self.model, self.asks = model, facts_of(model).reads_questions
+        self.seen = model.visual_tokens(images) if self.asks else model.visual_prompt(images)
+
+    def prompts(self, positions: Sequence[int], texts: dict):
+        """The visual prompts for `texts` (a batch without pictures) about the pictures at these positions."""
+        pictures = [self.rows[position] for position in positions]
+        if self.asks:
+            return self.model.visual_prompt(self.seen, questions=questions_of(texts), pictures=pictures)
+        return prompts_of(self.seen, pictures)
 
 
 def prompts_of(prompt, positions: Sequence[int]):

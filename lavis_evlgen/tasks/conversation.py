@@ -14,7 +14,7 @@ from lavis_evlgen.datasets.conversations import ConversationDataset
 from lavis_evlgen.models.evlgen import EVLGen
 from lavis_evlgen.models.lengths import summary_of, tokens_of
 from lavis_evlgen.tasks.base import Shown, Task
-from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_by_picture
+from lavis_evlgen.tasks.blind_baseline import BlindPairs, SeenPictures, assign, paired_losses
 
 
 @registry.register_task("evlgen_conversations")
@@ -84,13 +84,14 @@ class EvlgenConversationTask(Task):
     def valid_step(self, model, samples: dict) -> list[dict]:
         """One row a conversation: its ids and messages, loss (nats) and tokens of the assistant's words, and under
         "blind" what the picture measured for another row's conversation."""
-        prompt = prompts_by_picture(model, samples)
+        seen = SeenPictures(model, samples)
+        prompt = seen.prompts(range(len(seen.rows)), samples)
         loss, tokens = model.loss_of(prompt, samples)  # (B,), (B,)
         keys = ("instance_id", "conversation_id", "image_id", "conversations")
         rows = [{key: samples[key][i] for key in keys} | own for i, own in enumerate(tokens_of(prompt))]
         for row, nats, count in zip(rows, loss.tolist(), tokens.tolist(), strict=True):
             row |= {"loss": nats, "tokens": count}
-        self.blind.measure_losses(model, prompt, rows)
+        self.blind.measure_losses(model, seen, rows)
         return rows
 
     def after_evaluation(self, val_result: list[dict], split_name: str, epoch, **kwargs) -> dict:

@@ -14,9 +14,11 @@ from lavis_evlgen.datasets import DataError
 from lavis_evlgen.datasets.questions import TEMPLATE, QuestionDataset
 from lavis_evlgen.evaluation import vqa_metrics
 from lavis_evlgen.evaluation.lemmas import load_lemmatizer
+from lavis_evlgen.models.facts import facts_of
 from lavis_evlgen.models.lengths import summary_of, tokens_of
 from lavis_evlgen.tasks.base import Shown, Task
-from lavis_evlgen.tasks.blind_baseline import BlindPairs, assign, paired_losses, prompts_by_picture, prompts_of
+from lavis_evlgen.tasks.blind_baseline import BlindPairs, SeenPictures, assign, paired_losses, prompts_of
+from lavis_evlgen.tasks.condition_gap import condition_gap, other_questions
 from lavis_evlgen.tasks.settings import DecodingSettings, SharedRunSettings
 
 AUTO = "auto"
@@ -65,6 +67,7 @@ class EvlgenVqaTask(Task):
         self.lemmatize = load_lemmatizer() if lemmatize else None
         self.blind_share, self.dataset = blind_share, None
         self.blind: BlindPairs
+        self.swaps: list[int | None] | None = None  # rows with the other question, where merging looks at one
         self.built: dict[str, dict] = {}  # the data sets
 
     @classmethod
@@ -122,6 +125,7 @@ class EvlgenVqaTask(Task):
 
     def before_evaluation(self, model, dataset, **kwargs):
         self.dataset, self.blind = dataset, BlindPairs(dataset)
+        self.swaps = other_questions(dataset.annotation) if facts_of(model).reads_questions else None
 
     def _metric(self) -> str:
         """That of `run.metric`, or which one fits the data set that is evaluated."""
@@ -132,8 +136,9 @@ class EvlgenVqaTask(Task):
     def valid_step(self, model, samples: dict) -> list[dict]:
         """One row a question: its ids, question, answer, loss (nats) and tokens of the human answer, and under "blind"
         what the picture measured for another row's question."""
-        prompt = prompts_by_picture(model, samples)
-        answers = model.predict_answers(samples, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
+        seen = SeenPictures(model, samples)
+        prompt = seen.prompts(range(len(seen.rows)), samples)
+        answers = self._answers(model, prompt, samples)
         keys = ("instance_id", "question_id", "image_id", "question")
         rows = [
             {key: samples[key][i] for key in keys} | {"answer": answer} | own
@@ -141,23 +146,44 @@ class EvlgenVqaTask(Task):
         ]
         asked_again = [position for position, own in enumerate(samples["instance_id"]) if self._asks_again(int(own))]
         if asked_again:
-            loss, tokens = self._truth_loss(model, prompts_of(prompt, asked_again), samples, asked_again)
+            texts = _texts_at(samples, asked_again)
+            loss, tokens = self._truth_loss(model, prompts_of(prompt, asked_again), texts)
             for position, nats, count in zip(asked_again, loss, tokens, strict=True):
                 rows[position] |= {"loss": nats, "tokens": count}
         positions, others = self.blind.of(samples["instance_id"], self._asks_again)
         if positions:
-            prompt, texts = prompts_of(prompt, positions), self.dataset.texts_of(others)
-            answers = model.predict_answers(texts, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
-            loss, _ = self._truth_loss(model, prompt, texts, range(len(others)))
+            texts = self.dataset.texts_of(others)
+            prompt = seen.prompts(positions, texts)
+            answers = self._answers(model, prompt, texts)
+            loss, _ = self._truth_loss(model, prompt, texts)
             for position, other, answer, nats in zip(positions, others, answers, loss, strict=True):
                 rows[position]["blind"] = {str(other): {"blind_answer": answer, "loss_shuffled": nats}}
+        if self.swaps is not None:
+            self._ask_swapped(model, seen, samples, rows)
         return rows
 
-    def _truth_loss(self, model, prompt, texts: dict, positions) -> tuple[list[float], list[int]]:
-        """Nats and tokens of the most frequent human answers to the questions at `positions` of `texts`."""
-        asked = [self.prompt.format(texts["question"][position]) for position in positions]
-        answers = [texts["answer"][position] for position in positions]
-        nats, tokens = model.loss_of(prompt, {"text_input": answers, "prompt": asked})
+    def _ask_swapped(self, model, seen: SeenPictures, samples: dict, rows: list[dict]):
+        """Answers and losses with another question of the same picture in merging."""
+        owns = map(int, samples["instance_id"])
+        other_of = {position: self.swaps[own] for position, own in enumerate(owns) if self._asks_again(own)}
+        positions = [position for position, other in other_of.items() if other is not None]
+        others = [other_of[position] for position in positions]
+        if not positions:
+            return
+        texts = _texts_at(samples, positions)
+        prompt = seen.prompts(positions, self.dataset.texts_of(others))
+        answers, (loss, _) = self._answers(model, prompt, texts), self._truth_loss(model, prompt, texts)
+        for position, other, answer, nats in zip(positions, others, answers, loss, strict=True):
+            asked = self.dataset.annotation[other]["question"]
+            rows[position] |= {"swapped_answer": answer, "loss_swapped": nats, "swapped_question": asked}
+
+    def _answers(self, model, prompt, texts: dict) -> list[str]:
+        return model.predict_answers(texts, prompt=self.prompt, visual_prompt=prompt, **self.decoding)
+
+    def _truth_loss(self, model, prompt, texts: dict) -> tuple[list[float], list[int]]:
+        """Nats and tokens of the most frequent human answers to the questions of `texts`."""
+        asked = [self.prompt.format(question) for question in texts["question"]]
+        nats, tokens = model.loss_of(prompt, {"text_input": texts["answer"], "prompt": asked})
         return nats.tolist(), tokens.tolist()
 
     def _asks_again(self, row: int) -> bool:
@@ -188,6 +214,7 @@ class EvlgenVqaTask(Task):
             "blind_by_kind": {kind: found for kind, own in groups.items() if (found := _blind(own))},
             **paired_losses(rows),
             **summary_of(rows),
+            **self._condition(rows, groups),
             "questions": len(rows),
             "pictures": len({row["image_id"] for row in rows}),
             "unreadable": list(bad.values()),
@@ -197,19 +224,27 @@ class EvlgenVqaTask(Task):
             "rows": rows,
         }
 
+    def _condition(self, rows: list[dict], groups: dict[str, list[dict]]) -> dict[str, dict]:
+        """With the right against a swapped question in merging, as a whole and by kind; {} where it looks at none."""
+        if self.swaps is None:
+            return {}
+        kinds = {kind: found for kind, own in groups.items() if (found := condition_gap(own))}
+        return {"condition": condition_gap(rows), "condition_by_kind": kinds}
+
     def _score(self, rows: list[dict], metric: str, prefix: str = "") -> vqa_metrics.AnswerScores:
-        """Scores of the answers; each row gets its own as `score`, and as `blind_score` that of its blind answer."""
-        answers = {row["question_id"]: row["answer"] for row in rows}
-        blind = {row["question_id"]: row["blind_answer"] for row in rows if "blind_answer" in row}
-        if self.lemmatize:
-            answers, blind = ({key: self.lemmatize(text) for key, text in own.items()} for own in (answers, blind))
-        truth, kinds = self.dataset.answers, self.dataset.kinds
-        scores = vqa_metrics.score_answers(answers, truth, metric, kinds)
-        blind_scores = vqa_metrics.score_answers(blind, truth, metric).per_sample if blind else {}
-        for row in rows:
-            row[f"{prefix}score"] = scores.per_sample[row["question_id"]]
-            row[f"{prefix}blind_score"] = blind_scores.get(row["question_id"])
-        return scores
+        """Scores of the answers; each row gets its own as `score`, and as `blind_score` that of its blind answer (of
+        its answer to a swapped question, `swapped_score`)."""
+        twins = ("", "blind_") if self.swaps is None else ("", "blind_", "swapped_")
+        truth, kinds, found = self.dataset.answers, self.dataset.kinds, {}
+        for twin in twins:
+            answers = {row["question_id"]: row[f"{twin}answer"] for row in rows if f"{twin}answer" in row}
+            if self.lemmatize:
+                answers = {key: self.lemmatize(text) for key, text in answers.items()}
+            found[twin] = vqa_metrics.score_answers(answers, truth, metric, kinds) if answers else None
+            scores = found[twin].per_sample if answers else {}
+            for row in rows:
+                row[f"{prefix}{twin}score"] = scores.get(row["question_id"])
+        return found[""]
 
     def _check_complete(self, rows: list[dict], unasked: int, split_name: str):
         """Every question once, over all ranks: a wrong shard would be a wrong accuracy."""
@@ -225,6 +260,8 @@ class EvlgenVqaTask(Task):
     def curve(self, result: dict) -> dict[str, float]:
         """Losses, and accuracy with its blind baseline."""
         curve = {f"val_{key}": result[key] for key in ("loss_right", "loss_shuffled") if key in result}
+        if gap := result.get("condition"):
+            curve |= {"val_loss_swapped": gap["loss_swapped"], "swapped_accuracy": gap["accuracy_swapped"]}
         return curve | {"accuracy": result["metrics"]["accuracy"], "blind_accuracy": result["blind"].get("accuracy")}
 
     def summary(self, result: dict) -> str:
@@ -235,6 +272,11 @@ class EvlgenVqaTask(Task):
             words.append(
                 f"loss {result['loss_right']:.3f} right, {result['loss_shuffled']:.3f} other picture "
                 f"(gap {result['loss_gap']:.3f} nats/token)"
+            )
+        if gap := result.get("condition"):
+            words.append(
+                f"merging for another question: accuracy {gap['accuracy_swapped']:.3f} on {gap['questions']} "
+                f"(condition gap {gap['gap']:.3f}), loss {gap['loss_swapped']:.3f}"
             )
         for name, value in result["metrics"].items():
             if name != "accuracy":
@@ -263,3 +305,8 @@ def _blind(rows: list[dict]) -> dict:
         names |= {"exact": "exact_blind_score", "exact_same_questions": "exact_score"}
     means = {name: sum(row[key] for row in paired) / len(paired) for name, key in names.items()}
     return means | {"questions": len(paired)}
+
+
+def _texts_at(samples: dict, positions: list[int]) -> dict[str, list]:
+    """The texts of a batch at these positions."""
+    return {key: [samples[key][position] for position in positions] for key in ("text_input", "question", "answer")}

@@ -1,4 +1,4 @@
-"""`evlgen caption`: captions of pictures or clips by a trained model."""
+"""`evlgen caption`: captions of pictures or clips by a trained model, or answers to a question about them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from lavis_evlgen.config import ConfigError
+from lavis_evlgen.datasets.questions import TEMPLATE
 from lavis_evlgen.errors import one_line
 from lavis_evlgen.media.errors import UnreadableImage
 from lavis_evlgen.media.images import decode_image, open_image, to_rgb
@@ -24,6 +25,8 @@ MANY_ONLY = ("batch_size", "workers", "column", "folder", "caption_key")  # argu
 def main(args) -> int:
     """Print `path<TAB>caption` for each picture, or write many to a file; exit code 1 when one could not be read."""
     if args.out or args.out_shards:
+        if args.question is not None:
+            raise ConfigError("--question answers about a few pictures and prints; leave it or --out out")
         from lavis_evlgen.tools.captioning.command import caption_many  # what a few pictures need not wait for
 
         return caption_many(args)
@@ -38,8 +41,20 @@ def main(args) -> int:
             print(f"evlgen caption: {error}", file=sys.stderr)
             failed += 1
             continue
-        print(f"{path}\t{captions_of(model, image, args.prompt, decoding)[0]}")
+        if args.question is None:
+            said = captions_of(model, image, args.prompt, decoding)[0]
+        else:
+            said = _answer(model, image, args.question, decoding)
+        print(f"{path}\t{said}")
     return int(failed > 0)
+
+
+def _answer(model, image: torch.Tensor, question: str, decoding: dict) -> str:
+    """The answer about one picture (1, 3, H, W) or clip, in one line; of `decoding`, what answers have too."""
+    search = {key: decoding[key] for key in ("num_beams", "repetition_penalty") if key in decoding}
+    samples = {"image": image, "text_input": question}
+    with torch.inference_mode():
+        return " ".join(model.predict_answers(samples, prompt=TEMPLATE, **search)[0].split())
 
 
 def _check_few(args):

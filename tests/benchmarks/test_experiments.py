@@ -14,6 +14,7 @@ from benchmarks.common.result_pages import END, START
 from benchmarks.experiments import (
     ablations,
     adaptive,
+    conditioned,
     connectors,
     elastic,
     flickr8k,
@@ -266,6 +267,33 @@ def test_connectors_from_end_to_end_and_another_seed(in_this_process, parts, tmp
     assert pooling[-1] == ours[-1] == "7, 8"
     assert "Not yet run." in page.read_text().split("<!-- tables of frozen -->")[0]  # the other language model's
     assert sorted(path.name for path in (tmp_path / "made/features").glob("*train*"))
+
+
+def test_conditioned_merging_from_end_to_end_and_another_seed(in_this_process, parts, tmp_path, monkeypatch):
+    """With and without on the same questions; the table has the gap where there is one."""
+    page = tmp_path / "docs" / "results" / "conditioned.md"
+    page.parent.mkdir(parents=True)
+    page.write_text((ROOT / "docs/results/conditioned.md").read_text())
+    small = [option for option in tiny(parts) if not option.startswith(("run.tokenizer", "run.blind_shuffles"))]
+    arguments = ["--steps", "2", "--pictures", "4", "--scored", "3", "--jobs", "1", "--folder", str(tmp_path / "made")]
+    arguments += ["--out", str(tmp_path / "found.json"), "--page", str(page)]
+    for tokens, seed in ((["9", "5"], "7"), (["9"], "8")):
+        command = [*arguments, "--tokens", *tokens, "--seeds", seed, "--set", *small, "model.max_txt_len=64"]
+        monkeypatch.setattr(sys, "argv", ["conditioned.py", *command])
+        conditioned.main()
+    assert in_this_process == [f"{condition}_{tokens}_steps2_seed{seed}" for tokens, seed in ((9, 7), (5, 7), (9, 8))
+                               for condition in ("none", "question")]  # fmt: skip
+    header, _, *found = rows(page.read_text().split("<!-- tables -->")[1].split("\n\n")[1])
+    found = [dict(zip(header, row, strict=True)) for row in found]
+    assert [(row["tokens"], row["merging"]) for row in found] == [
+        (tokens, conditioned.CONDITIONS[condition]) for tokens in ("5", "9") for condition in ("none", "question")
+    ]
+    plain, question = found[2:]
+    assert plain["condition gap"] == plain["less the plain one's (95 %)"] == "" and question["seeds"] == "7, 8"
+    assert " to " in question["condition gap"] and " to " in question["less the plain one's (95 %)"]
+    assert (tmp_path / "docs/images/conditioned.png").stat().st_size > 5000
+    results = json.loads((tmp_path / "found.json").read_text())["results"]
+    assert results["question, 5"][0]["condition"]["questions"] > 6 and "Not yet run" not in page.read_text()
 
 
 def test_elastic_against_models_of_one_number_from_end_to_end(in_this_process, parts, tmp_path, monkeypatch):

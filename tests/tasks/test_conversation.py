@@ -4,12 +4,15 @@ import json
 import logging
 
 import pytest
+import torch
 from PIL import Image
 
 from lavis_evlgen.datasets import DataError
+from lavis_evlgen.tasks.conversation import EvlgenConversationTask
 from tests.datasets.helpers import write_json
 from tests.datasets.test_image_conversations import turns
 from tests.run_tools import Runs, checkpoint, log, losses
+from tests.tiny import tiny_evlgen
 
 COLOURS = ("red", "blue", "green", "black")
 LONG = "a wooden table and two cats on the grass " * 4
@@ -84,6 +87,32 @@ def test_evaluate_gives_the_same_losses_whatever_the_batch(talked, tmp_path):
     found = read(runs.output("again") / "result" / "test_given.json")
     for key in ("loss_right", "loss_shuffled"):
         assert found[key] == pytest.approx(expected[key], rel=1e-5)
+
+
+@torch.no_grad()
+def test_merging_that_looks_at_the_question_sees_what_the_user_said_first(talked):
+    """Its own conversation's, and under another picture that of the conversation which is measured there."""
+    data = talked.runner.datasets["image_conversations"]["test"]
+    model = tiny_evlgen(connector={"condition": "question"}, max_txt_len=80).eval()
+    words = ("what color?", "is it a dog?")
+    model.language_model.chat_template = "plain"
+    model.connector.conditioning.alpha.fill_(1.0)
+    kept, data.annotation = data.annotation, [dict(row) for row in data.annotation]
+    for row, said in zip(data.annotation, words, strict=True):
+        row["messages"] = [{"role": "user", "content": f"<image>\n{said}"}, {"role": "assistant", "content": "red"}]
+    task = EvlgenConversationTask()
+    task.before_evaluation(model, data)
+    samples = data.collater([data[0], data[1]])
+    rows = task.valid_step(model, samples)
+    for n, (row, said) in enumerate(zip(rows, words, strict=True)):
+        other = 1 - n
+        ((blind, measured),) = row["blind"].items()
+        for nats, asked, number in ((row["loss"], said, n), (measured["loss_shuffled"], words[other], int(blind))):
+            prompt = model.visual_prompt(samples["image"][n : n + 1], questions=[asked])
+            assert nats == pytest.approx(model.loss_of(prompt, data.texts_of([number]))[0].item(), rel=1e-5)
+            wrong = model.visual_prompt(samples["image"][n : n + 1])
+            assert nats != pytest.approx(model.loss_of(wrong, data.texts_of([number]))[0].item(), rel=1e-5)
+    data.annotation = kept
 
 
 def test_every_conversation_is_scored_once(talked):

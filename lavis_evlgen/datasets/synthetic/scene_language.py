@@ -22,7 +22,7 @@ def _look(thing: Thing) -> str:
     return f"{thing.colour} {thing.shape}"
 
 
-def _plural(shape: str) -> str:
+def plural(shape: str) -> str:
     return shape + ("es" if shape.endswith("s") else "s")
 
 
@@ -54,7 +54,7 @@ def _pair(scene: Scene) -> list[str]:
 
 def _count(scene: Scene) -> list[str]:
     thing, number, ground = scene.things[0], NUMBERS[len(scene.things)], scene.background
-    shapes = _plural(thing.shape)
+    shapes = plural(thing.shape)
     return [
         f"{number} {thing.colour} {shapes} on {ground}",
         f"{number} {thing.colour} {shapes} on a {ground} background",

@@ -15,7 +15,7 @@ from lavis_evlgen.datasets.synthetic.scene_language import CAPTIONS_PER_SCENE, c
 from lavis_evlgen.datasets.synthetic.scene_specs import KINDS, Scene, sample_scene
 from lavis_evlgen.media.errors import DataError
 
-_DRAWING = 2  # part of the fingerprint: raise it when the same scene is to look different
+DRAWING = 2  # part of the fingerprint: raise it when the same scene is to look different
 
 
 class ScenesDataset(CaptionDataset):
@@ -32,7 +32,7 @@ class ScenesDataset(CaptionDataset):
             asked = f"datasets.scenes.captions_per_image={captions_per_image}"
             raise DataError(f"{asked} must be 1 to {CAPTIONS_PER_SCENE}")
         items = (self._item(split, index) for index in range(size))
-        definition = [_DRAWING, seed, image_size, self.kinds]
+        definition = [DRAWING, seed, image_size, self.kinds]
         super().__init__(
             "scenes", split, items, captions_per_image=captions_per_image, definition=definition, **kwargs
         )

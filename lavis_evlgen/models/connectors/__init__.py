@@ -45,7 +45,10 @@ class ConnectorSettings(TomeFormerSettings, QFormerSettings):
 
 def build_connector(vision, cfg: dict) -> Connector:
     """The connector that cfg["connector"] names, for this vision encoder; raises ValueError."""
-    name = ConnectorSettings.read(cfg).connector
+    settings = ConnectorSettings.read(cfg)
+    name = settings.connector
+    if settings.condition == "question" and "condition" not in keys_of(READS[name]):
+        raise ValueError(f"condition: question needs connector tomeformer, whose merging looks at it; {name} does not")
     known = dict.fromkeys(key for settings in READS.values() for key in keys_of(settings))
     idle = [key for key in known if cfg.get(key) is not None and key not in keys_of(READS[name])]
     if "tokens" in idle:

@@ -73,11 +73,12 @@ class Connector(nn.Module):
 
     Its tokens are (B, L', D_c). `features` (B, L, D_v) is what the frozen ViT gave, before the LayerNorm that trains:
     merging by them does not move as training goes on.
-    `width` is D_c, `num_output_tokens` L'. `condition` is accepted everywhere and used nowhere yet: merging that
-    looks at the question would read it. `ln_vision_init`: weights for the LayerNorm in front of the connector, where
-    the connector's own weights were trained behind one; else None. `sizes`: what `connector_sizes` must say for the
-    same shapes without the weights that this one started from; None where there is nothing to say. `budgets`:
-    of one that can leave several numbers of tokens in training (`forward` then takes `budget`, one of them); else None.
+    `width` is D_c, `num_output_tokens` L'. `condition` (B, D_l), the mean of a question's embeddings (zeros: no
+    question), is accepted everywhere and read where the attribute `condition` is "question". `ln_vision_init`: weights
+    for the LayerNorm in front of the connector, where the connector's own weights were trained behind one; else None.
+    `sizes`: what `connector_sizes` must say for the same shapes without the weights that this one started from; None
+    where there is nothing to say. `budgets`: of one that can leave several numbers of tokens in training (`forward`
+    then takes `budget`, one of them); else None.
     `lengths_differ`: pictures have numbers of tokens of their own: L' is then the most, and a prompt has a mask, true
     for a row's first tokens; what follows is padding. `average_tokens` is what they have in the mean, `average_merges`
     the `tome_r` with which all would have it. `calibration_pictures`: how many pictures `calibrate` wants before an
@@ -90,6 +91,7 @@ class Connector(nn.Module):
     lengths_differ: bool = False
     average_merges: list[int] | None = None
     calibration_pictures: int = 0
+    condition: str = "none"  # none | question: what merging looks at beside the picture
 
     def __init__(self, width: int, num_output_tokens: int):
         super().__init__()
@@ -106,6 +108,10 @@ class Connector(nn.Module):
     def calibrated(self) -> bool:
         """Whether an evaluation finds all that it decides by."""
         return True
+
+    def read_questions(self, question_width: int):
+        """Make what reads `condition`, which is so wide; called where `condition` is "question", before any forward."""
+        raise NotImplementedError(f"{type(self).__name__} does not look at questions")
 
     def noise(self, num_tokens: int, input_width: int) -> Tensor:
         """Two pictures' visual tokens (2, L, D_v) at random, on which `prompt_scale` measures the output's size."""

@@ -20,8 +20,9 @@ from lavis_evlgen.models.connectors.base import (
     bert_folder,
     is_random,
 )
-from lavis_evlgen.nn import GroupReadout, PooledSkip, TomeFormer, TomeFormerConfig
+from lavis_evlgen.nn import GroupReadout, PooledSkip, QuestionRelevance, TomeFormer, TomeFormerConfig, weighted_mean
 from lavis_evlgen.nn.budgets import DRAWS
+from lavis_evlgen.nn.merging import MergeMap
 from lavis_evlgen.nn.ragged import UNSET
 from lavis_evlgen.nn.tomeformer import by_bert_names
 from lavis_evlgen.weights.sources import check_floating, on_meta, read_state_dict
@@ -76,6 +77,10 @@ class TomeFormerSettings(BertSettings):
         "pooled: the mean of each merged token's patches goes past the body, which counts from 0 on (released: none)",
         TomeFormerConfig.skip,
     )
+    condition: Literal["none", "question"] | None = key(
+        "question: what matters to the question stays apart and weighs more, which counts from 0 on (released: none)",
+        TomeFormerConfig.condition,
+    )
 
 
 class TomeFormerConnector(Connector):
@@ -89,24 +94,36 @@ class TomeFormerConnector(Connector):
         self.skip = PooledSkip(input_width, cfg.hidden_size) if cfg.skip == "pooled" else None
         reads = cfg.readout == "group"
         self.readout = GroupReadout(input_width, cfg.hidden_size, cfg.num_heads) if reads else None
+        self.condition, self.conditioning = cfg.condition, None  # read_questions makes it
+
+    def read_questions(self, question_width: int):
+        self.conditioning = QuestionRelevance(self.input_proj.in_features, question_width, self.width)
+
+    def relevance(self, visual_tokens: Tensor, condition: Tensor | None) -> Tensor | None:
+        """rho (B, L) of visual tokens (B, L, D_v); 0 without a question, None where merging does not look at one."""
+        if self.conditioning is None:
+            return None
+        if condition is None:  # in a batch of captions too, every parameter has a gradient: DistributedDataParallel
+            condition = visual_tokens.new_zeros(len(visual_tokens), self.conditioning.query.in_features)
+        return self.conditioning(visual_tokens, condition)
 
     def forward(
-        self, visual_tokens: Tensor, condition=None, return_source: bool = False, features: Tensor | None = None,
-        budget: int | None = None,
+        self, visual_tokens: Tensor, condition: Tensor | None = None, return_source: bool = False,
+        features: Tensor | None = None, budget: int | None = None,
     ) -> VisualPrompt:  # fmt: skip
         """budget: how many tokens to leave, one of `budgets`. Raises ValueError for another one, and for merge_at input
         without features."""
-        inputs, folded = visual_tokens, None
+        inputs, folded, rho = visual_tokens, None, self.relevance(visual_tokens, condition)
         if self.tomeformer.cfg.merge_at == "input":
             if features is None:
                 raise ValueError("merge_at: input compares the ViT's own features; give the connector `features`")
-            folded = self.tomeformer.fold(features, budget)[-1]
-            inputs = folded.merge(visual_tokens)  # (B, L', D_v): all that the projection and the body see
+            folded = self.tomeformer.fold(features, budget, rho)[-1]
+            inputs = _means(folded, visual_tokens, rho)  # (B, L', D_v): all that the projection and the body see
         limits = self.tomeformer.cfg.limits
         groups = return_source or self.skip is not None or self.readout is not None or limits is not None
-        tokens, source = self.tomeformer(self.input_proj(inputs), groups, folded, budget)  # (B, L', D_c)
+        tokens, source = self.tomeformer(self.input_proj(inputs), groups, folded, budget, rho)  # (B, L', D_c)
         if self.skip is not None:
-            tokens = self.skip(tokens, source.merge(visual_tokens) if folded is None else inputs)
+            tokens = self.skip(tokens, _means(source, visual_tokens, rho) if folded is None else inputs)
         if self.readout is not None:
             tokens = self.readout(tokens, visual_tokens, source)
         mask = source.alive() if self.lengths_differ else None  # (B, L')
@@ -163,10 +180,15 @@ def build_tomeformer(vision, cfg: dict) -> TomeFormerConnector:
         num_tokens=vision.num_tokens, protected=vision.protected, num_layers=settings.num_layers,
         tome_r=settings.tome_r, tokens=settings.tokens, merge_mean=settings.merge_mean, partition=settings.partition,
         proportional_attention=settings.proportional_attention, dropout=settings.dropout, merge_at=settings.merge_at,
-        readout=settings.readout, skip=settings.skip, **sizes,
+        readout=settings.readout, skip=settings.skip, condition=settings.condition, **sizes,
     )  # fmt: skip
     connector = TomeFormerConnector(vision.width, config)
     if state is not None:
         check_floating(by_bert_names(state), connector.tomeformer.state_dict(), f"connector_init: {folder}")
         connector.tomeformer.load_bert(state)
     return connector
+
+
+def _means(groups: MergeMap, x: Tensor, rho: Tensor | None) -> Tensor:
+    """x (B, L, D) -> (B, L', D): of each group's patches, what matters to a question counts more."""
+    return groups.merge(x) if rho is None else weighted_mean(groups, x, rho.exp())

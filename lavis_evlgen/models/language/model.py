@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
@@ -110,6 +112,17 @@ class LanguageModel(Sequences, nn.Module):
     def embedding_std(self) -> float:
         """Standard deviation of the embedding table: the size of input the model knows."""
         return self.embed[0].weight.float().std().item()
+
+    @torch.no_grad()
+    def mean_embeddings(self, texts: list[str]) -> Tensor:
+        """(B, D_l) float32: the mean of each text's rows of the embedding table, without BOS and padding; 0 of no text.
+
+        No text's mean depends on the others of the batch.
+        """
+        rows, table = [self.text.encode(text) for text in texts], self.embed[0].weight
+        ids = torch.tensor([one for row in rows for one in row], dtype=torch.long, device=table.device)
+        starts = torch.tensor([0, *accumulate(map(len, rows))][:-1], device=table.device)
+        return F.embedding_bag(torch.arange(len(ids), device=table.device), table[ids].float(), starts, mode="mean")
 
     @torch.no_grad()
     def _check_head(self):

@@ -36,7 +36,7 @@ def to_released(folder: str, cls) -> tuple[dict[str, Tensor], list[str]]:
         raise WeightsError(f"convert: {folder} has a {section['connector']}; the released layout has TomeFormer only")
     if section.get("temporal_positions"):
         raise WeightsError(f"convert: {folder} has temporal positions, for which the released layout has no place")
-    for key in ("merge_at", "readout", "skip"):
+    for key in ("merge_at", "readout", "skip", "condition"):
         if (section.get(key) or getattr(TomeFormerConfig, key)) != getattr(TomeFormerConfig, key):
             raise WeightsError(
                 f"convert: {folder} was trained with model.{key}={section[key]}, which the released code does not "

@@ -86,9 +86,13 @@ def evlgen_cost(model: EVLGen, image_size: int, text_tokens: int, texts: Texts =
 
     def once(seen, vit, budget):
         """(tokens of the prompt, cost of each part, FLOPs of a step) with `budget` tokens."""
+        prompts = texts.count if texts.own_prompts else 1
+        seen = seen.expand(prompts, -1, -1)
+        question = torch.empty(prompts, language.width) if model.reads_questions else None
         tokens, norm = counted(lambda: model.ln_vision(seen))
-        prompt, found = _connector_cost(model.connector, tokens, seen, budget)
-        keys, (linear, products) = matching_keys(model.connector, tokens.shape[1], budget), found["connector"]
+        prompt, found = _connector_cost(model.connector, tokens, seen, budget, question)
+        keys = prompts * matching_keys(model.connector, tokens.shape[1], budget)
+        linear, products = found["connector"]
         found["connector"] = (linear - keys, products + keys)
         found = {"vision encoder": vit, "ln_vision": norm, **found}
         if sizes["gates"][0]:
@@ -125,14 +129,14 @@ def _mean_of_draws(draws: list[tuple[int, ...]], at: dict[int | None, tuple]) ->
     return parts | {"vision encoder": vit}, round(sum(steps) / len(draws))
 
 
-def _connector_cost(connector: nn.Module, tokens: torch.Tensor, features: torch.Tensor, budget: int | None) -> tuple:
+def _connector_cost(connector: nn.Module, tokens: torch.Tensor, features: torch.Tensor, budget, question) -> tuple:
     """(prompt, cost of each part): the layers that belong to `input_proj` apart, on what they are given inside."""
     own = [module for name, module in connector.named_modules() if connector.part_of(f"{name}.weight") == "input_proj"]
     calls = []
     hooks = [module.register_forward_hook(lambda module, given, _: calls.append((module, given)))
              for module in own if isinstance(module, nn.Linear)]  # fmt: skip
     more = {} if budget is None else {"budget": budget}
-    prompt, connects = counted(lambda: connector(tokens, features=features, **more))
+    prompt, connects = counted(lambda: connector(tokens, question, features=features, **more))
     for hook in hooks:
         hook.remove()
     if not calls:

@@ -98,7 +98,11 @@ def _text_loss(
 ) -> tuple[Tensor, Tensor]:
     """(loss, logits of supervised positions) of what the ViT gave."""
     language, (rows, length, labels) = model.language_model, texts.layout(model, text_tokens)
-    prompt = model.prompt_of(seen, budget=budget).tokens.to(language.dtype)  # (B, L', D_l)
+    condition = None
+    if texts.own_prompts:
+        seen, rows = seen.repeat_interleave(texts.count, 0), 1
+        condition = torch.empty(len(seen), language.width)
+    prompt = model.prompt_of(seen, budget=budget, condition=condition).tokens.to(language.dtype)  # (B, L', D_l)
     prompt = prompt.repeat_interleave(rows, 0) if rows > 1 else prompt
     text = torch.empty(len(prompt), length, language.width, dtype=language.dtype)
     hidden = language.body(torch.cat([prompt, text], 1))[:, -labels:].flatten(0, 1)  # (B rows labels, D_l)

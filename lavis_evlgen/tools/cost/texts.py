@@ -11,19 +11,22 @@ from lavis_evlgen.models.evlgen import EVLGen
 @dataclass(frozen=True)
 class Texts:
     """The texts of a picture: how many, and whether each has a row of its own in the language model, with the visual
-    prompt in front of it, or all share one row and prompt."""
+    prompt in front of it, or all share one row and prompt. own_prompts: the visual prompt is another one for each."""
 
     count: int = 1
     own_rows: bool = False
+    own_prompts: bool = False
 
     @classmethod
     def of(cls, cfg: EvlgenConfig) -> Texts:
         """What a run learns of each picture. Own rows: of conversations, which bring what is in front of the picture;
-        and where visual tokens see a text prompt, which then cannot be shared."""
+        and where visual tokens see a text prompt, which then cannot be shared. Own prompts: where merging looks at
+        each question."""
         asks = cfg.run_cfg.task == "evlgen_vqa" or bool((cfg.model_cfg.get("prompt") or "").strip())
         sees_prompt = cfg.model_cfg.get("prompt_attention") == "prefix" and asks
-        own_rows = sees_prompt or cfg.run_cfg.task == "evlgen_conversations"
-        return cls(cfg.run_cfg.get("texts_per_image") or 1, own_rows)
+        talks = cfg.run_cfg.task == "evlgen_conversations"
+        own_prompts = cfg.model_cfg.get("condition") == "question" and (talks or cfg.run_cfg.task == "evlgen_vqa")
+        return cls(cfg.run_cfg.get("texts_per_image") or 1, sees_prompt or talks or own_prompts, own_prompts)
 
     def layout(self, model: EVLGen, text_tokens: int) -> tuple[int, int, int]:
         """(rows of a picture, text tokens of a row, supervised ones), of texts of `text_tokens` tokens each."""

@@ -66,9 +66,11 @@ def token_map(source: MergeMap, protected: int) -> TokenMap:
 
 
 @torch.no_grad()
-def layer_maps(vision: nn.Module, ln_vision: nn.Module, connector: nn.Module, image: Tensor) -> list[TokenMap]:
+def layer_maps(
+    vision: nn.Module, ln_vision: nn.Module, connector: nn.Module, image: Tensor, condition: Tensor | None = None
+) -> list[TokenMap]:
     """Maps of one picture (1, 3, H, W): every patch by itself, then after each layer (merge_at input: after each merge
-    before the first one); the last is the visual prompt's.
+    before the first one); the last is the visual prompt's. condition (1, D_l): the question's, as Connector's.
 
     A connector without layers that merge has the first and the last only. Raises ConfigError for one without a
     source map.
@@ -81,7 +83,8 @@ def layer_maps(vision: nn.Module, ln_vision: nn.Module, connector: nn.Module, im
         hooks.append(layer.register_forward_hook(lambda module, given, output: steps.append(output[1])))
     try:
         features = vision(image)
-        source = connector(ln_vision(features), return_source=True, features=features).source
+        tokens = ln_vision(features)
+        source = connector(tokens, condition, return_source=True, features=features).source
     finally:
         for hook in hooks:
             hook.remove()
@@ -90,7 +93,9 @@ def layer_maps(vision: nn.Module, ln_vision: nn.Module, connector: nn.Module, im
             f"{type(connector).__name__} has no source map: each of its tokens reads every patch. evlgen tokens draws "
             "runs with connector tomeformer (or avgpool, linear)"
         )
-    maps = tomeformer.fold(features) if folds else [MergeMap.identity(1, features.shape[1], image.device)]
+    maps = [MergeMap.identity(1, features.shape[1], image.device)]
+    if folds:
+        maps = tomeformer.fold(features, rho=connector.relevance(tokens, condition))
     for step in steps:
         maps.append(maps[-1] if step is None else maps[-1].then(step))
     if not steps and not folds:

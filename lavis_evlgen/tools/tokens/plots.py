@@ -32,7 +32,7 @@ def overview(stem: Path, picture: np.ndarray, maps: dict[str, TokenMap], style: 
     _photo(panels[0], picture, "what the model sees")
     for axes, (title, found) in zip(panels[1:], maps.items(), strict=False):
         draw(axes, picture, found, style)
-        axes.set_title(f"{title}: {_tokens(found)}", **_TEXT)
+        axes.set_title(textwrap.fill(f"{title}: {_tokens(found)}", 40), **_TEXT)
     _sizes(panels[-1], maps)
     figure.supxlabel("\n".join(textwrap.wrap(caption, 100)), **_TEXT)
     return _save(figure, stem)
