@@ -154,6 +154,20 @@ def test_several_questions_of_a_picture_are_each_in_a_row_of_their_own():
     assert total["loss"].item() == pytest.approx((nats.sum() / tokens.sum()).item(), rel=1e-6)
 
 
+def test_an_elastic_model_merges_for_the_question_at_each_number_of_tokens():
+    elastic = {"elastic": [5, 9], "draw": "sandwich", "beta": 1.0}
+    model = opened(tiny_evlgen(connector={"condition": "question", "tome_r": elastic, "merge_at": "input"}))
+    samples = {**SAMPLES, "budgets": (9, 5)}
+    losses = [model({**samples, "question": questions}) for questions in (QUESTIONS, QUESTIONS[::-1])]
+    assert all(losses[0][key] != losses[1][key] for key in ("loss_largest", "loss_other", "loss_kl"))
+    for budget in (5, 9):
+        one = {"condition": "question", "tome_r": {"target": budget}, "merge_at": "input"}
+        fixed = opened(tiny_evlgen(connector=one))
+        fixed.load_state_dict(model.state_dict())
+        found = model.visual_prompt(SAMPLES["image"], budget=budget, questions=QUESTIONS).tokens
+        assert torch.equal(found, fixed.visual_prompt(SAMPLES["image"], questions=QUESTIONS).tokens)
+
+
 @torch.no_grad()
 def test_answers_and_conversations_pass_their_question_on(monkeypatch):
     _, model = models(1.0)
@@ -252,6 +266,9 @@ def test_bad_values_are_one_error(parts):
         tiny_connector(tiny_vision(), condition="always")
     with pytest.raises(ValueError, match="condition.*always"):
         EVLGen.from_config(config(parts, "tomeformer", condition="always"))
+    each = {"average": 9, "least": 7, "most": 12}
+    with pytest.raises(ValueError, match="needs condition: none, not question; leave condition out"):
+        tiny_connector(tiny_vision(), condition="question", tome_r=each)
     for connector in ("avgpool", "linear", "qformer"):
         with pytest.raises(ValueError, match=f"condition: question needs connector tomeformer.*; {connector} does not"):
             EVLGen.from_config(config(parts, connector, condition="question"))
