@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from benchmarks.common.performance_page import SCST_PROMPTS
+from benchmarks.common.performance_tables import SCST_PROMPTS
 from benchmarks.common.random_models import Scale, add_step_arguments, build, samples, scales
 from benchmarks.common.timing import alternate, parser, spread, write
 from benchmarks.speed.step import in_phases

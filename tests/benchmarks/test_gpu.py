@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from benchmarks.common import performance_page as page
+from benchmarks.common import performance_tables as tables
 from benchmarks.experiments import miniature as experiment
 from benchmarks.gpu import goals, miniature, pack, parts, plan, session, unpack
 from benchmarks.speed import numerics
@@ -286,10 +286,10 @@ def test_what_cannot_travel_is_refused(tmp_path):
 def test_tables_of_the_page():
     rows = [{"dtype": "bf16", "loss": 4.01, "loss_fp32": 4.0, "loss_difference": 0.0025, "pairs_that_agree": "nan",
              "gradient_differences": {"connector": 0.1, "llm_proj": 0.01}}]  # fmt: skip
-    text = page.numerics_table({"rows": rows, "settings": {"scale": "tiny", "batch": 2}})
+    text = tables.numerics_table({"rows": rows, "settings": {"scale": "tiny", "batch": 2}})
     assert "| bf16 | 4.0100 | 4.0000 | 0.25% | nan | 10.00% | 1.00% |" in text
     time_of = {"median": 0.1, "low": 0.1, "high": 0.1}
     same = {"scale": "tiny", "batch": 2, "dtype": "fp32"}
     rows = [{**same, "ranks": 2, "seconds": {"alone": time_of, "together": time_of},
              "images_per_s": {"alone": 20.0, "together": 40.0}, "loss_difference": 0.0}]  # fmt: skip
-    assert "| 2 | 100 (100 to 100) | 100 (100 to 100) | 40 | 1.00x | 0e+00 |" in page.ranks_table({"rows": rows})
+    assert "| 2 | 100 (100 to 100) | 100 (100 to 100) | 40 | 1.00x | 0e+00 |" in tables.ranks_table({"rows": rows})

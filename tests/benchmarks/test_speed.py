@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.common import performance_page as page
+from benchmarks.common import performance_tables as tables
 from benchmarks.common import random_models as models
 from benchmarks.common import timing
 from benchmarks.speed import (
@@ -123,7 +124,7 @@ def test_phases_are_the_step(tiny, monkeypatch):
     found = {}
     monkeypatch.setattr(training, "_update", lambda: found.update(gradients(model)))
     seconds = step.in_phases(model, training, batch)
-    assert tuple(seconds) == page.PHASES
+    assert tuple(seconds) == tables.PHASES
     assert expected.keys() == found.keys() and expected
     for name in expected:
         assert torch.allclose(found[name], expected[name], atol=1e-6), name
@@ -205,8 +206,8 @@ def test_texts_that_share_a_prompt_against_a_prompt_for_each(card_of, tmp_path):
     options = "--device cpu --scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --texts 1 3 --samples 2"
     one, three, scst = card_of(packing, f"{options} --tokens 3")["rows"]
     assert (one["texts"], three["texts"], one["loss_difference"]) == (1, 3, 0) and three["loss_difference"] < 1e-5
-    assert set(one["phases"]) == set(three["phases"]) == set(page.PHASES)
-    ways = {f"{name}, {way}" for name in ("step", "drawing") for way in page.SCST_PROMPTS}
+    assert set(one["phases"]) == set(three["phases"]) == set(tables.PHASES)
+    ways = {f"{name}, {way}" for name in ("step", "drawing") for way in tables.SCST_PROMPTS}
     assert set(scst["seconds"]) == ways and scst["same_draws"] == 1
     text = page.section("packing", tmp_path)
     assert "2 captions of 3 tokens drawn" in text and "| 3 |" in text and "| drawing |" in text
@@ -276,7 +277,7 @@ def test_blip2_stages_compared_share_what_is_frozen():
 def test_the_floor_counts_what_macs_counts(tmp_path):
     scale, text = models.scales()["tiny"], 9
     found = roofline.parts_of(models.build(scale, "bf16", torch.device("meta")), 3, 28, text)
-    assert tuple(found) == page.PHASES
+    assert tuple(found) == tables.PHASES
     assert all(0 < part["products"] <= part["all"] for part in found.values())
     cost = evlgen_cost(models.build(scale, "fp32", torch.device("meta")).eval(), 28, text)
     forward = {part.name: 2 * 3 * part.macs for part in cost.parts}
@@ -304,7 +305,7 @@ def test_a_step_on_data_that_is_read(tiny):
 
 def test_a_step_against_its_sizes(card_of, tmp_path):
     card = card_of(scaling, "--scale tiny --batch 2 --dtype fp32 --repetitions 1 --seconds 1 --device cpu")
-    rows = {axis: [row for row in card["rows"] if row["axis"] == axis] for axis in page.AXES}
+    rows = {axis: [row for row in card["rows"] if row["axis"] == axis] for axis in tables.AXES}
     assert [row["value"] for row in rows["batch"]] == [1, 2, 4, 8]
     assert [row["value"] for row in rows["tokens_left"]] == [6, 8, 17]
     assert [row["frames"] for row in rows["frames"]] == [1, 4, 8, 16]
