@@ -156,6 +156,12 @@ def test_the_papers_q_former_in_stage_2(shallow):
     assert body.linear == q_former() and f"{body.linear / 1e9:.2f}G" == "6.28G"
 
 
+def test_a_stage_2_is_counted_before_there_is_a_stage_1(shallow, caplog):
+    to_come = full_size(connector="qformer", num_query_token=32, connector_init="output/stage1/checkpoint_best.pth")
+    assert part(to_come, "connector").linear == q_former()
+    assert "output/stage1/checkpoint_best.pth does not exist yet; counted with the sizes of bert-base" in caplog.text
+
+
 def q_former(queries=32, text=0) -> int:
     """Linear layers of a Q-Former on one picture (none without queries): every second layer reads the picture."""
     cross = 6 * (2 * queries * WIDTH**2 + 2 * 257 * 1408 * WIDTH) if queries else 0

@@ -6,6 +6,7 @@ Parameter names below `connector.` are LAVIS's (`query_tokens`, `Qformer.bert...
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,11 @@ def build_qformer(vision, cfg: dict) -> QFormerConnector:
     init, queries = settings.connector_init, settings.num_query_token
     dropouts = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), settings.dropout)
     sizes = {"num_hidden_layers": settings.num_layers, **dropouts}
-    if is_random(init):
+    to_come = on_meta() and init and Path(init).suffix in (".pth", ".safetensors") and not Path(init).exists()
+    if to_come:  # counting needs shapes only
+        logging.warning("connector_init: %s does not exist yet; counted with the sizes of bert-base, or with model."
+                        "connector_sizes where they are given", init)  # fmt: skip
+    if to_come or is_random(init):
         given = {SIZES[name]: value for name, value in settings.connector_sizes.items()}
         return QFormerConnector(vision.width, queries, **sizes | given)
     source = resolve(init, "connector_init")
