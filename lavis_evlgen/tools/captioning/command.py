@@ -98,6 +98,7 @@ def _begun(args, output: Output, inputs: Inputs, model, vis, saying: dict) -> tu
         "prompt": prompt,
         **{f"decoding, {key}": value for key, value in saying["decoding"].items()},
         "list of pictures": inputs.fingerprint(),
+        "folder of pictures": inputs.folder,
         "--caption-key": inputs.caption_key,
     }
     data = {"name": inputs.told, "split": None, "fingerprint": inputs.fingerprint(),
