@@ -480,3 +480,11 @@ def test_pictures_of_the_same_names_elsewhere_are_others(evlgen, folder, tmp_pat
     assert evlgen(*given(other), "--out", out) == 2
     assert "was begun with another folder of pictures (" in capsys.readouterr().err
     assert out.read_bytes() == written
+
+
+def test_names_do_not_command_the_terminal(evlgen, tmp_path, capsys):
+    shard = write_shard(tmp_path / "x.tar", {"a\x1b[2J\nb.jpg": HTML, "c.jpg": picture(1, "JPEG")})
+    assert evlgen(shard, "--out", tmp_path / "c.jsonl") == 1
+    words = capsys.readouterr().err
+    assert "\x1b[2J" not in words and f"cannot read {shard}:a\\x1b[2J\\nb: " in words
+    assert records(tmp_path / "c.jsonl")[0]["image"] == "a\x1b[2J\nb"
