@@ -118,7 +118,8 @@ def with_tokens(model, tokens: int):
     reachable = tokens_range(model)
     if reachable is None:
         raise Refused(f"{type(model.connector).__name__} does not merge tokens, so their number is its own")
-    return _merging(model, tokens=_whole("tokens", tokens, *reachable))
+    # as a number for all pictures, of a model too in which each has its own
+    return _merging(model, tome_r={"target": _whole("tokens", tokens, *reachable)}, tokens=None)
 
 
 def _merging(model, **changes):

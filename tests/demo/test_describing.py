@@ -52,6 +52,14 @@ def test_r_is_what_a_model_built_with_it_does(r, tokens):
     assert with_r(shared, r).connector.num_output_tokens == tokens
 
 
+def test_a_model_whose_pictures_have_numbers_of_their_own_takes_one_for_all():
+    model = tiny_evlgen(connector={"tome_r": {"average": 9, "least": 6, "most": 13}}).eval()
+    built = tiny_evlgen(connector={"tome_r": {"target": 11}}).eval()
+    found = describe(model, pictures(1), Settings(tokens=11, **SHORT))
+    assert (found.prompt, found.schedule) == (11, tuple(built.connector.tomeformer.cfg.schedule))
+    assert found.text == describe(built, pictures(1), Settings(**SHORT)).text
+
+
 def test_the_model_stays_as_it_was():
     model = tiny_evlgen().eval()
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}

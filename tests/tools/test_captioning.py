@@ -462,3 +462,29 @@ def test_a_name_that_is_no_text(evlgen, folder, tmp_path):
     os.rename(folder / "0.png", os.fsencode(folder) + b"/0\xff.png")
     assert evlgen(folder, "--out", tmp_path / "c.jsonl") == 0
     assert os.fsencode(records(tmp_path / "c.jsonl")[0]["image"]) == b"0\xff.png"
+
+
+@pytest.mark.parametrize("kind", ["folder", "table"])
+def test_pictures_of_the_same_names_elsewhere_are_others(evlgen, folder, tmp_path, capsys, kind):
+    """Another folder's pictures may be called the same: the captions that are there are not theirs."""
+    out, other = tmp_path / "captions.jsonl", tmp_path / "other"
+    other.mkdir()
+    (other / "0.png").write_bytes(picture(9))
+    (tmp_path / "t.csv").write_text("image\n0.png\n")
+    (other / "link").symlink_to(folder)
+    for name in ("1.PNG", "2.png", "b.png", "b/3.png", "b/4.png", "b/5.png"):
+        (folder / name).unlink()
+    given = {"folder": lambda place: [place], "table": lambda place: [tmp_path / "t.csv", "--images", place]}[kind]
+    assert evlgen(*given(folder), "--out", out) == evlgen(*given(other / "link"), "--out", out) == 0  # the same ones
+    written = out.read_bytes()
+    assert evlgen(*given(other), "--out", out) == 2
+    assert "was begun with another folder of pictures (" in capsys.readouterr().err
+    assert out.read_bytes() == written
+
+
+def test_names_do_not_command_the_terminal(evlgen, tmp_path, capsys):
+    shard = write_shard(tmp_path / "x.tar", {"a\x1b[2J\nb.jpg": HTML, "c.jpg": picture(1, "JPEG")})
+    assert evlgen(shard, "--out", tmp_path / "c.jsonl") == 1
+    words = capsys.readouterr().err
+    assert "\x1b[2J" not in words and f"cannot read {shard}:a\\x1b[2J\\nb: " in words
+    assert records(tmp_path / "c.jsonl")[0]["image"] == "a\x1b[2J\nb"

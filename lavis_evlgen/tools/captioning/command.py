@@ -98,6 +98,7 @@ def _begun(args, output: Output, inputs: Inputs, model, vis, saying: dict) -> tu
         "prompt": prompt,
         **{f"decoding, {key}": value for key, value in saying["decoding"].items()},
         "list of pictures": inputs.fingerprint(),
+        "folder of pictures": inputs.folder,
         "--caption-key": inputs.caption_key,
     }
     data = {"name": inputs.told, "split": None, "fingerprint": inputs.fingerprint(),
@@ -178,7 +179,12 @@ class _Progress:
             self.named += 1
             where = ":".join(row[key] for key in ("shard", "image") if row.get(key))
             if self.named <= _SHOWN:
-                self.bar.write(f"evlgen caption: cannot read {where}: {row['error']}", file=sys.stderr)
+                self.bar.write(_printable(f"evlgen caption: cannot read {where}: {row['error']}"), file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    """With escapes for what a terminal would obey: names in a shard are whoever's who made it."""
+    return "".join(mark if mark.isprintable() else repr(mark)[1:-1] for mark in text)
 
 
 def _say(output: Output, inputs: Inputs, counts: dict):

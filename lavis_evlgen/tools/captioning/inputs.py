@@ -106,6 +106,12 @@ class Inputs:
             return Shard(self.names[number], CLIPS if self.clips else IMAGES, self.caption_key)
         return Files(self.names[number * size : (number + 1) * size], self.root)
 
+    @property
+    def folder(self) -> str | None:
+        """Where the names start, links resolved: names alone do not say which pictures they are. None of shards, whose
+        files may be moved while they are as large as before."""
+        return None if self.kind == SHARDS else os.path.realpath(self.root)
+
     def fingerprint(self) -> str:
         """Digest of which pictures these are: of shards, names and sizes of their files."""
         if self.kind != SHARDS:
