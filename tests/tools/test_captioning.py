@@ -375,7 +375,8 @@ BAD = [
     ("{folder} --out-shards x", "--out-shards is for tar shards"),
     ("{folder} --out x.jsonl --column a", "--column is for a table of pictures"),
     ("{folder} --out x.jsonl --caption-key a", "--caption-key is for new shards"),
-    ("{tmp}/none --out x.jsonl", None),  # a picture file that is not there: a record
+    ("{folder}/0.png {tmp}/none --out x.jsonl", None),  # one of several that is not there: a record
+    ("{tmp}/none --out x.jsonl", "none: no such file or folder here"),
     ("{tmp}/none.csv --out x.jsonl", "there is no table of pictures"),
     ("{tmp}/empty --out x.jsonl", "no file in it or below it ends with jpg, jpeg, png"),
     ("{tmp}/t.csv --out x.jsonl", "none of the usual columns"),
@@ -410,7 +411,7 @@ def test_bad_arguments_are_one_clear_error(evlgen, folder, tmp_path, monkeypatch
     code = evlgen(*(word.format(folder=folder, tmp=tmp_path) for word in words.split()))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evlgen caption: ")]
     if says is None:
-        assert code == 1 and "no such file" in records(tmp_path / "x.jsonl")[0]["error"]
+        assert code == 1 and "no such file" in records(tmp_path / "x.jsonl")[1]["error"]
         return
     assert code == 2 and len(lines) == 1 and says in lines[0], lines
     assert (tmp_path / "there.jsonl").read_text() == "mine"

@@ -151,6 +151,9 @@ def _kind(text: str) -> str:
 
 def _pictures(given: Sequence[str]) -> Inputs:
     names = list(dict.fromkeys(given))
+    if not any(map(os.path.exists, names)):  # one of many that is missing is told in its record
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        raise DataError(f"{names[0]}{more}: no such file or folder here ({Path.cwd()}); correct the path")
     return Inputs(FILES, names, told=f"{len(names)} files")
 
 
