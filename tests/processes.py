@@ -47,14 +47,14 @@ class Forked:
             self.code = os.waitstatus_to_exitcode(status) if pid else None
         return self.code
 
-    def wait(self, seconds: float = 60.0) -> int:
+    def wait(self, seconds: float = 180.0) -> int:
         deadline = time.monotonic() + seconds
         while self.poll() is None:
             assert time.monotonic() < deadline, f"it did not end in {seconds} s:\n{self.words}"
             time.sleep(0.005)
         return self.code
 
-    def wait_for(self, condition: Callable[[], object], seconds: float = 60.0):
+    def wait_for(self, condition: Callable[[], object], seconds: float = 180.0):
         """Until `condition()`; fails when the process ends first."""
         deadline = time.monotonic() + seconds
         while not condition():
