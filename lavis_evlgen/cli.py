@@ -208,6 +208,8 @@ def _export(commands):
     p.add_argument("run", metavar="RUN", help="run folder (holds a checkpoint)")
     p.add_argument("out", metavar="OUT", help="folder to write")
     p.add_argument("--checkpoint", help="which checkpoint (default: best, else last)")
+    p.add_argument("--transformers", action="store_true", help="also for plain transformers: its code beside "
+                   "the weights, and frozen models that are files of this machine")
     _model_options(p)
 
 

@@ -24,6 +24,7 @@ from lavis_evlgen.config.keys import keys_of
 from lavis_evlgen.config.values import refuse_unknown
 from lavis_evlgen.errors import writing
 from lavis_evlgen.reporting.run_card import plain
+from lavis_evlgen.weights import hub
 from lavis_evlgen.weights.frozen_identity import frozen_identity
 from lavis_evlgen.weights.integrity import DIGESTS, sha256_of
 from lavis_evlgen.weights.model_card import model_card
@@ -275,18 +276,17 @@ def write_bundle(folder, state: dict, content: dict, card: dict | None = None, n
     Raises WeightsError for a folder that holds anything but a bundle.
     """
     folder = Path(folder).expanduser()
-    known = [WEIGHTS, CONFIG, README, EXTRA]
-    known += [ADAPTER] if (folder / ADAPTER / "adapter_config.json").exists() else []
-    strange = [p.name for p in folder.glob("*") if p.name not in known]
+    before = [ADAPTER] if (folder / ADAPTER / "adapter_config.json").exists() else []  # of one that is written over
+    before += hub.FILES if (folder / hub.PROCESSOR).exists() else []
+    strange = [p.name for p in folder.glob("*") if p.name not in (WEIGHTS, CONFIG, README, EXTRA, *before)]
     if strange or folder.is_file():
         raise WeightsError(f"{folder} is no empty folder{f': it holds {strange[0]}' if strange else ''}; give another")
     for key, path in local_sources(content["model"]).items():
         logging.warning("%s: model.%s is %s, a path of this machine; elsewhere give another", CONFIG, key, path)
     check_plain(content, f"{folder}/{CONFIG}")  # what would be refused when it is read
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / EXTRA).unlink(missing_ok=True)
-    if ADAPTER in known:  # of the bundle that is written over
-        shutil.rmtree(folder / ADAPTER)
+    for old in (folder / file for file in (EXTRA, *before)):
+        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     for file, tensors in ((WEIGHTS, state), (EXTRA, extra)):
         if tensors:
             whole = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}

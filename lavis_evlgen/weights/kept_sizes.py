@@ -73,7 +73,8 @@ class KeptTokens:
         self.bos_token_id, self.eos_token_id, self.pad_token_id, self.unk_token_id = map(self._ids.get, names)
 
     @cached_property
-    def _real(self):
+    def real(self):
+        """The tokenizer. Raises WeightsError."""
         try:
             return self._load()
         except WeightsError as error:
@@ -92,9 +93,9 @@ class KeptTokens:
     def __call__(self, text: str, **options):
         if text in self._ids:
             return BatchEncoding({"input_ids": [self._ids[text]]})
-        return self._real(text, **options)
+        return self.real(text, **options)
 
     def __getattr__(self, name: str):
         if name.startswith("_"):  # of Python's own, as when it is copied
             raise AttributeError(name)
-        return getattr(self._real, name)
+        return getattr(self.real, name)

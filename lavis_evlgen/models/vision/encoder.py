@@ -222,17 +222,16 @@ def load_vision_encoder(
         return _load_lavis_vit(vit_model, image_size, precision, vit_path, vit_layer)
     if vit_path:
         raise ValueError(f"vit_path: only for {', '.join(LAVIS_VITS)}; give the folder as vit_model")
-    source = resolve(vit_model, "vit_model")
-    if source.endswith(".onnx"):
-        device = torch.get_default_device()
-        with torch.device("cpu"):  # its sizes are those of its weights
-            model = dinov2_from_onnx(source).to(device)
-    else:
-        model = _hugging_face_model(source, trust_remote_code)
+    model = hugging_face_model(resolve(vit_model, "vit_model"), trust_remote_code)
     return wrap_hugging_face(model, image_size, precision, vit_layer)
 
 
-def _hugging_face_model(source: str, trust_remote_code: bool) -> nn.Module:
+def hugging_face_model(source: str, trust_remote_code: bool = False) -> nn.Module:
+    """The whole vision model of a hub id, a folder or a DINOv2's .onnx file, float32. Raises WeightsError."""
+    if source.endswith(".onnx"):
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # its sizes are those of its weights
+            return dinov2_from_onnx(source).to(device)
     trust = {"trust_remote_code": trust_remote_code}
     config = load_from_hub(AutoConfig.from_pretrained, sizes_of(source), "vit_model", **trust)
     if not trust_remote_code:
