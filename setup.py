@@ -43,6 +43,8 @@ QUICKSTART = [
     "onnx>=1.16",
     "easy-vqa==1.0",
 ]
+# not in requirements.lock: run.track names them, and nothing else needs them
+TRACKERS = {"wandb": ["wandb>=0.17"], "trackio": ["trackio>=0.43"]}
 DEMO = ["gradio>=6.17,<7"]
 DEV = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.6", "playwright>=1.49", "pyarrow>=15", *DEMO]
 
@@ -54,9 +56,13 @@ setup(
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",
     python_requires=">=3.10,<3.13",
-    packages=find_packages(include=["lavis_evlgen", "lavis_evlgen.*"]),
-    package_data={"lavis_evlgen": ["configs/**/*.yaml", "configs/**/*.json", "configs/*.txt"]},
+    packages=[*find_packages(include=["lavis_evlgen", "lavis_evlgen.*"]), "lavis_evlgen.recipes"],
+    package_dir={"lavis_evlgen.recipes": "projects"},  # in a wheel; lavis_evlgen/config/recipes.py finds either
+    package_data={
+        "lavis_evlgen": ["configs/**/*.yaml", "configs/**/*.json", "configs/*.txt"],
+        "lavis_evlgen.recipes": ["**/*.yaml"],
+    },
     install_requires=INSTALL,
-    extras_require={"quickstart": QUICKSTART, "demo": DEMO, "dev": DEV},
+    extras_require={"quickstart": QUICKSTART, "demo": DEMO, "dev": DEV, **TRACKERS},
     entry_points={"console_scripts": ["evlgen=lavis_evlgen.cli:main"]},
 )

@@ -1,4 +1,4 @@
-"""The `evlgen` command: what LAVIS has no script for.
+"""The `evlgen` command: training, evaluation, and what LAVIS has no script for.
 
 Only the standard library is imported here, so that `evlgen COMMAND --help` answers at once; the module that does a
 command's work is imported when the command runs.
@@ -20,15 +20,18 @@ from lavis_evlgen.tools.cost.hardware import ASSUMED, CPU, HARDWARE, RESULTS
 from lavis_evlgen.tools.tokens import STYLES
 
 EPILOG = """a first hour:
-  evlgen doctor projects/evlgen/quickstart.yaml               is all there that training needs?
-  evlgen macs projects/evlgen/quickstart.yaml                 what will it cost?
-  evlgen estimate projects/evlgen/quickstart.yaml --gpu a10   will it fit, and how long will it take?
-  python train.py --cfg-path projects/evlgen/quickstart.yaml
+  evlgen recipes                                              which run configs are there?
+  evlgen doctor quickstart                                    is all there that training needs?
+  evlgen macs quickstart                                      what will it cost?
+  evlgen estimate quickstart --gpu a10                        will it fit, and how long will it take?
+  evlgen train quickstart                                     the same as train.py --cfg-path
   evlgen caption photo.jpg --run output/evlgen/quickstart/…   what does it say?
   evlgen tokens photo.jpg --run output/evlgen/quickstart/…    what does it look at?
   evlgen demo --run output/evlgen/quickstart/…                both, in the browser, with questions
-  evlgen ablate projects/evlgen/quickstart.yaml --sweep run.init_lr=1e-3,2e-3 --seeds 3    what would be better?
+  evlgen ablate quickstart --sweep run.init_lr=1e-3,2e-3 --seeds 3    what would be better?
 each command's arguments: evlgen COMMAND --help;  every config key: evlgen keys"""
+
+RUNS = ("train", "evaluate")
 
 
 def main(argv=None):
@@ -37,8 +40,11 @@ def main(argv=None):
     # before torch and transformers: fork warnings of the fast tokenizers
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
+        work = _imported(args.run_command)
+        if args.command in RUNS:  # whose errors, signals and ranks are lavis_evlgen/launch.py's
+            raise SystemExit(work(args))
         with config_errors():
-            code = _imported(args.run_command)(args)
+            code = work(args)
             sys.stdout.flush()  # here, where a full disk behind it is one line
     except BrokenPipeError:  # `evlgen keys | head`
         _forget_output()
@@ -76,14 +82,35 @@ def _forget_output():
 def parser() -> argparse.ArgumentParser:
     """Of `evlgen` with all its commands; `run_command` names the function that does the work, as module:function."""
     p = argparse.ArgumentParser(
-        prog="evlgen", description="Tools around EVLGen runs: before training, on trained models, over many runs.",
+        prog="evlgen", description="Train EVLGen; tools before training, on trained models, over many runs.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (_caption, _doctor, _compare, _ablate, _demo, _estimate, _macs, _tokens, _export, _convert, _shards,
-                _keys):  # fmt: skip
+    for add in (_train, _evaluate, _recipes, _caption, _doctor, _compare, _ablate, _demo, _estimate, _macs, _tokens,
+                _export, _convert, _shards, _keys):  # fmt: skip
         add(commands)
     return p
+
+
+def _train(commands):
+    p = _command(commands, "train", "lavis_evlgen.launch:from_command", "train a model as a run config says")
+    _config(p)
+    _overrides(p)
+
+
+def _evaluate(commands):
+    p = _command(commands, "evaluate", "lavis_evlgen.launch:from_command",
+                 "evaluate a model on the test_splits of a run config")  # fmt: skip
+    _config(p)
+    _overrides(p)
+    p.add_argument("--stage", metavar="NAME", help="of a config with stages: the stage whose task and data are used "
+                   "(default: the last)")  # fmt: skip
+
+
+def _recipes(commands):
+    p = _command(commands, "recipes", "lavis_evlgen.tools.recipes:main",
+                 "the run configs that come with the package, which every command takes by name")  # fmt: skip
+    p.add_argument("name", nargs="?", metavar="NAME", help="print this recipe's text, to be saved and changed")
 
 
 def _caption(commands):
@@ -113,7 +140,7 @@ def _caption(commands):
 def _doctor(commands):
     p = _command(commands, "doctor", "lavis_evlgen.tools.doctor.command:main",
                  "check data, weights and memory of a run config before training")  # fmt: skip
-    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
+    _config(p)
     p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py")
     p.add_argument("--limit", type=int, help="look at this many pictures of each split (default: all)")
     p.add_argument("--parameters", action="store_true", help="print what the model trains by name, for trains of a "
@@ -134,7 +161,7 @@ def _compare(commands):
 def _ablate(commands):
     p = _command(commands, "ablate", "lavis_evlgen.tools.sweeps.ablate:main",
                  "train a grid of config values and seeds; a table and a picture")  # fmt: skip
-    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/quickstart.yaml")
+    _config(p)
     p.add_argument("--sweep", action="append", required=True, metavar="KEY=VALUES", dest="sweeps",
                    help="values of a config key, parted by commas: model.tome_r=10,13,16; several: all combinations")
     p.add_argument("--seeds", default="1", metavar="N|SEEDS",
@@ -165,7 +192,7 @@ def _demo(commands):
 def _estimate(commands):
     p = _command(commands, "estimate", "lavis_evlgen.tools.cost.estimate:main",
                  "memory and hours of a run config on a GPU, before there is one")  # fmt: skip
-    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
+    _config(p)
     p.add_argument("--gpu", required=True, choices=(*HARDWARE, CPU), help="the kind of GPU, or cpu")
     p.add_argument("--gpus", type=int, default=1, metavar="N", help="how many, all nodes counted (1)")
     p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py: model.tome_r=16")
@@ -179,7 +206,7 @@ def _estimate(commands):
 def _macs(commands):
     p = _command(commands, "macs", "lavis_evlgen.tools.cost.macs:main",
                  "MACs, parameters and training FLOPs of a config, by part")  # fmt: skip
-    p.add_argument("cfg_path", metavar="CFG", help="run config, e.g. projects/evlgen/opt.yaml")
+    _config(p)
     p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="as for train.py: model.tome_r=16")
     _text_tokens(p)
     p.add_argument("--json", action="store_true", help="print all figures unrounded, as JSON")
@@ -247,6 +274,14 @@ def _command(commands, name: str, function: str, purpose: str) -> argparse.Argum
     p = commands.add_parser(name, help=purpose)
     p.set_defaults(run_command=function)
     return p
+
+
+def _config(p):
+    p.add_argument("cfg_path", metavar="CFG", help="run config: a YAML file, or a recipe's name (evlgen recipes)")
+
+
+def _overrides(p):
+    p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
 
 
 def _trained_model(p):

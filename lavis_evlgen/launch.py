@@ -1,4 +1,5 @@
-"""What `train.py` and `evaluate.py` do: read the config, start the processes, build the parts, run."""
+"""What `train.py` and `evaluate.py`, `evlgen train` and `evlgen evaluate` do: read the config, start the processes,
+build the parts, run."""
 
 from __future__ import annotations
 
@@ -36,7 +37,8 @@ def parser(script: str, purpose: str, evaluate: bool = False) -> argparse.Argume
     p = argparse.ArgumentParser(
         description=purpose, epilog=EPILOG.format(script=script), formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("--cfg-path", required=True, help="run config, e.g. projects/evlgen/quickstart.yaml")
+    p.add_argument("--cfg-path", required=True, help="run config, e.g. projects/evlgen/quickstart.yaml, or a recipe's "
+                   "name (evlgen recipes)")  # fmt: skip
     p.add_argument("--options", nargs="+", default=[], metavar="KEY=VALUE", help="override keys of the config")
     if evaluate:
         words = "of a config with stages: the stage whose task and data are used (default: the last)"
@@ -88,8 +90,18 @@ def run(args, evaluate: bool = False):
 
 
 def main(script: str, purpose: str, evaluate: bool = False, argv=None):
-    """Entry of train.py and evaluate.py: errors that the user can fix are one line, exit code 2."""
-    args = parser(script, purpose, evaluate).parse_args(argv)
+    """Entry of train.py and evaluate.py."""
+    start(parser(script, purpose, evaluate).parse_args(argv), script, evaluate)
+
+
+def from_command(args) -> int:
+    """Entry of `evlgen train` and `evlgen evaluate`: args.cfg_path, args.options, of the latter args.stage."""
+    start(args, f"evlgen {args.command}", args.command == "evaluate")
+    return 0
+
+
+def start(args, command: str, evaluate: bool):
+    """Run; errors that the user can fix are one line, which begins with `command`, and exit code 2."""
     try:
         with signals.handled():
             run(args, evaluate)
@@ -101,5 +113,5 @@ def main(script: str, purpose: str, evaluate: bool = False, argv=None):
         if words is None:
             raise
         distributed.stop()
-        print(f"{script}: {words}", file=sys.stderr)
+        print(f"{command}: {words}", file=sys.stderr)
         raise SystemExit(2) from None

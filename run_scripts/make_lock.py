@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPORT = ["uv", "export", "--quiet", "--all-extras", "--no-hashes", "--no-emit-project"]
+LEFT_OUT = ["--no-extra=wandb", "--no-extra=trackio"]  # setup.py: TRACKERS
+EXPORT = ["uv", "export", "--quiet", "--all-extras", *LEFT_OUT, "--no-hashes", "--no-emit-project"]
 PLAIN = ["--no-annotate", "--no-header"]
 PLATFORM = re.compile(r"\s*(?:and\s+)?(?:platform_machine|sys_platform) == '[^']*'")
 LINE = re.compile(r"[A-Za-z0-9._-]+==[A-Za-z0-9.!+_-]+( ; python_full_version [<>=!]=? '[\d.*]+')?")

@@ -172,6 +172,16 @@ def test_no_tracked_file_names_a_machine_or_a_package_host():
     assert not wrong, "\n".join(wrong)
 
 
+def test_the_version_is_the_same_everywhere():
+    """In setup.py, the package, CITATION.cff and CHANGELOG.md."""
+    import lavis_evlgen
+
+    version = re.escape(lavis_evlgen.__version__)
+    for name, words in {"setup.py": f'version="{version}"', "CITATION.cff": f"\nversion: {version}\n",
+                        "CHANGELOG.md": f"\n## {version}\n"}.items():  # fmt: skip
+        assert re.search(words, (ROOT / name).read_text(encoding="utf-8")), f"{name}: not {lavis_evlgen.__version__}"
+
+
 def test_paths_in_the_guides_exist():
     """CONTRIBUTING.md and docs/architecture.md send people to files: each `path` in them is there."""
     wrong = []

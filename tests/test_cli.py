@@ -1,5 +1,6 @@
 """The evlgen command on a tiny run."""
 
+import argparse
 import json
 
 import pytest
@@ -8,9 +9,12 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from lavis_evlgen import cli
+from lavis_evlgen.config import EvlgenConfig
 from lavis_evlgen.models.evlgen import EVLGen
+from lavis_evlgen.runners import trackers
+from lavis_evlgen.runners.trainer import Trainer
 from lavis_evlgen.tools.doctor import checks as doctor
-from tests.run_tools import ROOT, checkpoint
+from tests.run_tools import ROOT, checkpoint, losses, same_tensors
 from tests.tiny import tiny_llama
 
 
@@ -19,6 +23,54 @@ def evlgen(*arguments):
     with pytest.raises(SystemExit) as end:
         cli.main([str(argument) for argument in arguments])
     return end.value.code
+
+
+def test_train_and_evaluate_do_what_the_scripts_do(finished, tmp_path, capsys):
+    path, place = finished.path(), f"run.output_dir={tmp_path}"
+    assert evlgen("train", path, "--options", place, "run.test_splits=[]") == 0
+    assert losses(tmp_path / "run") == losses(finished.output())
+    assert same_tensors(checkpoint(tmp_path / "run")["model"], checkpoint(finished.output())["model"])
+    weights = f"model.pretrained={finished.output() / 'checkpoint_best.pth'}"
+    assert evlgen("evaluate", path, "--options", place, "run.run_name=scored", weights) == 0
+    cards = [json.loads((folder / "run.json").read_text()) for folder in (tmp_path / "scored", finished.output())]
+    assert cards[0]["metrics"] == cards[1]["metrics"]
+    capsys.readouterr()
+    assert evlgen("train", path, "--options", place) == 2  # the folder holds a run
+    assert capsys.readouterr().err.splitlines()[-1].startswith("evlgen train: ")
+    assert evlgen("evaluate", path, "--stage", "align") == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"evlgen evaluate: {path}: --stage align: ")
+
+
+def test_a_bug_in_a_training_keeps_its_trace(runs, monkeypatch):
+    """Errors of our own code while training are not mistakes in the config."""
+
+    def fail(self, batches):
+        raise ValueError("a bug")
+
+    monkeypatch.setattr(Trainer, "_loop", fail)
+    with pytest.raises(ValueError, match="a bug"):
+        cli.main(["train", str(runs.path())])
+
+
+def test_commands_take_a_recipe_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg = EvlgenConfig(argparse.Namespace(cfg_path="quickstart", options=["run.seed=3"]))
+    assert cfg.path == ROOT / "projects/evlgen/quickstart.yaml" and cfg.run_cfg.seed == 3
+    assert cfg.run_cfg.output_dir == OmegaConf.load(cfg.path).run.output_dir  # seen from where one stands, as ever
+    for command, *more in (["macs"], ["doctor"], ["estimate", "--gpu", "cpu"], ["ablate", "--sweep", "model.tome_r=3"],
+                           ["train"], ["evaluate"]):  # fmt: skip
+        assert evlgen(command, "quickstrat", *more) == 2
+        assert "no recipe has this name; did you mean quickstart?" in capsys.readouterr().err
+
+
+def test_torchs_launcher_leaves_the_options_to_the_command():
+    """It takes beginnings of its own options, wherever they stand."""
+    from torch.distributed.run import get_args_parser
+
+    words = ["train", "quickstart", "--options", "run.seed=1", "model.tome_r=3"]
+    for command in (words, ["evaluate", *words[1:], "--stage", "align"]):
+        args = get_args_parser().parse_args(["--nproc_per_node", "2", "-m", "lavis_evlgen.cli", *command])
+        assert args.module and args.training_script_args == command
 
 
 @pytest.fixture
@@ -171,6 +223,13 @@ def test_shards_are_written_and_pass_the_doctor(runs, tmp_path, capsys):
     assert "00002.tar: no such file" in capsys.readouterr().out
     assert evlgen(*write, "--columns", "image") == 2
     assert "--columns image: write COLUMN=NAME" in capsys.readouterr().err
+
+
+def test_doctor_names_a_tracker_that_is_not_installed(runs, monkeypatch, capsys):
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
+    assert evlgen("doctor", runs.path(), "--options", "run.track=[wandb]") == 1
+    words = capsys.readouterr().out
+    assert "FAIL  splits: run.track: wandb is not installed: run `bash run_scripts/setup_environment.sh" in words
 
 
 def test_doctor_refuses_an_unknown_key_in_one_line(runs, capsys):

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lavis_evlgen.config.errors import ConfigError, one_line, shown
+from lavis_evlgen.config.recipes import unknown
 
 # of a config; far above what a person writes, far below what takes minutes to read
 MOST_BYTES, MOST_VALUES, MOST_LEVELS = 2**20, 20_000, 20
@@ -40,7 +41,7 @@ def read_file(path: Path) -> DictConfig:
 
 def _text_of(path: Path) -> str:
     if not path.exists():
-        raise ConfigError(f"--cfg-path: {path} does not exist (seen from {Path.cwd()})")
+        raise ConfigError(f"--cfg-path: {path} does not exist (seen from {Path.cwd()}){unknown(path)}")
     if not path.is_file():
         raise ConfigError(f"--cfg-path: {path} is not a file; give the YAML file of a run config")
     try:

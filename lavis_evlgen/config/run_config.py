@@ -7,7 +7,6 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from pathlib import Path
 
 from lavis.common.config import Config
 from lavis.common.registry import registry
@@ -20,6 +19,7 @@ from lavis_evlgen.config.errors import ConfigError, nearest, one_line, shown
 from lavis_evlgen.config.keys import Settings, check_values, declares, drop_nulls, key, keys_of
 from lavis_evlgen.config.limits import LARGEST
 from lavis_evlgen.config.parsing import read_file, read_options, resolve_references
+from lavis_evlgen.config.recipes import config_path
 from lavis_evlgen.config.stages import Stage, check_options, overlaid, take_stages, tasks_of
 from lavis_evlgen.config.values import Refused, refuse_unknown, takes_null
 
@@ -59,14 +59,15 @@ class EvlgenConfig(Config):
         self, args, evaluate: bool = False, trained_section: Callable[[str], dict] | None = None,
         stage: str | None = None,
     ):  # fmt: skip
-        """args: cfg_path and options; evaluate: as run.evaluate=true. trained_section: gives the model section that
-        weights carry ({} for none), which an evaluation uses in place of the file's (config/as_trained.py). stage: of
-        an evaluation, the stage whose task and data are used (None: the last)."""
+        """args: cfg_path (a path, or the name of a recipe) and options; evaluate: as run.evaluate=true.
+        trained_section: gives the model section that weights carry ({} for none), which an evaluation uses in place of
+        the file's (config/as_trained.py). stage: of an evaluation, the stage whose task and data are used (None: the
+        last)."""
         self.args, self.config = args, {}
         self.evaluate, self.trained_section = evaluate, trained_section
         self.trained: AsTrained | None = None  # of an evaluation whose weights carry their section
         registry.register("configuration", self)
-        self.path = Path(args.cfg_path)
+        self.path = config_path(args.cfg_path)
         self.stages: list[EvlgenConfig] = []
         self.stage: Stage | None = None
         config, options = read_file(self.path), read_options(args.options or [])

@@ -1,4 +1,4 @@
-"""What a user sees of a run: the start-up table, a progress line with ETA, log.jsonl, TensorBoard, loss.png."""
+"""What a user sees of a run: the start-up table, a progress line with ETA, log.jsonl and trackers, loss.png."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lavis_evlgen.models.facts import ModelFacts, facts_of
 from lavis_evlgen.models.lengths import of_histogram
 from lavis_evlgen.reporting.json_lines import drop_rows_after, read_json_lines
 from lavis_evlgen.reporting.plots import loss_plot
+from lavis_evlgen.runners.trackers import Trackers
 
 TASK_VALUES = ("reward", "reward_greedy", "entropy", "length")  # of a task with its own loss, in the log
 COUNTERS = ("skipped_steps",)  # values that count up over the run: a window shows the last, not the mean
@@ -66,18 +67,12 @@ def startup_table(model: torch.nn.Module, facts: dict[str, str]) -> str:
 class Progress:
     """Collects tensors in the hot loop and reads them only when a line is due."""
 
-    def __init__(
-        self, folder: Path, max_steps: int, images_per_step: int, device, tensorboard: bool, label: str = ""
-    ):
-        """label: in front of every line of the log."""
+    def __init__(self, folder: Path, max_steps: int, images_per_step: int, device, label: str = ""):
+        """label: in front of every line of the log. `trackers` is set where there are some."""
         self.label = label
         self.folder, self.max_steps, self.images_per_step, self.device = folder, max_steps, images_per_step, device
         self.file = folder / "log.jsonl"
-        self.writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.trackers: Trackers | None = None
         self.sums: dict[str, torch.Tensor] = {}
         self.count, self.waited, self.started = 0, 0.0, time.perf_counter()
         self.paused = 0.0
@@ -112,7 +107,7 @@ class Progress:
         self.paused += seconds
 
     def line(self, step: int, lr: float) -> dict:
-        """Close the window at `step`: log, append to log.jsonl and TensorBoard, start a new window."""
+        """Close the window at `step`: log, append to log.jsonl and trackers, start a new window."""
         lengths = self.sums.pop("prompt_lengths", None)
         means = {k: (v if k in COUNTERS else v / self.count).item() for k, v in self.sums.items()}
         row = {"step": step, **means, **({} if lengths is None else of_histogram(lengths)), "lr": lr}
@@ -155,15 +150,16 @@ class Progress:
         self.started = time.perf_counter()
 
     def write(self, row: dict):
-        """Append a row to log.jsonl (null where a number is not finite) and to TensorBoard."""
+        """Append a row to log.jsonl (null where a number is not finite) and to the trackers."""
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with open(self.file, "a") as file:
             file.write(json.dumps(row) + "\n")
-        if self.writer is not None:
-            for key, value in row.items():
-                if key != "step" and isinstance(value, int | float):
-                    self.writer.add_scalar(key, value, row["step"])
-            self.writer.flush()
+        self.track(row)
+
+    def track(self, row: dict):
+        """Send a row to the trackers alone."""
+        if self.trackers is not None:
+            self.trackers.log(row)
 
     def history(self) -> list[dict]:
         return read_json_lines(self.file)

@@ -90,9 +90,10 @@ class Reporter:
         self._card(name, dataset, split, step, result)
         if rows:
             self._sheet(dataset, rows)
-        training = self.trainer.progress is not None and split in self.trainer.valid_splits
-        if training and (curve := self.task.curve(result)):
-            self.trainer.progress.write({"step": step, **curve})
+        if (progress := self.trainer.progress) is not None:
+            if split in self.trainer.valid_splits and (curve := self.task.curve(result)):
+                progress.write({"step": step, **curve})
+            progress.track({"step": step, split: result})
         if line := self.task.summary(result):
             logging.info("%s at step %s: %s", split, step, line)
         if rows and split in self.trainer.test_splits:

@@ -10,13 +10,14 @@ from lavis_evlgen.models.compile import PARTS
 from lavis_evlgen.runners.feature_cache import FeatureCacheSettings
 from lavis_evlgen.runners.optim import OptimSettings
 from lavis_evlgen.runners.step import StepSettings
+from lavis_evlgen.runners.trackers import TrackSettings
 from lavis_evlgen.tasks.settings import SharedRunSettings
 
 _LAVIS = "accepted from LAVIS configs; torch.distributed.run decides"
 
 
 @dataclass(kw_only=True)
-class RunSettings(OptimSettings, StepSettings, FeatureCacheSettings, SharedRunSettings):
+class RunSettings(OptimSettings, StepSettings, FeatureCacheSettings, TrackSettings, SharedRunSettings):
     """None as default: training asks for the key, or nothing is done where it is left out."""
 
     runner: str = key("runner_evlgen", "runner_evlgen")
@@ -63,7 +64,6 @@ class RunSettings(OptimSettings, StepSettings, FeatureCacheSettings, SharedRunSe
         "evaluations only", 0, at_least=0, at_most=10**9,
     )  # fmt: skip
     log_freq: int = key("steps between log lines", 50, at_least=1, at_most=10**9)
-    tensorboard: bool = key("write TensorBoard events to the run folder", True)
     sheet_pictures: int = key("pictures on captions.png", 12, at_least=0, at_most=10_000)
     world_size: int | None = key(_LAVIS, None, at_least=1, at_most=10**6)
     dist_url: str | None = key(_LAVIS, None)

@@ -41,6 +41,7 @@ from lavis_evlgen.runners.settings import RunSettings
 from lavis_evlgen.runners.shard_progress import ShardProgress
 from lavis_evlgen.runners.skipped_samples import SkippedSamples, check_unreadable
 from lavis_evlgen.runners.step import TrainingStep, amp_of
+from lavis_evlgen.runners.trackers import Tracked, Trackers, check_trackers
 from lavis_evlgen.tasks.base import adapted_task
 from lavis_evlgen.weights.trainable import frozen_names, load_trainable
 
@@ -109,9 +110,8 @@ class Trainer:
 
     def _train(self):
         run, data = self.run, sets_with(self.datasets, "train")
-        tensorboard = run.tensorboard and distributed.is_main()
         label = "" if self.stage is None else f"{self.stage.label}: "
-        self.progress = Progress(self.output_dir, self.max_iters, self.images_per_step, self.device, tensorboard, label)
+        self.progress = Progress(self.output_dir, self.max_iters, self.images_per_step, self.device, label)
         self.skipped = SkippedSamples(self.output_dir, data)
         self.shards = ShardProgress(data, run.num_workers, self.skipped.shards)
         self.step = TrainingStep(
@@ -122,6 +122,17 @@ class Trainer:
         self.state = RunState(self)
         saved = self.state.resume()
         self.start_step, self.best = saved.get("step", self.start_step), saved.get("best", self.best)
+        with Trackers(run.trackers() if distributed.is_main() else [], self._tracked()) as self.progress.trackers:
+            self._go_on(data, saved)
+            self._finish()
+
+    def _tracked(self) -> Tracked:
+        name, group = self.output_dir.name, None if self.stage is None else self.output_dir.parent.name
+        return Tracked(self.output_dir, name if group is None else f"{group}-{name}", group, self.config.to_dict())
+
+    def _go_on(self, data: dict, saved: dict):
+        """Train from where the run stands; data: the training sets; saved: of the checkpoint that it resumes from."""
+        run = self.run
         with signals.deferred():
             self.skipped.resume_at(self.start_step)
             self.progress.skipped = round(self.step.skipped.item())
@@ -137,7 +148,6 @@ class Trainer:
             if saved.get("unevaluated"):  # the run was cut off in the evaluation at the step it resumes from
                 self._evaluate_and_save(self.start_step)
             self._loop(batches)
-        self._finish()
 
     def train_loader(self, data: dict, start: int = 0, positions: dict | None = None):
         """The endless training stream from micro-step `start` on; positions: of shard sets (datasets/loading.py)."""
@@ -279,9 +289,10 @@ class Trainer:
 
 
 def check_run(cfg, model):
-    """Raises ConfigError where a key that training needs is not set, for two half precisions at once, and where the
-    model cannot learn several texts of a picture that are asked for."""
+    """Raises ConfigError where a key that training needs is not set or a tracker not installed, for two half precisions
+    at once, and where the model cannot learn several texts of a picture that are asked for."""
     check_training(cfg.run_cfg, RunSettings.meanings())
+    check_trackers(cfg.run_cfg)
     run = RunSettings.read(cfg.run_cfg, "run.")
     if run.texts_per_image > 1:
         check_packing(model, f"run.texts_per_image={run.texts_per_image}")

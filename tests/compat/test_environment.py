@@ -183,7 +183,7 @@ def lock_requirements():
 
 
 def wanted_by_setup(monkeypatch):
-    """INSTALL and every extra of setup.py, read by running it with a `setup` that does nothing."""
+    """INSTALL and every extra of setup.py but the trackers, read by running it with a `setup` that does nothing."""
     import runpy
 
     import setuptools
@@ -192,8 +192,8 @@ def wanted_by_setup(monkeypatch):
     given = {}
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
-    runpy.run_path(str(ROOT / "setup.py"))
-    extras = [line for lines in given["extras_require"].values() for line in lines]
+    trackers = runpy.run_path(str(ROOT / "setup.py"))["TRACKERS"]
+    extras = [line for name, lines in given["extras_require"].items() if name not in trackers for line in lines]
     return [Requirement(line) for line in given["install_requires"] + extras]
 
 

@@ -13,9 +13,9 @@ from lavis_evlgen import cli
 from tests.run_tools import ROOT
 
 HEAVY = ("torch", "torchvision", "transformers", "numpy", "omegaconf", "lavis")
-LATER = ("pandas", "spacy", "matplotlib", "gradio", "tensorboard")  # imported by what uses them
-COMMANDS = ("ablate", "caption", "compare", "convert", "demo", "doctor", "estimate", "export", "keys", "macs", "shards",
-            "tokens")  # fmt: skip
+LATER = ("pandas", "spacy", "matplotlib", "gradio", "tensorboard", "wandb", "trackio")  # imported by what uses them
+COMMANDS = ("ablate", "caption", "compare", "convert", "demo", "doctor", "estimate", "evaluate", "export", "keys",
+            "macs", "recipes", "shards", "tokens", "train")  # fmt: skip
 
 
 def packages_after(script: str) -> set[str]:

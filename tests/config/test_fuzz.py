@@ -103,7 +103,7 @@ def test_what_few_keys_take(outcomes):
         "trust_remote_code", "use_grad_checkpoint",
     }  # fmt: skip
     assert keys([]) == {"captions", "compile", "mean", "metrics", "references", "shards", "std", "test_splits",
-                        "tome_r", "train_splits", "valid_splits"}  # fmt: skip
+                        "tome_r", "track", "train_splits", "valid_splits"}  # fmt: skip
     assert keys({}) == {"annotations", "columns", "connector_sizes", "kinds", "llm_train", "lr_scale", "pictures",
                         "sizes", "split", "text_processor", "tome_r", "vis_processor"}  # fmt: skip
     assert keys([{"a": 1}]) == keys({"a": [1]}) == set()

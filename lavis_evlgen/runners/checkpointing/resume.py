@@ -190,7 +190,8 @@ def check_frozen(model, saved: dict, path):
 # settings that say where and how fast, not what
 MAY_CHANGE = {
     f"run.{key}"
-    for key in ("resume_ckpt_path", "output_dir", "run_name", "num_workers", "device", "log_freq", "save_every")
+    for key in ("resume_ckpt_path", "output_dir", "run_name", "num_workers", "device", "log_freq", "save_every",
+                "track")
 }
 
 

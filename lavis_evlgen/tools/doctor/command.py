@@ -8,6 +8,7 @@ from lavis_evlgen.datasets import ImageShards
 from lavis_evlgen.datasets.facts import adapted_sets
 from lavis_evlgen.runners.preflight import check_splits, sets_with
 from lavis_evlgen.runners.settings import RunSettings
+from lavis_evlgen.runners.trackers import check_trackers
 from lavis_evlgen.tasks.build import build_data
 from lavis_evlgen.tools.doctor.checks import (
     Finding,
@@ -83,6 +84,7 @@ def _check_splits(run, datasets: dict, task):
     """What train.py refuses before its first step."""
     try:
         check_splits(run, datasets, task)
+        check_trackers(run)
     except ConfigError as error:
         return Finding(False, "splits", str(error))
     splits = [str(split) for key in ("train_splits", "valid_splits", "test_splits") for split in run.get(key) or []]

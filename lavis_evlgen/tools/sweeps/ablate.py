@@ -8,6 +8,7 @@ from itertools import groupby
 from statistics import mean, stdev
 
 from lavis_evlgen.config import ConfigError, EvlgenConfig
+from lavis_evlgen.config.recipes import config_path
 from lavis_evlgen.reporting import tables
 from lavis_evlgen.reporting.provenance import provenance
 from lavis_evlgen.reporting.run_card import write_run_card
@@ -22,7 +23,7 @@ _PLOTTED = ("CIDEr", "accuracy", "loss, right")  # the first that there is
 
 def main(args) -> int:
     """Run what has not been run, then show and write the results; exit code 1 when a run failed."""
-    args.options = list(args.options)
+    args.options, args.cfg_path = list(args.options), str(config_path(args.cfg_path))
     pairs = [sweep.parse_sweep(text) for text in args.sweeps]
     if len(dict(pairs)) < len(pairs):
         raise ConfigError("--sweep: a key is given twice; write all of its values in one")
